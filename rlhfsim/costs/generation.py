@@ -1,0 +1,512 @@
+"""Seconds of generating responses: prefill and decode steps of static and continuous engines, and their transfers.
+
+`engine.py` says what every step contains; here each step is given seconds. A decode step is
+
+    layers x (products for one token per sequence + attention over the KV cache) + logits and sampling + host
+
+where attention is linear in the cached tokens, so a run of steps with the same sequences has a closed form. A step that
+computes prompt tokens counts as prefill, also when other sequences decode in it.
+
+The host's time is serial with the device's (scheduling, sampling, detokenising: what vLLM's V0 engine and Hugging Face
+do; an engine that schedules one step ahead hides part of it: lower `overheads.decode_step_seconds`). Launches run ahead
+of the device: a step without CUDA graphs takes the longer of both.
+
+Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, LoRA adapters that
+an engine keeps unmerged (they run unmerged only under `zero3_per_token`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlhfsim.errors import InputError
+from rlhfsim.model import parameters
+from rlhfsim.spec.scenario import Effects, Generation, ModelUse
+
+from .engine import Runs, continuous_runs, static_runs
+from .operators import Operators, OperatorTime
+from .segment import Segment, Transfer
+
+# Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
+# for the forward passes over the samples at half of peak) / (32 batches x 1024 steps) / 32 layers; OpenRLHF branch
+# wuxibin/benchmark (8201f882), benchmark/README.md, DeepSpeed-Chat without offload. An upper bound: it contains the
+# host's time between steps. ReaLHF's published plans without CUDA graphs give 1.2 to 1.4 ms (docs/source/images/vws.svg
+# @be75fce9).
+EAGER_DECODE_LAYER_SECONDS = 0.84e-3
+
+# Host time of a continuous engine per step: vLLM 0.19, Llama-3.1-8B on RTX 4090, 2026-08 (casys-kaist/LLMServingSim,
+# MIT): the mean step of 25.3 ms (35 sequences, 41 k cached tokens) takes 5.1 ms more than reading weights and cache at
+# the datasheet's bandwidth, 2.2 ms (linear fit) to 5.3 ms (roofline) of it per step whatever the batch.
+# How much is the host's was not separated: unverified.
+ENGINE_STEP_SECONDS = 2.2e-3
+
+# Host time per drawn token: 0 is unverified. Engines with serial post-processing in Python need more: 0.124 ms fits
+# vLLM of the V0 era in eager mode (public verl log, Qwen2-7B GPG on 8 GPUs, 120 steps, residual 2.6 %).
+ENGINE_SEQUENCE_SECONDS = 0.0
+
+# Hugging Face's DynamicCache appends by torch.cat (transformers, cache_utils.py): the cache is read and written once
+# more in each step besides the read of attention.
+CONCATENATED_CACHE_TRAFFIC = 3
+
+SHARED_BATCH = 16  # sequences behind the constant seconds per token of `effects.decode` off: enough to saturate
+MAX_KINDS = 64  # of steps in a segment; more runs than that are averaged
+LOW_OCCUPANCY = 0.1
+
+BOUNDS = ("flops", "hbm", "launch", "host")
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What one replica did. Seconds are compute (with the host's), without transfers.
+
+    completion_seconds: one entry per sample, in the order given: when its response was there.
+    timeline_seconds, timeline_running: `running` sequences from that instant on.
+    sequence_steps: sum over steps of the sequences that were given a token or padding (decode) and of prompt tokens:
+        the tokens that went through the layers.
+    low_occupancy_share: of the time, with less than 10 % of the largest running batch.
+    """
+
+    completion_seconds: np.ndarray
+    timeline_seconds: np.ndarray
+    timeline_running: np.ndarray
+    prefill_seconds: float
+    decode_seconds: float
+    bound: dict[str, float]
+    prefill_steps: int
+    decode_steps: int
+    prompt_tokens: int
+    decoded_tokens: int
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def sequence_steps(self) -> int:
+        return self.prompt_tokens + self.decoded_tokens
+
+    @property
+    def low_occupancy_share(self) -> float:
+        if not self.seconds:
+            return 0.0
+        durations = np.diff(self.timeline_seconds, append=self.seconds)
+        low = self.timeline_running < LOW_OCCUPANCY * self.timeline_running.max()
+        return float(durations[low].sum() / self.seconds)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """segments: what the simulator runs. stats: one entry per replica; empty with `effects.decode` off."""
+
+    segments: list[Segment]
+    stats: list[GenerationStats] = field(default_factory=list)
+
+
+def route_samples(tokens: np.ndarray, engines: int, routing: str = "static") -> list[np.ndarray]:
+    """Indices of the samples of each engine, in order.
+
+    static: contiguous equal shares. least_loaded: each sample in turn goes to the engine with the fewest `tokens`
+    (prompt + response) so far, as when engines fetch work one by one: optimistic for a router that sends all at once.
+    """
+    if routing == "static":
+        return np.array_split(np.arange(len(tokens)), engines)
+    shares: list[list[int]] = [[] for _ in range(engines)]
+    load = [(0, engine) for engine in range(engines)]
+    for sample, count in enumerate(tokens.tolist()):
+        total, engine = load[0]
+        heapq.heapreplace(load, (total + count, engine))
+        shares[engine].append(sample)
+    return [np.array(share, dtype=int) for share in shares]
+
+
+def generation_program(
+    use: ModelUse,
+    generation: Generation,
+    prompt_tokens: Sequence[np.ndarray],
+    response_tokens: Sequence[np.ndarray],
+    ranks: Sequence[int],
+    operators: Operators,
+    *,
+    kv_capacity_tokens: int | None = None,
+    domain: Sequence[int] | None = None,
+    steps: StepSeconds | None = None,
+) -> GenerationResult:
+    """Segments of one place that generates the responses to its prompts.
+
+    prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
+    replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
+    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places.
+    Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
+    """
+    prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
+    if len(ranks) != len(prompts) * generation.tensor_parallel:
+        raise InputError(
+            f"{len(ranks)} ranks do not hold {len(prompts)} replicas of tensor_parallel {generation.tensor_parallel}",
+            field="generation.tensor_parallel",
+        )
+    per_token = generation.engine == "zero3_per_token"
+    if per_token and generation.continuous:
+        raise InputError(
+            "engine zero3_per_token has static batches only: all ranks must take every step together",
+            field="generation.batching",
+        )
+    gather = _gather(use, generation, tuple(domain or ranks), len(prompts), operators.effects)
+    if not sum(map(len, prompts)):
+        return GenerationResult([])
+    steps = steps or StepSeconds(operators, use, generation)
+    if not operators.effects.decode:
+        return GenerationResult([*gather, *_proportional(use, generation, prompts, responses, ranks, operators)])
+    tables = _tables(generation, prompts, responses, kv_capacity_tokens, steps)
+    build = _sharded_segments if per_token else _segments
+    segments = build(use, generation, tables, tuple(domain or ranks) if per_token else ranks, operators)
+    return GenerationResult([*gather, *segments], [table.stats() for table in tables])
+
+
+# --- seconds of steps ------------------------------------------------------------------------------------------------
+
+
+class StepSeconds:
+    """Seconds of runs of steps on one engine. Keeps a table for each batch size that occurred: reuse it."""
+
+    def __init__(self, operators: Operators, use: ModelUse, generation: Generation) -> None:
+        degree, layers, ideal = generation.tensor_parallel, use.shape.layers, not operators.effects.efficiency
+        per_token = generation.engine == "zero3_per_token"
+        overheads = operators.overheads
+        self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
+        self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if per_token else 1
+        eager = overheads.eager_layer_seconds
+        self.floor_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)
+        if ideal or generation.graphs:
+            self.floor_seconds = 0.0
+        self.step_seconds = self.sequence_seconds = 0.0
+        if generation.continuous:  # the eager floor of static batches has it
+            self.step_seconds, self.sequence_seconds = ENGINE_STEP_SECONDS, ENGINE_SEQUENCE_SECONDS
+        if overheads.decode_step_seconds is not None:
+            self.step_seconds = overheads.decode_step_seconds
+        if overheads.decode_sequence_seconds is not None:
+            self.sequence_seconds = overheads.decode_sequence_seconds
+        if ideal:
+            self.step_seconds = self.sequence_seconds = 0.0
+        self._body = _Table(
+            lambda m: layers * operators.layer_forward(use, m, degree, adapters=per_token) + operators.embedding(use, m)
+        )
+        self._head = _Table(lambda m: operators.head_forward(use, m, degree, "lm"))
+        self._attention = _Table(lambda b: layers * operators.attention_decode(use, b, np.zeros(len(b)), degree))
+        self._per_token = _Table(
+            lambda b: layers * (
+                operators.attention_decode(use, b, np.ones(len(b)), degree)
+                + -1.0 * operators.attention_decode(use, b, np.zeros(len(b)), degree)
+            )
+        )  # fmt: skip
+
+    def of(self, runs: Runs) -> np.ndarray:
+        """Seconds of each run by what limits it: rows as in `BOUNDS`."""
+        tokens = runs.decodes + runs.prompt_tokens
+        slope = self.cache_traffic * self._per_token(runs.decodes)  # per cached token
+        fixed = self._body(tokens) + self._head(runs.sampled) + self._attention(runs.decodes) + self._prefill(runs)
+        device = fixed + slope * runs.mean_context_tokens
+        first = device[0] - slope[0] * runs.decodes * (runs.steps - 1) / 2
+        waiting = _below(self.floor_seconds, first, slope[0] * runs.decodes, runs.steps)
+        launch = device[3] * runs.steps + waiting
+        host = runs.steps * (self.step_seconds + self.sequence_seconds * runs.sampled)
+        return np.array([device[1] * runs.steps, device[2] * runs.steps, launch, host])
+
+    def _prefill(self, runs: Runs) -> np.ndarray:
+        """Attention of the pieces of prompts, all pieces of a step in one kernel."""
+        seconds = np.zeros((4, len(runs.steps)))
+        if not len(runs.chunk_run):
+            return seconds
+        owners, first, counts = np.unique(runs.chunk_run, return_index=True, return_counts=True)
+        lengths = np.zeros((len(owners), counts.max()))
+        row = np.repeat(np.arange(len(owners)), counts)
+        lengths[row, np.arange(len(row)) - np.repeat(first, counts)] = runs.chunk_tokens
+        time = self.operators.attention_prefill(self.use, lengths, self.degree)
+        seconds[:, owners] = self.layers * np.array(time.parts)
+        return seconds
+
+
+class _Table:
+    """An operator's time by a count, evaluated once for every count that occurs."""
+
+    def __init__(self, evaluate: Callable[[np.ndarray], OperatorTime]) -> None:
+        self._evaluate = evaluate
+        self._known: dict[int, np.ndarray] = {}
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        unique, inverse = np.unique(counts, return_inverse=True)
+        missing = [count for count in unique.tolist() if count not in self._known]
+        if missing:
+            parts = self._evaluate(np.array(missing, dtype=float)).parts
+            columns = np.array([np.broadcast_to(part, len(missing)) for part in parts]).T
+            self._known.update(zip(missing, columns, strict=True))
+        return np.array([self._known[count] for count in unique.tolist()]).reshape(-1, 4)[inverse].T
+
+
+def _below(floor: float, first: np.ndarray, growth: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Sum over i < steps of max(floor - (first + growth i), 0)."""
+    gap = floor - first
+    until = np.divide(gap, growth, out=np.where(gap > 0, np.inf, 0.0), where=growth > 0)
+    count = np.clip(np.ceil(until), 0, steps)
+    return count * gap - growth * count * (count - 1) / 2
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The runs of one replica with their seconds (rows as in `BOUNDS`)."""
+
+    runs: Runs
+    by_bound: np.ndarray
+
+    @property
+    def seconds(self) -> np.ndarray:
+        return self.by_bound.sum(axis=0)
+
+    @property
+    def prefill(self) -> np.ndarray:
+        return self.runs.prompt_tokens > 0
+
+    def stats(self) -> GenerationStats:
+        runs, ends = self.runs, np.cumsum(self.seconds)
+        return GenerationStats(
+            completion_seconds=ends[runs.completion_run],
+            timeline_seconds=ends - self.seconds,
+            timeline_running=runs.running,
+            prefill_seconds=float(self.seconds[self.prefill].sum()),
+            decode_seconds=float(self.seconds[~self.prefill].sum()),
+            bound=dict(zip(BOUNDS, self.by_bound.sum(axis=1).tolist(), strict=True)),
+            prefill_steps=int(self.prefill.sum()),
+            decode_steps=int(runs.steps[~self.prefill].sum()),
+            prompt_tokens=int(runs.prompt_tokens.sum()),
+            decoded_tokens=int((runs.steps * runs.decodes).sum()),
+            preemptions=runs.preemptions,
+            recomputed_tokens=runs.recomputed_tokens,
+        )
+
+
+def _tables(
+    generation: Generation,
+    prompts: list[np.ndarray],
+    responses: list[np.ndarray],
+    kv_capacity_tokens: int | None,
+    steps: StepSeconds,
+) -> list[_Steps]:
+    """One entry per replica; replicas with the same lengths are computed once."""
+    until = _longest(responses, generation.batch_samples) if generation.engine == "zero3_per_token" else None
+    blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
+    done: dict[tuple[bytes, bytes], _Steps] = {}
+    tables = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        key = prompt.tobytes(), response.tobytes()
+        if key not in done:
+            if generation.continuous:
+                runs = continuous_runs(
+                    prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
+                    block_tokens=generation.block_tokens, kv_blocks=blocks,
+                )  # fmt: skip
+            else:
+                runs = static_runs(prompt, response, generation.batch_samples, until=until)
+            done[key] = _Steps(runs, steps.of(runs))
+        tables.append(done[key])
+    return tables
+
+
+def _longest(responses: list[np.ndarray], batch_samples: int | None) -> list[int]:
+    """The longest response of the domain in every batch: rank r's batch j runs with all other batches j."""
+    size = batch_samples or max(map(len, responses))
+    batches = range(0, max(map(len, responses)), size)
+    return [max(int(r[start : start + size].max(initial=1)) for r in responses) for start in batches]
+
+
+# --- segments --------------------------------------------------------------------------------------------------------
+
+
+def _segments(
+    use: ModelUse, generation: Generation, tables: list[_Steps], ranks: Sequence[int], operators: Operators
+) -> list[Segment]:
+    """Replicas that run on their own and meet at the end; two all-reduces per layer and step inside each."""
+    prefill, decode = (_axis(tables, phase) for phase in (True, False))
+    if len(tables) > 1:
+        # Replicas do not meet between prefill and decode: what one needs longer to prefill counts as its decode.
+        extra = prefill.totals - prefill.totals.min()
+        prefill = prefill.scaled(prefill.totals.min())
+        decode = decode.plus(extra)
+    return [
+        Segment(
+            label,
+            _balanced(axis.compute_seconds, operators.effects),
+            axis.steps,
+            _all_reduces(use, generation, ranks, axis.tokens),
+            bound=_bound(tables, phase),
+        )
+        for label, phase, axis in (("prefill", True, prefill), ("decode", False, decode))
+        if len(axis.steps)
+    ]
+
+
+def _sharded_segments(
+    use: ModelUse, generation: Generation, tables: list[_Steps], domain: Sequence[int], operators: Operators
+) -> list[Segment]:
+    """Every step gathers every layer's weights again, one layer ahead; all ranks take every step together."""
+    layers = use.shape.layers
+    transfers: tuple[Transfer, ...] = ()
+    if use.zero_stage == 3 and len(domain) > 1:
+        # Embedding and head are spread over the layers, so that a step gathers all parameters.
+        transfers = (Transfer("all_gather", (tuple(domain),), _weight_bytes(use) / layers),)
+    return [
+        Segment(
+            label,
+            _balanced(axis.compute_seconds, operators.effects) / layers,
+            axis.steps * layers,
+            transfers,
+            prefetch=1 if transfers else 0,
+            lockstep=bool(transfers),
+            bound=_bound(tables, phase),
+        )
+        for label, phase in (("prefill", True), ("decode", False))
+        if len((axis := _axis(tables, phase)).steps)
+    ]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Steps of one phase of all replicas, side by side, in at most `MAX_KINDS` bins.
+
+    compute_seconds: (replicas, bins), of the mean step. steps: per bin, of the replica with most. tokens: through the
+    layers in the mean step of the bin, on the replica with most.
+    """
+
+    compute_seconds: np.ndarray
+    steps: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def totals(self) -> np.ndarray:
+        return self.compute_seconds @ self.steps
+
+    def scaled(self, seconds: float) -> _Axis:
+        """Every replica with that many seconds in all."""
+        factor = np.divide(seconds, self.totals, out=np.zeros_like(self.totals), where=self.totals > 0)
+        return _Axis(self.compute_seconds * factor[:, None], self.steps, self.tokens)
+
+    def plus(self, seconds: np.ndarray) -> _Axis:
+        """Every replica with so many seconds more, at the end."""
+        if not seconds.any():
+            return self
+        return _Axis(
+            np.concatenate([self.compute_seconds, seconds[:, None]], axis=1),
+            np.append(self.steps, 1.0),
+            np.append(self.tokens, 0.0),
+        )
+
+
+def _axis(tables: list[_Steps], prefill: bool) -> _Axis:
+    """Bins end where a run of some replica ends, or are evenly spaced among those ends."""
+    ends, seconds, tokens = [], [], []
+    for table in tables:
+        chosen = table.prefill == prefill
+        runs = table.runs
+        ends.append(np.concatenate([[0], np.cumsum(runs.steps[chosen])]))
+        seconds.append(np.concatenate([[0.0], np.cumsum(table.seconds[chosen])]))
+        through = runs.steps * (runs.decodes + runs.prompt_tokens)
+        tokens.append(np.concatenate([[0.0], np.cumsum(through[chosen])]))
+    edges = np.unique(np.concatenate(ends))
+    if len(edges) > MAX_KINDS + 1:
+        edges = edges[np.linspace(0, len(edges) - 1, MAX_KINDS + 1).astype(int)]
+    steps = np.diff(edges).astype(float)
+
+    def per_step(sums: list[np.ndarray]) -> np.ndarray:
+        return np.array([np.diff(np.interp(edges, e, s)) for e, s in zip(ends, sums, strict=True)]) / steps
+
+    return _Axis(per_step(seconds), steps, per_step(tokens).max(axis=0))
+
+
+def _all_reduces(
+    use: ModelUse, generation: Generation, ranks: Sequence[int], tokens: np.ndarray
+) -> tuple[Transfer, ...]:
+    """After attention and after the MLP of every layer, over the ranks of each replica."""
+    degree, layers = generation.tensor_parallel, use.shape.layers
+    if degree == 1:
+        return ()
+    groups = tuple(tuple(ranks[i : i + degree]) for i in range(0, len(ranks), degree))
+    payload = 2.0 * layers * tokens * use.shape.hidden * use.bytes_per_parameter
+    return (Transfer("all_reduce", groups, payload, messages=2.0 * layers),)
+
+
+def _gather(
+    use: ModelUse, generation: Generation, domain: tuple[int, ...], replicas: int, effects: Effects
+) -> list[Segment]:
+    """Weights into the layout in which the place decodes, once per call.
+
+    ZeRO-3 shards: all weights to every rank, layer by layer (with tensor parallelism each then keeps its part, as in
+    verl's FSDP to vLLM resharding). Tensor-parallel training weights: the ranks that together hold one generation shard
+    exchange theirs. `zero3_per_token` needs it only with `effects.decode` off, an own engine never.
+    """
+    sharded = use.zero_stage == 3 and len(domain) > 1
+    if generation.engine == "zero3_per_token":
+        needed = sharded and not effects.decode
+    else:
+        needed = generation.engine == "hybrid" and effects.sync
+    if not needed:
+        return []
+    held, wanted = use.tensor_parallel, generation.tensor_parallel
+    if sharded:
+        groups: tuple[tuple[int, ...], ...] = (domain,)
+        payload = _weight_bytes(use)
+    elif held > wanted and held % wanted == 0:
+        size = held // wanted
+        groups = tuple(domain[i : i + size] for i in range(0, len(domain), size))
+        payload = _weight_bytes(use) / wanted
+    else:
+        return []
+    transfer = Transfer("all_gather", groups, payload, messages=use.shape.layers)
+    return [Segment("gather", np.zeros((replicas, 1)), transfers=(transfer,))]
+
+
+def _proportional(
+    use: ModelUse,
+    generation: Generation,
+    prompts: list[np.ndarray],
+    responses: list[np.ndarray],
+    ranks: Sequence[int],
+    operators: Operators,
+) -> list[Segment]:
+    """`effects.decode` off: samples of equal (mean) lengths, a constant time per token: that of a large forward."""
+    samples = np.array([len(r) for r in responses])
+    prompt, response = np.concatenate(prompts).mean(), np.concatenate(responses).mean()
+    layers, degree, tokens = use.shape.layers, generation.tensor_parallel, SHARED_BATCH * (prompt + response)
+    per_layer = operators.layer_forward(use, tokens, degree, adapters=generation.engine == "zero3_per_token")
+    per_layer += operators.attention_prefill(use, np.full(SHARED_BATCH, prompt + response), degree)
+    time = layers * per_layer + operators.embedding(use, tokens)
+    time += operators.head_forward(use, SHARED_BATCH * response, degree, "lm")
+    compute = _balanced(samples[:, None] * float(time.seconds) / SHARED_BATCH, operators.effects)
+    scale = samples.mean() / SHARED_BATCH
+    bound = {name: float(part) * scale for name, part in zip(BOUNDS, time.parts[1:], strict=False)}
+    most = np.array([samples.max() * (prompt + response)])
+    return [Segment("decode", compute, transfers=_all_reduces(use, generation, ranks, most), bound=bound)]
+
+
+def _weight_bytes(use: ModelUse) -> float:
+    return float(parameters(use.shape) * use.bytes_per_parameter)
+
+
+def _balanced(compute_seconds: np.ndarray, effects: Effects) -> np.ndarray:
+    """`effects.efficiency` off: no imbalance between the replicas of a place."""
+    if effects.efficiency:
+        return compute_seconds
+    return np.broadcast_to(compute_seconds.mean(axis=0), compute_seconds.shape)
+
+
+def _bound(tables: list[_Steps], prefill: bool) -> dict[str, float]:
+    """Mean over replicas."""
+    sums = np.mean([t.by_bound[:, t.prefill == prefill].sum(axis=1) for t in tables], axis=0)
+    return dict(zip(BOUNDS, sums.tolist(), strict=True))
+
+
+def _integers(lengths: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.asarray(x, dtype=np.int64) for x in lengths]

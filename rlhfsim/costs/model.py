@@ -1,0 +1,150 @@
+"""From a firing to its segments: which samples it handles, how its model is split there, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from rlhfsim.batch import per_replica, samples_of
+from rlhfsim.fold import Fold
+from rlhfsim.graph import Firing, Message, Stage
+from rlhfsim.layout import Holding
+from rlhfsim.model import Head
+from rlhfsim.spec.scenario import Scenario
+
+from .generation import StepSeconds, generation_program, route_samples
+from .operators import Operators
+from .passes import Host, Layout, controller_program, score_program, sync_program, train_program
+from .segment import Segment, Transfer
+
+# Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
+FIELD_BYTES_PER_TOKEN = {"tokens": 8, "mask": 8, "log_probs": 2, "ref_log_probs": 2, "values": 2, "rewards": 2}
+FIELD_BYTES_PER_SAMPLE = {"score": 2}
+
+VALUE_HEADS = ("critic", "reward", "shadow_critic")
+
+
+class CostModel:
+    """The cost of every firing of one scenario's (folded) graph.
+
+    lengths: prompt and response tokens of every sample, by iteration. kv_capacity_tokens: of one engine, by model copy.
+    """
+
+    def __init__(self, scenario: Scenario, fold: Fold, holdings: dict[str, Holding], operators: Operators,
+                 lengths: list[tuple[np.ndarray, np.ndarray]], kv_capacity_tokens: int | None) -> None:
+        self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
+        self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
+        self._steps: dict[str, StepSeconds] = {}
+        self._programs: dict[tuple, list[Segment]] = {}
+        workload = scenario.workload
+        self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
+
+    def program(self, f: Firing) -> list[Segment]:
+        places = self.fold.places(f)
+        stage = self.fold.original.at(f.stage)
+        if stage.kind == "swap":
+            return []
+        if stage.kind == "sync":
+            return self._remember((f.stage,), lambda: self._sync(stage))
+        # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
+        first = f._replace(place=places[0])
+        ids = samples_of(self.fold.original, first, self.scenario.workload.samples)
+        prompts, responses = (tokens[ids] for tokens in self.lengths[f.iteration % len(self.lengths)])
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes())
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses))
+
+    def message(self, messages: list[Message]) -> Transfer | None:
+        """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
+        original = self.fold.original
+        producer, consumer = original.at(messages[0].producer.stage), original.at(messages[0].consumer)
+        pairs = [(source, destination) for m in messages for source, destination in self._pairs(producer, consumer, m)]
+        moving = tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
+        if not moving:
+            return None
+        samples = self.scenario.workload.samples / original.lanes / producer.chunks
+        per_sample = sum(FIELD_BYTES_PER_TOKEN.get(name, 0) * self.padded_tokens + FIELD_BYTES_PER_SAMPLE.get(name, 0)
+                         for name in messages[0].fields)
+        return Transfer("send", moving, samples * per_sample)
+
+    def _pairs(self, producer: Stage, consumer: Stage, m: Message) -> list[tuple[int, int]]:
+        """Ranks of the original graph between which the lanes of a folded message move."""
+        pairs = []
+        for lane in self.fold.lanes[m.lane]:
+            source_place = next(iter(producer.places_for(range(lane, lane + 1), m.producer.chunk)))
+            if source_place < 0:  # the folded graph keeps places that take turns
+                source_place = self.fold.graph.at(producer.name).ranks.index(m.source) // self.fold.graph.at(producer.name).size
+            for place in consumer.places_for(range(lane, lane + 1), m.producer.chunk):
+                pairs.append((producer.home(lane, source_place), consumer.home(lane, place)))
+        return pairs
+
+    # -- the work of a firing -----------------------------------------------------------------------------
+
+    def _remember(self, key: tuple, make) -> list[Segment]:  # type: ignore[no-untyped-def]
+        if key not in self._programs:
+            self._programs[key] = make()
+        return self._programs[key]
+
+    def _work(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
+        ranks = stage.ranks_of(places[0])
+        if stage.kind == "generate":
+            segments = self._generate(stage, ranks, prompts, responses)
+        else:
+            tokens = prompts + responses
+            if self.scenario.workload.padded:
+                tokens = np.full(len(tokens), self.padded_tokens)
+            segments = self._pass(stage, ranks, tokens)
+        controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
+        return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
+
+    def _generate(self, stage: Stage, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
+        generation, holding = self.scenario.generation, self.holdings[stage.model]
+        engines = len(ranks) // generation.tensor_parallel
+        shares = route_samples(prompts + responses, engines, generation.routing)
+        if stage.model not in self._steps:
+            self._steps[stage.model] = StepSeconds(self.operators, holding.use, generation)
+        result = generation_program(
+            holding.use, generation, [prompts[s] for s in shares], [responses[s] for s in shares], ranks, self.operators,
+            kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None, domain=holding.ranks,
+            steps=self._steps[stage.model])
+        return result.segments
+
+    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
+        use, head = self.holdings[stage.model].use, self._head(stage.model)
+        layout = Layout.of(ranks, use)
+        shares = per_replica(tokens, layout.replicas)
+        if stage.kind == "score":
+            return score_program(use, shares, layout, self.operators, head=head)
+        node = self.scenario.cluster.node
+        host = Host(node.host_memory_bytes_per_second.value, min(len(ranks), node.gpus_per_node))
+        return train_program(use, shares, layout, self.operators, head=head, host=host)
+
+    def _sync(self, stage: Stage) -> list[Segment]:
+        source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
+        same = set(source.ranks) == set(target.ranks)
+        choice = self.scenario.weight_sync
+        return sync_program(source.use, Layout.of(source.ranks, source.use), Layout.of(target.ranks, target.use), self.operators,
+                            method="reshard" if same else choice.method, bucket_bytes=choice.bucket_bytes,
+                            head=self._head(stage.model))
+
+    def _head(self, model: str) -> Head:
+        return "value" if model in VALUE_HEADS else "lm"
+
+    def _controller_bytes(self, stage: Stage, samples: int) -> float:
+        """Padded tokens and masks out to the workers of all places, one field back."""
+        return samples * stage.places * self.padded_tokens * (2 * 8 + 4)
+
+
+def _widen(segment: Segment, ranks: tuple[int, ...], places: list[tuple[int, ...]]) -> Segment:
+    """The transfers of all places that do the same at the same time, from those of the first."""
+    if len(places) == 1 or not segment.transfers:
+        return segment
+    transfers = []
+    for transfer in segment.transfers:
+        inside = all(rank in ranks for group in transfer.groups for rank in group)
+        if inside:
+            as_place = [dict(zip(ranks, other, strict=True)) for other in places]
+            groups = tuple(tuple(rename[r] for r in group) for rename in as_place for group in transfer.groups)
+            transfer = replace(transfer, groups=groups)
+        transfers.append(transfer)
+    return replace(segment, transfers=tuple(transfers))

@@ -1,0 +1,600 @@
+"""Programs of scoring, training and weight transfer: what each replica of a place computes, and when it must move what.
+
+`lengths` holds one array of token counts per replica, a number per sample (prompt and response; the caller pads where
+the scenario says so). Samples fill micro-batches in the given order. Where ranks wait for each other is part of the
+program: at every layer under ZeRO-3 (each gather is a meeting), at every backward under ZeRO-2, at the optimizer step
+under ZeRO-0 and 1.
+
+A transfer has one payload for all replicas of a place; where their token counts differ it is the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from rlhfsim.errors import InputError
+from rlhfsim.model import (
+    Head,
+    embedding_parameters,
+    head_parameters,
+    layer_parameters,
+    lora_parameters,
+    parameters,
+    rank_parameters,
+)
+from rlhfsim.spec.scenario import ModelUse
+
+from .kernels import Numbers
+from .operators import NO_TIME, Operators, OperatorTime
+from .pipeline import PipelineSegment
+from .segment import Op, Segment, Transfer
+
+Lengths = Sequence[np.ndarray]
+SyncMethod = Literal["p2p", "broadcast", "reshard"]
+
+# Parameters that one ZeRO-3 gather fetches ahead, that one gradient reduction collects and that one gather of updated
+# weights covers: defaults of stage3_prefetch_bucket_size, reduce_bucket_size and allgather_bucket_size, DeepSpeed,
+# deepspeed/runtime/zero/config.py at 1b88ac36.
+GATHER_BUCKET_PARAMETERS = 5e7
+REDUCE_BUCKET_PARAMETERS = 5e8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ranks of a place: tensor-parallel ranks are neighbours, then data-parallel replicas, then pipeline stages.
+
+    That is Megatron-LM's default order (tp-cp-ep-dp-pp).
+    """
+
+    ranks: tuple[int, ...]
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.ranks) % (self.tensor_parallel * self.pipeline_parallel):
+            raise InputError(
+                f"{len(self.ranks)} ranks cannot be split in replicas of tensor_parallel {self.tensor_parallel} x "
+                f"pipeline_parallel {self.pipeline_parallel}"
+            )
+
+    @classmethod
+    def of(cls, ranks: Sequence[int], use: ModelUse) -> Layout:
+        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel)
+
+    @property
+    def replicas(self) -> int:
+        return len(self.ranks) // (self.tensor_parallel * self.pipeline_parallel)
+
+    @cached_property
+    def grid(self) -> np.ndarray:
+        """Ranks by (stage, replica, shard)."""
+        return np.array(self.ranks).reshape(self.pipeline_parallel, self.replicas, self.tensor_parallel)
+
+    @cached_property
+    def tensor_groups(self) -> tuple[tuple[int, ...], ...]:
+        return _groups(self.grid.reshape(-1, self.tensor_parallel))
+
+    @cached_property
+    def data_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that hold the same shard of the weights, one of every replica."""
+        return _groups(self.grid.transpose(0, 2, 1).reshape(-1, self.replicas))
+
+    @cached_property
+    def hops(self) -> tuple[tuple[int, ...], ...]:
+        """(source, destination) of the activations between neighbouring stages."""
+        return _groups(np.stack([self.grid[:-1].ravel(), self.grid[1:].ravel()], axis=-1))
+
+    @property
+    def single_ranks(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((rank,) for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What offloaded work shares: memory bandwidth of a node and how many ranks of this place are on it."""
+
+    memory_bytes_per_second: float
+    ranks_per_node: int
+
+
+def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
+    """Token counts, shape (replicas, micro-batches, samples), filled up with zeros.
+
+    Every replica has a first micro-batch; uneven numbers are filled up with empty ones.
+    """
+    count = max(1, max((-(-len(own) // samples) for own in lengths), default=1))
+    batches = np.zeros((len(lengths), count, samples))
+    for batch, own in zip(batches, lengths, strict=True):
+        batch.reshape(-1)[: len(own)] = own
+    return batches
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def score_program(
+    use: ModelUse, lengths: Lengths, layout: Layout, operators: Operators, *, head: Head = "lm"
+) -> list[Segment]:
+    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values."""
+    work = _Work(use, micro_batches(lengths, use.score_micro_batch_samples), layout, operators, head)
+    load = _load_parameters(use, work, head)
+    if use.pipeline_parallel > 1 and operators.effects.efficiency:
+        return [*load, work.pipeline("forward", backward=False)]
+    layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.tensor_forward())
+    ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
+    zero3 = use.zero_stage == 3
+    return [*load, work.segment("forward", [layers, ends], overlapped=zero3, lockstep=zero3)]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train_program(
+    use: ModelUse,
+    lengths: Lengths,
+    layout: Layout,
+    operators: Operators,
+    *,
+    head: Head = "lm",
+    host: Host | None = None,
+) -> list[Segment]:
+    """One minibatch: forward, recomputation and backward of every micro-batch, gradient reduction, optimizer step.
+
+    ZeRO-3 gathers a layer's weights for the forward, and once more for recomputation and backward, which share it:
+    DeepSpeed keeps what is used again within `stage3_max_reuse_distance` (1e9 parameters by default; deepspeed/runtime/
+    zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
+    backward. Gradients are reduced in the model's precision.
+    Reductions hide behind the backward where a replica is one rank (DeepSpeed with overlap_comm, DDP, FSDP); with tensor
+    or pipeline parallelism they come after the last one (Megatron-LM without --overlap-grad-reduce, its default).
+    ZeRO-2 is ZeRO-1 there.
+    `host` is needed for an offloaded optimizer.
+    """
+    work = _Work(use, micro_batches(lengths, use.micro_batch_samples), layout, operators, head)
+    program = _load_parameters(use, work, head)
+    if use.pipeline_parallel > 1 and operators.effects.efficiency:
+        program += [work.pipeline("forward_backward", backward=True), *work.reduction_after()]
+    elif use.zero_stage == 3:
+        program.append(work.segment("forward_backward", work.passes_zero3(), overlapped=True, lockstep=True))
+    elif use.ranks_per_replica > 1:
+        program += [work.segment("forward_backward", work.passes(reduced=None)), *work.reduction_after()]
+    elif use.zero_stage == 2:
+        program += [
+            one.segment("forward_backward", one.passes(reduced=0), overlapped=True) for one in work.one_by_one()
+        ]
+    else:
+        program.append(work.segment("forward_backward", work.passes(reduced=0), overlapped=True))
+    return program + _optimizer_program(use, work, host)
+
+
+def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Segment]:
+    """Adam on this rank's share (on the GPU or the host), and the gather of updated weights under ZeRO-1 and 2."""
+    trained, width = work.trained_rank_parameters(), use.bytes_per_parameter
+    share = trained / work.layout.replicas if use.zero_stage else trained
+    if use.offload_optimizer and work.operators.effects.sync:
+        if host is None:
+            raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
+        single = work.layout.single_ranks
+        adam = work.operators.optimizer_step_host(use, share, host.memory_bytes_per_second, host.ranks_per_node)
+        program = [
+            work.transfer_only("gradients_to_host", Transfer("to_host", single, share * width)),
+            work.constant("optimizer", adam, "host"),
+            work.transfer_only("weights_from_host", Transfer("from_host", single, share * width)),
+        ]
+    else:
+        program = [work.uniform("optimizer", work.operators.optimizer_step(use, share))]
+    if use.zero_stage in (1, 2) and work.layout.replicas > 1:
+        gather = work.collective("all_gather", trained * width, _messages(trained, REDUCE_BUCKET_PARAMETERS))
+        program.append(work.transfer_only("gather_weights", gather))
+    return program
+
+
+def _load_parameters(use: ModelUse, work: _Work, head: Head) -> list[Segment]:
+    """Offloaded weights come from the host before the pass; under ZeRO-3 they come with each gather instead."""
+    if not use.offload_parameters or use.zero_stage == 3 or not work.operators.effects.sync:
+        return []
+    held = _largest_stage(use, head) * use.bytes_per_parameter
+    return [work.transfer_only("weights_from_host", Transfer("from_host", work.layout.single_ranks, held))]
+
+
+# --- weights between copies ------------------------------------------------------------------------------------------
+
+
+def sync_program(
+    use: ModelUse,
+    source: Layout,
+    destination: Layout,
+    operators: Operators,
+    *,
+    method: SyncMethod,
+    bucket_bytes: float,
+    head: Head = "lm",
+) -> list[Segment]:
+    """Weights (only LoRA's factors, with LoRA) from the trained copy to `destination`, every replica of which gets all.
+
+    p2p: one destination replica after the other, blocking sends between the ranks whose shards overlap; replicas x
+        weights on the wire. broadcast: every source shard once to all ranks that need any of it (they keep their part).
+    reshard: the same GPUs change from the training layout to the destination's by all-gathers.
+    A ZeRO-3 source first gathers what it sends. With `effects.sync` off there is nothing to do: an empty program.
+    """
+    if not operators.effects.sync:
+        return []
+    if destination.pipeline_parallel > 1:
+        raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
+    spec = use.shape
+    count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
+    total = float(count * use.bytes_per_parameter)
+    if method == "reshard":
+        transfers = [_reshard(use, source, destination, total)]
+    elif method == "broadcast":
+        transfers = [_broadcast(source, destination, total, bucket_bytes)]
+    else:
+        transfers = [_sends(source, replica, total, bucket_bytes) for replica in range_replicas(destination)]
+    if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
+        gather = Transfer("all_gather", (source.ranks,), total, _messages(total, bucket_bytes))
+        transfers = [gather, *transfers]
+    return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None]
+
+
+def range_replicas(layout: Layout) -> list[Layout]:
+    """Each replica of a layout as one of its own."""
+    return [
+        Layout(tuple(map(int, layout.grid[:, r].ravel())), layout.tensor_parallel, layout.pipeline_parallel)
+        for r in range(layout.replicas)
+    ]
+
+
+def _shards(source: Layout, destination: Layout) -> list[tuple[int, list[int]]]:
+    """Of each rank of the first source replica: the ranks of a destination replica with overlapping shards."""
+    s, d = source.tensor_parallel, destination.tensor_parallel
+    pairs = []
+    for stage in source.grid[:, 0]:
+        for i, rank in enumerate(stage):
+            shards = range(i * d // s, -(-(i + 1) * d // s))
+            pairs.append((int(rank), [int(r) for r in destination.grid[:, :, list(shards)].ravel()]))
+    return pairs
+
+
+def _sends(source: Layout, replica: Layout, total: float, bucket_bytes: float) -> Transfer:
+    """All pairs of overlapping shards at once, blocking bucket by bucket (pairs of one rank share its links)."""
+    pairs = tuple((rank, other) for rank, others in _shards(source, replica) for other in others)
+    payload = total / len(pairs)
+    return Transfer("send", pairs, payload, _messages(payload, bucket_bytes))
+
+
+def _broadcast(source: Layout, destination: Layout, total: float, bucket_bytes: float) -> Transfer:
+    groups = tuple((rank, *others) for rank, others in _shards(source, destination))
+    payload = total / len(groups)
+    return Transfer("broadcast", groups, payload, _messages(payload, bucket_bytes))
+
+
+def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -> Transfer | None:
+    """ZeRO-3: every rank gathers all weights, layer by layer, and keeps its part (DeepSpeed's hybrid engine, FSDP).
+
+    Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
+    """
+    if use.zero_stage == 3:
+        if len(source.ranks) == 1:
+            return None
+        return Transfer("all_gather", (source.ranks,), total, float(use.shape.layers))
+    size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
+    if size <= 1:
+        return None
+    by_replica = source.grid.transpose(1, 2, 0).reshape(-1, size)
+    return Transfer("all_gather", _groups(by_replica), total / destination.tensor_parallel, float(use.shape.layers))
+
+
+def controller_program(moved_bytes: float, operators: Operators, replicas: int = 1) -> list[Segment]:
+    """A single controller serialises what it hands out and collects, one worker after the other; none without one."""
+    overheads = operators.overheads
+    if overheads.controller_bytes_per_second is None or operators.ideal:
+        return []
+    seconds = moved_bytes / overheads.controller_bytes_per_second + overheads.controller_call_seconds
+    return [Segment("controller", np.full((replicas, 1), seconds), bound={"host": seconds})]
+
+
+# --- building segments -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Work that every micro-batch repeats so many times, and its transfers (payloads per micro-batch)."""
+
+    time: OperatorTime
+    repeats: float
+    transfers: tuple[Transfer, ...] = ()
+
+
+class _Work:
+    """The micro-batches of one place: operator times of shape (replicas, micro-batches), and their transfers."""
+
+    def __init__(self, use: ModelUse, batches: np.ndarray, layout: Layout, operators: Operators, head: Head) -> None:
+        self.use, self.batches, self.layout, self.operators, self.head = use, batches, layout, operators, head
+        self.tokens = batches.sum(axis=-1)
+        self.trainable: Literal["all", "lora"] = "lora" if use.lora_rank else "all"
+        self.trained_layers = use.trainable_layers or use.shape.layers
+
+    def one_by_one(self) -> list[_Work]:
+        """Each micro-batch alone."""
+        count = self.batches.shape[1]
+        return [
+            _Work(self.use, self.batches[:, k : k + 1], self.layout, self.operators, self.head) for k in range(count)
+        ]
+
+    # Operator times.
+
+    def layer_forward(self) -> OperatorTime:
+        t, ops = self.use.tensor_parallel, self.operators
+        time = ops.layer_forward(self.use, self.tokens, t) + ops.attention_prefill(self.use, self.batches, t)
+        return ops.with_launches(time)
+
+    def layer_backward(self) -> OperatorTime:
+        """Backward of a trained layer, after what has to be computed again."""
+        t, ops, use = self.use.tensor_parallel, self.operators, self.use
+        attention = ops.attention_prefill(use, self.batches, t, backward=True)
+        time = ops.with_launches(ops.layer_backward(use, self.tokens, t, self.trainable) + attention, 2.0)
+        if use.recompute == "full":
+            return time + self.layer_forward()
+        if use.recompute == "selective":
+            return time + ops.attention_prefill(use, self.batches, t)
+        return time
+
+    def embedding(self) -> OperatorTime:
+        return self.operators.embedding(self.use, self.tokens)
+
+    def head_forward(self) -> OperatorTime:
+        return self.operators.head_forward(self.use, self.tokens, self.use.tensor_parallel, self.head)
+
+    def head_backward(self) -> OperatorTime:
+        trained = self.trainable == "all"
+        return self.operators.head_backward(self.use, self.tokens, self.use.tensor_parallel, self.head, trained=trained)
+
+    def ends_forward(self) -> OperatorTime:
+        return self.embedding() + self.head_forward()
+
+    def ends_backward(self) -> OperatorTime:
+        trains_all = self.trainable == "all" and self.trained_layers == self.use.shape.layers
+        return self.head_backward() + (self.embedding() if trains_all else NO_TIME)
+
+    # Parameters.
+
+    def trained_layer_parameters(self) -> float:
+        """Of one layer on one rank."""
+        spec, t = self.use.shape, self.use.tensor_parallel
+        return lora_parameters(spec, self.use.lora_rank, 1) / t if self.use.lora_rank else layer_parameters(spec, t)
+
+    def trained_end_parameters(self) -> float:
+        """Embedding and head on one rank; neither with LoRA, only the head with the lower layers frozen."""
+        if self.use.lora_rank:
+            return 0.0
+        spec, t = self.use.shape, self.use.tensor_parallel
+        head = head_parameters(spec, self.head, t)
+        return head + (embedding_parameters(spec, t) if self.trained_layers == spec.layers else 0)
+
+    def trained_rank_parameters(self) -> float:
+        """On the fullest pipeline stage."""
+        layers = min(self.trained_layers, self.use.shape.layers // self.use.pipeline_parallel)
+        return layers * self.trained_layer_parameters() + self.trained_end_parameters()
+
+    # Transfers.
+
+    def gathers_layer(self) -> tuple[Transfer, ...]:
+        return self._gathers(layer_parameters(self.use.shape))
+
+    def gathers_ends(self) -> tuple[Transfer, ...]:
+        return self._gathers(embedding_parameters(self.use.shape) + head_parameters(self.use.shape, self.head))
+
+    def _gathers(self, count: float) -> tuple[Transfer, ...]:
+        """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first."""
+        if self.use.zero_stage != 3:
+            return ()
+        payload, messages, ranks = (
+            count * self.use.bytes_per_parameter,
+            _messages(count, GATHER_BUCKET_PARAMETERS),
+            self.layout.ranks,
+        )
+        load = ()
+        if self.use.offload_parameters and self.operators.effects.sync:
+            load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages),)
+        return load + ((Transfer("all_gather", (ranks,), payload, messages),) if len(ranks) > 1 else ())
+
+    def reduces(self, count: float) -> tuple[Transfer, ...]:
+        """The gradients of `count` parameters, over the data-parallel ranks."""
+        if self.layout.replicas == 1 or count == 0:
+            return ()
+        op: Op = "reduce_scatter" if self.use.zero_stage else "all_reduce"
+        messages = _messages(count, REDUCE_BUCKET_PARAMETERS) if self.use.zero_stage < 3 else 1.0
+        return (self.collective(op, count * self.use.bytes_per_parameter, messages),)
+
+    def collective(self, op: Op, payload: Numbers, messages: Numbers) -> Transfer:
+        return Transfer(op, self.layout.data_groups, payload, messages)
+
+    def tensor_forward(self, collectives: int = 2) -> tuple[Transfer, ...]:
+        """The collectives of one layer's forward over activations, after attention and after the MLP.
+
+        All-reduces, or all-gather and reduce-scatter with sequence parallelism (Korthikanti et al., "Reducing
+        Activation Recomputation in Large Transformer Models", 2022, section 4.2.2). The backward has as many; the
+        all-gather that it adds hides behind a product there.
+        """
+        if self.use.tensor_parallel == 1:
+            return ()
+        payload = collectives * self.tokens.mean(axis=0) * self.use.shape.hidden * self.use.bytes_per_parameter
+        ops: tuple[Op, ...] = ("all_gather", "reduce_scatter") if self.use.sequence_parallel else ("all_reduce",)
+        return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives) for op in ops)
+
+    def tensor_backward(self) -> tuple[Transfer, ...]:
+        """With full recomputation the forward's collectives are repeated too."""
+        return self.tensor_forward(4 if self.use.recompute == "full" else 2)
+
+    def tensor_ends(self) -> tuple[Transfer, ...]:
+        """Vocabulary-parallel embedding (forward) or head (backward): one collective over activations."""
+        return self.tensor_forward(1)
+
+    # Passes of training: parts in the order backward of layers, forward of layers, ends.
+
+    def passes(self, reduced: int | None) -> list[_Part]:
+        """Forward and backward with full weights; gradients are reduced in micro-batch `reduced` (None: not here).
+
+        The micro-batch before the optimizer step may be taken to be the first one, which every replica has.
+        """
+        layers, spec = self.trained_layers, self.use.shape
+        reduce_layer = reduce_ends = ()
+        if reduced is not None:
+            reduce_layer = self._only_in(reduced, self.reduces(self.trained_layer_parameters()))
+            reduce_ends = self._only_in(reduced, self.reduces(self.trained_end_parameters()))
+        return [
+            _Part(self.layer_backward(), layers, reduce_layer + self.tensor_backward()),
+            _Part(self.layer_forward(), spec.layers, self.tensor_forward()),
+            _Part(self.ends_forward(), 1, self.tensor_ends()),
+            _Part(self.ends_backward(), 1, reduce_ends + self.tensor_ends()),
+        ]
+
+    def passes_zero3(self) -> list[_Part]:
+        """Forward and backward with weights gathered for each, gradients reduced at every backward."""
+        gather, gather_ends = self.gathers_layer(), self.gathers_ends()
+        return [
+            _Part(self.layer_forward(), self.use.shape.layers, gather),
+            _Part(self.layer_backward(), self.trained_layers, gather + self.reduces(self.trained_layer_parameters())),
+            _Part(self.ends_forward(), 1, gather_ends),
+            _Part(self.ends_backward(), 1, self.reduces(self.trained_end_parameters())),
+        ]
+
+    def _only_in(self, micro_batch: int, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+        chosen = np.zeros(self.batches.shape[1])
+        chosen[micro_batch] = 1.0
+        return tuple(Transfer(t.op, t.groups, t.payload_bytes * chosen, t.messages * chosen) for t in transfers)
+
+    def reduction_after(self) -> list[Segment]:
+        """The reduction of all gradients once the last backward has ended."""
+        return [self.transfer_only("reduce_gradients", t) for t in self.reduces(self.trained_rank_parameters())]
+
+    # Segments.
+
+    def segment(
+        self, label: str, parts: Sequence[_Part], *, overlapped: bool = False, lockstep: bool = False
+    ) -> Segment:
+        """All micro-batches of all parts; the kinds are part by part, micro-batch by micro-batch."""
+        count = self.batches.shape[1]
+        compute = np.concatenate([self._spread(part.time.seconds) for part in parts], axis=1)
+        # Only without bubbles does a pipeline come here: its stages then share the work evenly.
+        stages = self.use.pipeline_parallel
+        repeats = np.repeat([part.repeats / stages for part in parts], count)
+        bound: dict[str, float] = {}
+        for part in parts:
+            _add_bound(bound, part.time, part.repeats / stages, len(self.batches))
+        transfers = _merge([part.transfers for part in parts], count)
+        return Segment(label, compute, repeats, transfers, int(overlapped), lockstep, bound)
+
+    def _spread(self, seconds: Numbers) -> np.ndarray:
+        """Seconds as (replicas, micro-batches); without imbalance every replica has the mean."""
+        seconds = np.broadcast_to(np.asarray(seconds, dtype=float), self.tokens.shape)
+        if self.operators.ideal:
+            seconds = np.broadcast_to(seconds.mean(axis=0), seconds.shape)
+        return seconds
+
+    def uniform(self, label: str, time: OperatorTime) -> Segment:
+        """The same on every replica."""
+        bound: dict[str, float] = {}
+        _add_bound(bound, time, 1, 1)
+        return Segment(label, np.full((len(self.batches), 1), float(time.seconds)), bound=bound)
+
+    def constant(self, label: str, seconds: float, limit: str) -> Segment:
+        return Segment(label, np.full((len(self.batches), 1), seconds), bound={limit: seconds})
+
+    def transfer_only(self, label: str, transfer: Transfer) -> Segment:
+        return Segment(label, np.zeros((len(self.batches), 1)), transfers=(transfer,))
+
+    def pipeline(self, label: str, *, backward: bool) -> PipelineSegment:
+        """1F1B over the pipeline stages; layers are split evenly, embedding and head are at the two ends."""
+        use, spec = self.use, self.use.shape
+        stages, virtual = use.pipeline_parallel, use.pipeline_parallel * use.pipeline_chunks
+        if spec.layers % virtual:
+            raise InputError(
+                f"{spec.layers} layers cannot be split evenly in {stages} stages x {use.pipeline_chunks} chunks",
+                field="pipeline_chunks",
+            )
+        each = spec.layers // virtual
+        layer, embedding, head = self.layer_forward(), self.embedding(), self.head_forward()
+        forward = _stack([layer * each] * virtual, first=embedding, last=head)
+        trained = [max(0, min(each, (v + 1) * each - (spec.layers - self.trained_layers))) for v in range(virtual)]
+        back = None
+        times = [(layer, spec.layers), (embedding, 1), (head, 1)]
+        if backward:
+            layer_back, head_back = self.layer_backward(), self.head_backward()
+            back = _stack([layer_back * n for n in trained], first=NO_TIME, last=head_back)
+            times += [(layer_back, self.trained_layers), (head_back, 1)]
+        busy = (forward.sum(axis=0) + (back.sum(axis=0) if back is not None else 0.0)).T / stages
+        bound: dict[str, float] = {}
+        for time, repeats in times:
+            _add_bound(bound, time, repeats / stages, len(self.batches))
+        per_stage = each * use.pipeline_chunks
+        forward_transfers = tuple(_scaled(t, per_stage) for t in self.tensor_forward())
+        back_transfers = tuple(_scaled(t, per_stage) for t in self.tensor_backward()) if backward else ()
+        hop_bytes = self.tokens.mean(axis=0) * spec.hidden * use.bytes_per_parameter
+        hop = Transfer("send", self.layout.hops, hop_bytes / (use.tensor_parallel if use.sequence_parallel else 1))
+        return PipelineSegment(
+            label,
+            busy,
+            np.ones(self.batches.shape[1]),
+            (*forward_transfers, *back_transfers, hop),
+            bound=bound,
+            stages=stages,
+            forward_seconds=forward,
+            backward_seconds=back,
+            roles=("forward",) * len(forward_transfers) + ("backward",) * len(back_transfers) + ("hop",),
+        )
+
+
+def _stack(times: list[OperatorTime], first: OperatorTime, last: OperatorTime) -> np.ndarray:
+    """Seconds by (virtual stage, micro-batch, replica)."""
+    times = [times[0] + first, *times[1:]]
+    times = [*times[:-1], times[-1] + last]
+    return np.stack([np.asarray(t.seconds).T for t in times])
+
+
+def _scaled(transfer: Transfer, factor: float) -> Transfer:
+    return Transfer(transfer.op, transfer.groups, transfer.payload_bytes * factor, transfer.messages * factor)
+
+
+def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple[Transfer, ...]:
+    """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none)."""
+    merged: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+    for p, transfers in enumerate(by_part):
+        own = slice(p * micro_batch_count, (p + 1) * micro_batch_count)
+        for t in transfers:
+            kinds = len(by_part) * micro_batch_count
+            payload, messages = merged.setdefault((t.op, t.groups), (np.zeros(kinds), np.zeros(kinds)))
+            payload[own] += t.payload_bytes
+            messages[own] += t.messages
+    return tuple(Transfer(op, groups, payload, messages) for (op, groups), (payload, messages) in merged.items())
+
+
+def _transfer_segment(label: str, transfer: Transfer) -> Segment:
+    return Segment(label, np.zeros((1, 1)), transfers=(transfer,))
+
+
+def _add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, replicas: int) -> None:
+    """Adds the seconds of all micro-batches by limit, mean over replicas."""
+    for limit, part in zip(("flops", "hbm", "launch"), time.parts[1:], strict=True):
+        bound[limit] = bound.get(limit, 0.0) + float(np.sum(part)) * repeats / replicas
+
+
+def _largest_stage(use: ModelUse, head: Head) -> int:
+    """Parameters on a rank of the fullest pipeline stage."""
+    p = use.pipeline_parallel
+    return max(
+        rank_parameters(use.shape, head, tensor_parallel=use.tensor_parallel, pipeline_parallel=p, stage=stage)
+        for stage in {0, p - 1}
+    )
+
+
+def _messages(amount: float, bucket: float) -> float:
+    return float(max(1, np.ceil(amount / bucket)))
+
+
+def _groups(ranks: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, group)) for group in ranks)

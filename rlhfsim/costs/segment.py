@@ -1,0 +1,100 @@
+"""What a firing costs: segments, each some repeats of compute and transfers. Never plain seconds.
+
+A cost says how much work there is; how long its transfers take depends on who else uses the links at that time, and
+only the simulator knows that. A segment ends where the ranks of a place meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Op = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "to_host", "from_host"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective or copy, run by every group of `groups` at the same time.
+
+    op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks.
+    payload_bytes: of one group and one repeat: what every rank holds after an all_gather or all_reduce or broadcast,
+        the input of a reduce_scatter, what one rank gives away in an all_to_all, the message of a send or copy.
+        A number, or an array over the kinds of repeats of its segment.
+    messages: how many separate calls that payload is cut into (each pays the latency).
+    """
+
+    op: Op
+    groups: tuple[tuple[int, ...], ...]
+    payload_bytes: float | np.ndarray
+    messages: float = 1.0
+
+
+class Route(NamedTuple):
+    """How a transfer loads the cluster: made by `rlhfsim.cluster`.
+
+    usage: link name -> bytes on that link per payload byte (all groups together).
+    latency_seconds: of one call. exponent: seconds = (latency^p + (bytes/rate)^p)^(1/p).
+    """
+
+    usage: dict[str, float]
+    latency_seconds: float
+    exponent: float
+
+
+class Elapsed(NamedTuple):
+    """Seconds of a segment, and where they go for each replica (arrays of equal length, one entry a replica)."""
+
+    seconds: float
+    compute: np.ndarray
+    communication: np.ndarray  # exposed only
+    peers: np.ndarray  # waiting for the slowest
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`repeats` rounds of compute and transfers between two meetings of a place's replicas.
+
+    compute_seconds: shape (replicas, kinds): seconds of one repeat on each replica; repeats: shape (kinds,).
+    prefetch: 0: transfers block; otherwise they run ahead of (or behind) the compute by that many repeats, on the
+        communication stream, so that a repeat takes max(compute, transfer) after the first.
+    lockstep: replicas meet at every repeat (a collective over all of them), not only at the end.
+    bound: seconds of `compute_seconds` by what limits them {"flops", "hbm", "launch", "host", "pcie"}, summed over
+        repeats, mean over replicas.
+    """
+
+    label: str
+    compute_seconds: np.ndarray
+    repeats: np.ndarray = field(default_factory=lambda: np.ones(1))
+    transfers: tuple[Transfer, ...] = ()
+    prefetch: int = 0
+    lockstep: bool = False
+    bound: dict[str, float] = field(default_factory=dict)
+
+    def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
+        """Seconds when transfer j moves `rates[j]` payload bytes per second (inf: free)."""
+        transfer = np.zeros(len(self.repeats))
+        for t, route, rate in zip(self.transfers, routes, rates, strict=True):
+            transfer = transfer + transfer_seconds(t, route, rate)
+        compute = self.compute_seconds
+        round_seconds = np.maximum(compute, transfer) if self.prefetch else compute + transfer
+        own = round_seconds @ self.repeats
+        # With prefetch the first transfer has nothing to hide behind, and the last compute hides none.
+        fill = np.minimum(compute[:, 0], transfer[0]) if self.prefetch else np.zeros(len(compute))
+        own = own + fill
+        if self.lockstep:
+            total = float(round_seconds.max(axis=0) @ self.repeats + fill.max())
+        else:
+            total = float(own.max())
+        busy = compute @ self.repeats
+        return Elapsed(total, busy, own - busy, total - own)
+
+
+def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:
+    """Seconds of one repeat of a transfer at `rate` payload bytes per second, one entry per kind of repeat."""
+    wire = np.atleast_1d(np.asarray(transfer.payload_bytes, dtype=float)) / rate
+    latency = route.latency_seconds * transfer.messages
+    p = route.exponent
+    return (latency**p + wire**p) ** (1 / p)

@@ -1,0 +1,344 @@
+"""StageGraph: which stages an iteration has, what each needs, and what moves between them.
+
+The graph is the only description of a strategy. It knows ranks and order; it knows no clock, no byte and no process.
+
+Words. A *stage* runs in *places*: ranks that start and end together (a tensor-parallel engine, a ZeRO-3 domain).
+The batch of an iteration is cut in *lanes* (data-parallel pieces, spread over the places) and in *chunks* (pieces in
+time). A *firing* is one chunk of one stage on one place in one iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Literal, NamedTuple
+
+import networkx as nx
+
+Kind = Literal["generate", "score", "train", "sync", "swap"]
+Spread = Literal["each", "robin", "first"]
+
+ANY_PLACE = -1  # of a firing whose place is decided while it runs (spread "first")
+
+
+class Firing(NamedTuple):
+    """One chunk of one stage on one place in one iteration; firings sort by iteration first."""
+
+    iteration: int
+    stage: str
+    chunk: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What runs where, how often.
+
+    kind: generate | score | train | sync (weights move to another copy) | swap (a hand-over without work).
+    model: whose weights it uses (`actor`, `shadow_actor`, ...); target: whose weights a sync writes.
+    ranks: every rank that the stage uses; size: ranks per place. serves: the lanes that it handles.
+    chunks: pieces of the batch per epoch; epochs: passes over the batch.
+    spread: each: every place fires every chunk, on its own lanes | robin: chunk k runs on place k mod places |
+        first: the next chunk goes to whichever place is free.
+    loop: alternates chunk by chunk with this stage (edges that stream imply it).
+    order: the line of the strategy that named it: on a rank, stages run in this order.
+    """
+
+    name: str
+    kind: Kind
+    model: str
+    ranks: tuple[int, ...]
+    size: int
+    serves: range
+    chunks: int = 1
+    epochs: int = 1
+    spread: Spread = "each"
+    loop: str | None = None
+    target: str | None = None
+    order: int = 0
+
+    @property
+    def places(self) -> int:
+        return len(self.ranks) // self.size
+
+    @property
+    def firings(self) -> int:
+        """Firings per place and iteration (over all places for robin and first)."""
+        return self.chunks * self.epochs
+
+    def ranks_of(self, place: int) -> tuple[int, ...]:
+        return self.ranks[place * self.size : (place + 1) * self.size]
+
+    def lanes_of(self, place: int) -> range:
+        """The lanes that a firing on this place handles."""
+        if self.spread != "each":
+            return self.serves
+        per_place = len(self.serves) // self.places
+        return self.serves[place * per_place : (place + 1) * per_place]
+
+    def places_for(self, lanes: range, chunk: int) -> Iterable[int]:
+        """The places that hold any of `lanes` for this chunk."""
+        if self.spread == "first":
+            return (ANY_PLACE,)
+        if self.spread == "robin":
+            return (chunk % self.places,)
+        per_place = len(self.serves) // self.places
+        shared = overlap(lanes, self.serves)
+        if not shared:
+            return ()
+        first, last = shared[0] - self.serves.start, shared[-1] - self.serves.start
+        return range(first // per_place, last // per_place + 1)
+
+    def home(self, lane: int, place: int) -> int:
+        """The rank of `place` that keeps `lane`."""
+        lanes = self.lanes_of(place)
+        return self.ranks_of(place)[(lane - lanes.start) * self.size // len(lanes)]
+
+    def all_places(self, chunk: int) -> Iterable[int]:
+        """The places on which this chunk fires."""
+        return self.places_for(self.serves, chunk)
+
+
+class Message(NamedTuple):
+    """One lane of a result on its way from a producer's rank to a consumer's."""
+
+    producer: Firing
+    consumer: str
+    place: int
+    lane: int
+    source: int
+    destination: int
+    fields: tuple[str, ...]
+
+
+def overlap(a: range, b: range) -> range:
+    """The common part of two ranges of step 1."""
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def earlier(f: Firing, count: int, stage: Stage) -> Firing:
+    """The firing `count` before `f` of the same stage (negative: after), across iterations."""
+    iterations, chunk = divmod(f.chunk - count, stage.firings)
+    place = chunk % stage.places if stage.spread == "robin" else f.place
+    return Firing(f.iteration + iterations, f.stage, chunk, place)
+
+
+def latest(firings: Iterable[Firing]) -> tuple[Firing, ...]:
+    """Of each stage and place the last: a place fires in order, so the last implies the others."""
+    last: dict[tuple[str, int], Firing] = {}
+    for f in firings:
+        key = f.stage, f.place
+        last[key] = max(f, last.get(key, f))
+    return tuple(last.values())
+
+
+def _memo(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember results in the graph itself, so that they go when the graph changes or is dropped."""
+
+    @wraps(method)
+    def remembered(self: StageGraph, *key: Any) -> Any:
+        cache = self._results.setdefault(method.__name__, {})
+        if key not in cache:
+            cache[key] = method(self, *key)
+        return cache[key]
+
+    return remembered
+
+
+class StageGraph(nx.DiGraph):
+    """Stages as nodes (attribute `stage`), uses of results as edges (attributes `lag`, `stream`, `capacity`, `carries`)."""
+
+    def __init__(self, incoming_graph_data: Any = None, *, lanes: int = 1, **attributes: Any) -> None:
+        super().__init__(incoming_graph_data, **attributes)
+        self.lanes = lanes
+        self._results: dict[str, dict[Any, Any]] = {}
+
+    # -- building -----------------------------------------------------------------------------------------
+
+    def stage(self, name: str, kind: Kind, model: str, ranks: Iterable[int], *, size: int | None = None,
+              serves: range | None = None, after: Iterable[str] = (), **more: Any) -> str:
+        """Add a stage; `size` defaults to all its ranks, `serves` to all lanes. Returns the name.
+
+        Raises ValueError where ranks are not whole places or lanes do not spread evenly over the places.
+        """
+        ranks = tuple(ranks)
+        if not ranks:
+            raise ValueError(f"stage {name}: it has no ranks")
+        if len(set(ranks)) != len(ranks):
+            raise ValueError(f"stage {name}: a rank is named twice in {list(ranks)}")
+        size = size or len(ranks)
+        if len(ranks) % size:
+            raise ValueError(f"stage {name}: {len(ranks)} ranks do not divide into places of {size}")
+        serves = range(self.lanes) if serves is None else serves
+        stage = Stage(name, kind, model, ranks, size, serves, order=len(self), **more)
+        if stage.spread == "each" and len(serves) % stage.places:
+            raise ValueError(f"stage {name}: {len(serves)} lanes do not spread over {stage.places} places")
+        self.add_node(name, stage=stage)
+        for source in after:
+            self.link(source, name)
+        self._results.clear()
+        return name
+
+    def link(self, u: str, v: str, *, lag: int = 0, stream: bool = False, capacity: int | None = None,
+             carries: tuple[str, ...] = ()) -> None:
+        """v needs u's output of `lag` iterations ago: all of it, or (stream) the chunks and lanes that it handles.
+
+        capacity: how many chunks may lie on the edge, sent and not taken (back-pressure); None: any number.
+        carries: the fields that move along the edge.
+        """
+        for name in (u, v):
+            if name not in self:
+                raise ValueError(f"link {u} -> {v}: there is no stage {name!r}")
+        self.add_edge(u, v, lag=lag, stream=stream, capacity=capacity, carries=tuple(carries))
+        self._results.clear()
+
+    def at(self, name: str) -> Stage:
+        return self.nodes[name]["stage"]
+
+    def stages(self) -> list[Stage]:
+        return [stage for _, stage in self.nodes(data="stage")]
+
+    def ranks(self, f: Firing) -> tuple[int, ...]:
+        return self.at(f.stage).ranks_of(f.place)
+
+    # -- what must be done first --------------------------------------------------------------------------
+
+    @staticmethod
+    def _chunks_used(u: Stage, v: Stage, chunk: int) -> range:
+        """The chunks of u that chunk `chunk` of v overlaps, whatever the two counts."""
+        if u.epochs == v.epochs:
+            mine, of, theirs = chunk, v.firings, u.firings
+        else:  # every epoch of v reads the same batch again
+            mine, of, theirs = chunk % v.chunks, v.chunks, u.chunks
+        return range(mine * theirs // of, -(-(mine + 1) * theirs // of))
+
+    def _sources(self, f: Firing, u: str, edge: dict[str, Any], *, data: bool = False) -> Iterator[Firing]:
+        """Firings of u that f waits for along an edge; with `data`, those whose output it uses."""
+        producer, consumer, iteration = self.at(u), self.at(f.stage), f.iteration - edge["lag"]
+        if edge["stream"] or data:
+            lanes = consumer.lanes_of(f.place)
+            for chunk in self._chunks_used(producer, consumer, f.chunk):
+                for place in producer.places_for(lanes, chunk):
+                    yield Firing(iteration, u, chunk, place)
+        else:  # a barrier: places fire in order, so the last chunk of each place says that all are done
+            last = producer.firings - 1
+            for chunk in (last,) if producer.spread == "each" else range(producer.firings):
+                for place in producer.all_places(chunk):
+                    yield Firing(iteration, u, chunk, place)
+
+    # Back-pressure, written as needs: a maker hands its result over to all consumers at once, then holds nothing.
+
+    @_memo
+    def _handed(self, g: Firing) -> tuple[Firing, ...]:
+        """What is done when g's result lies on all its bounded edges."""
+        producer, done = self.at(g.stage), [g]
+        for _, v, edge in self.out_edges(g.stage, data=True):
+            if edge["capacity"] is not None:
+                makers = 1 if producer.spread == "each" else producer.places
+                done += self._taken(g.stage, v, earlier(g, edge["capacity"] * makers, producer))
+        return latest(done)
+
+    @_memo
+    def _taken(self, u: str, v: str, g: Firing) -> tuple[Firing, ...]:
+        """What is done when v has come for g: v's firing before, and what v receives earlier in the same firing."""
+        producer, consumer = self.at(u), self.at(v)
+        chunk = g.chunk * consumer.chunks // producer.chunks
+        if g.iteration < -1 or chunk >= consumer.chunks:  # later epochs take nothing
+            return ()
+        done: list[Firing] = []
+        for place in consumer.places_for(producer.lanes_of(g.place), chunk):
+            f = Firing(g.iteration, v, chunk, place)
+            done += self._handed(earlier(f, 1, consumer))
+            for w, _, edge in self.in_edges(v, data=True):
+                if w == u:
+                    break
+                if edge["capacity"] is not None:
+                    for source in self._sources(f, w, edge):
+                        done += self._handed(source)
+        return latest(done)
+
+    @_memo
+    def _needs(self, stage: str, chunk: int, place: int) -> tuple[Firing, ...]:
+        f, consumer = Firing(0, stage, chunk, place), self.at(stage)
+        needed: list[Firing] = []
+        for u, _, edge in self.in_edges(stage, data=True):
+            bounded = edge["capacity"] is not None and chunk < consumer.chunks
+            for source in self._sources(f, u, edge):
+                needed += self._handed(source) if bounded else (source,)
+        if any(edge["capacity"] is not None for *_, edge in self.out_edges(stage, data=True)):
+            needed += self._handed(earlier(f, 1 if consumer.spread == "each" else consumer.places, consumer))
+        return latest(n for n in needed if n != f)
+
+    def needs(self, f: Firing) -> list[Firing]:
+        """All firings that must be done before f may start."""
+        return [n._replace(iteration=n.iteration + f.iteration) for n in self._needs(f.stage, f.chunk, f.place)
+                if n.iteration + f.iteration >= 0]
+
+    # -- what moves ---------------------------------------------------------------------------------------
+
+    def sends(self, f: Firing, place: int | None = None) -> Iterator[Message]:
+        """What leaves when f is done; `place` is where f ran if its own place was decided late (spread "first")."""
+        producer = self.at(f.stage)
+        where = f.place if place is None else place
+        for _, v, edge in self.out_edges(f.stage, data=True):
+            if not edge["carries"]:
+                continue
+            consumer = self.at(v)
+            for chunk in self._chunks_reached(producer, consumer, f.chunk):
+                for lane in overlap(producer.lanes_of(where), consumer.serves):
+                    for p in consumer.places_for(range(lane, lane + 1), chunk):
+                        yield Message(f, v, p, lane, producer.home(lane, where), consumer.home(lane, p), edge["carries"])
+
+    def receives(self, f: Firing) -> Iterator[tuple[Firing, int, tuple[str, ...]]]:
+        """(producer firing, lane, fields) for everything that f must hold before it starts."""
+        consumer = self.at(f.stage)
+        for u, _, edge in self.in_edges(f.stage, data=True):
+            if not edge["carries"]:
+                continue
+            producer = self.at(u)
+            for g in self._sources(f, u, edge, data=True):
+                if g.iteration >= 0:
+                    for lane in overlap(consumer.lanes_of(f.place), producer.lanes_of(g.place)):
+                        yield g, lane, edge["carries"]
+
+    def _chunks_reached(self, u: Stage, v: Stage, chunk: int) -> Iterable[int]:
+        """The first-epoch chunks of v that use chunk `chunk` of u; later epochs find the data where it lies.
+
+        Where v's places do not depend on the chunk one message serves all; only round-robin needs each.
+        """
+        reached = [c for c in range(v.chunks) if chunk in self._chunks_used(u, v, c)] if v.spread == "robin" else [0]
+        return reached
+
+    # -- order --------------------------------------------------------------------------------------------
+
+    @_memo
+    def program(self) -> list[Firing]:
+        """One iteration in one global order; a rank's program is its part of it, and one order for all has no deadlock.
+
+        Stages that stream into each other form a loop and alternate chunk by chunk. Firings whose place is decided
+        late are not in it. Raises ValueError where a firing would need itself.
+        """
+        stages = {s.name: s for s in self.stages()}
+        together = nx.Graph()
+        together.add_nodes_from(stages)
+        together.add_edges_from((u, v) for u, v, e in self.edges(data=True) if e["stream"] and not e["lag"])
+        together.add_edges_from((s.name, s.loop) for s in stages.values() if s.loop)
+        loop_order = {name: min(stages[m].order for m in loop) for loop in nx.connected_components(together) for name in loop}
+
+        def key(f: Firing) -> tuple[float, ...]:
+            stage = stages[f.stage]
+            return loop_order[f.stage], (f.chunk + 1) / stage.chunks, stage.order, f.place
+
+        firings = nx.DiGraph()
+        for s in stages.values():
+            firings.add_nodes_from(Firing(0, s.name, c, p) for c in range(s.firings) for p in s.all_places(c))
+        for f in list(firings):
+            firings.add_edges_from((n, f) for n in self.needs(f) if n.iteration == 0 and n in firings)
+            before = f._replace(chunk=f.chunk - 1)
+            if before in firings:
+                firings.add_edge(before, f)
+        if not nx.is_directed_acyclic_graph(firings):
+            cycle = " -> ".join(f"{u.stage}[{u.chunk}]" for u, _ in nx.find_cycle(firings))
+            raise ValueError(f"a firing needs itself: {cycle}")
+        return [f for f in nx.lexicographical_topological_sort(firings, key) if f.place != ANY_PLACE]

@@ -1,0 +1,147 @@
+"""Who holds what where: the model copies of a strategy graph, how each is split, and what a stage therefore does.
+
+Between the graph (ranks and order) and the costs (bytes and seconds): nothing here knows a second.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module, resources
+from types import ModuleType
+from typing import Literal
+
+from .algorithms import Algorithm
+from .errors import InputError, nearest
+from .graph import StageGraph
+from .schedule import check
+from .slots import place_slots
+from .spec.scenario import ModelUse, Scenario
+from .strategies import Devices
+
+Purpose = Literal["train", "frozen", "generate"]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One copy of a model: what it is for, on which ranks, split how (`use`)."""
+
+    name: str
+    use: ModelUse
+    purpose: Purpose
+    ranks: tuple[int, ...]
+
+    @property
+    def replica(self) -> int:
+        return self.use.ranks_per_replica
+
+    @property
+    def data_parallel(self) -> int:
+        return len(self.ranks) // self.replica
+
+
+def strategy_names() -> list[str]:
+    return _names("rlhfsim.strategies")
+
+
+def algorithm_names() -> list[str]:
+    return _names("rlhfsim.algorithms")
+
+
+def _names(package: str) -> list[str]:
+    files = resources.files(package).iterdir()
+    return sorted(f.name.removesuffix(".py") for f in files if f.name.endswith(".py") and not f.name.startswith("_"))
+
+
+def _module(package: str, name: str, field: str) -> ModuleType:
+    if name not in (names := _names(package)):
+        raise InputError(f"there is no {name!r}{nearest(name, names)}", field=field)
+    return import_module(f"{package}.{name}")
+
+
+def algorithm_of(scenario: Scenario) -> Algorithm:
+    choice = scenario.algorithm
+    module = _module("rlhfsim.algorithms", choice.name, "algorithm.name")
+    return module.build(epochs=choice.epochs, minibatches=choice.minibatches,
+                        share_actor_critic=scenario.models.share_actor_critic)
+
+
+def devices_of(scenario: Scenario) -> Devices:
+    """The cluster's ranks, and how many must move together for each stage (`uses` decides by layout)."""
+    cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
+    owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
+    together = {stage: use.ranks_per_replica for stage, use in owners.items() if use.zero_stage < 3}
+    own_engine = generation.engine == "engine"
+    if own_engine or (generation.engine == "hybrid" and models.actor.zero_stage < 3):
+        together["gen"] = generation.tensor_parallel
+    replica = {"shadow_actor": generation.tensor_parallel, "actor": models.actor.ranks_per_replica,
+               "critic": models.critic.ranks_per_replica, "shadow_critic": models.critic.ranks_per_replica,
+               "reference": models.reference.ranks_per_replica, "reward": models.reward.ranks_per_replica}
+    return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
+
+
+def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
+    """The checked graph of the scenario's strategy, and notes for the user.
+
+    Raises InputError naming the option where the strategy's options are unknown or impossible.
+    """
+    name = scenario.strategy.name
+    module = _module("rlhfsim.strategies", name, "strategy.name")
+    options, notes = scenario.strategy.options, []
+    devices = devices_of(scenario)
+    if (slots := options.pop("slots", None)) is not None:
+        options, notes = _with_slots(name, slots, options, devices)
+    allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
+    for option in options:
+        if option not in allowed:
+            raise InputError(f"strategy {name!r} has no such option{nearest(option, [*allowed, 'slots'])}",
+                             field=f"strategy.{option}")
+    try:
+        return check(module.build(algorithm_of(scenario), devices, **options)), notes
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{error}", field=f"strategy ({name})") from error
+
+
+def _with_slots(name: str, slots: object, options: dict, devices: Devices) -> tuple[dict, list[str]]:
+    if not isinstance(slots, dict):
+        raise InputError(f"{slots!r} is no mapping of model to ratio", field="strategy.slots")
+    placed, notes = place_slots(slots, devices.ranks)
+    if name == "interleaved":
+        if not {"reference", "reward"} <= set(placed):
+            raise InputError("slots for 'initial' (the reference) and 'reward' are needed", field="strategy.slots")
+        owners = {"ref": list(placed["reference"]), "reward": list(placed["reward"])}
+        if len(placed.get("critic", devices.ranks)) < len(devices.ranks):
+            owners["values"] = list(placed["critic"])
+        return {**options, "owners": owners}, notes
+    if name == "disaggregated":
+        raise InputError("slots have no share for the shadow models; give strategy.split or strategy.ranks",
+                         field="strategy.slots")
+    if any(own != devices.ranks for own in placed.values()):
+        raise InputError(f"strategy {name!r} puts every model on every rank: all ratios must be 1", field="strategy.slots")
+    return options, notes
+
+
+def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
+    """Every copy of a model that the graph uses, by name (`actor`, `shadow_actor`, ...).
+
+    Raises InputError where a copy's ranks are no whole number of replicas.
+    """
+    models, found = scenario.models, {}
+    training = {s.model for s in graph.stages() if s.kind == "train"}
+    for stage in graph.stages():
+        if stage.kind in ("sync", "swap") or stage.model in found:
+            continue
+        role = stage.model.removeprefix("shadow_")
+        use: ModelUse = getattr(models, role)
+        purpose: Purpose = "train" if stage.model in training else "frozen"
+        if stage.model == "shadow_actor":
+            purpose = "generate"
+            use = use.model_copy(update={"zero_stage": 0, "pipeline_parallel": 1, "pipeline_chunks": 1, "offload_parameters": False,
+                                         "tensor_parallel": scenario.generation.tensor_parallel})
+        ranks = tuple(dict.fromkeys(r for s in graph.stages() if s.model == stage.model and s.kind not in ("sync", "swap")
+                                    for r in s.ranks))
+        if len(ranks) % use.ranks_per_replica:
+            raise InputError(f"{stage.model} has {len(ranks)} ranks, which do not divide into replicas of "
+                             f"{use.ranks_per_replica}", field=f"models.{role}.tensor_parallel")
+        found[stage.model] = Holding(stage.model, use, purpose, ranks)
+    return found

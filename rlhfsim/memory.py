@@ -1,0 +1,262 @@
+"""Bytes on one rank, in closed form: no simulation, no graph.
+
+A rank's memory is a sum of `Bytes`: `static_bytes` of every model that it holds, `working_bytes` of the one that runs,
+`engine_bytes` of an inference engine, and `reserved_bytes`. Counts are per rank, for the pipeline stage that is asked
+for; what a stage holds differs, so look at the first and the last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from .model import (
+    Head,
+    activation_bytes_per_token,
+    embedding_parameters,
+    head_parameters,
+    kv_bytes_per_token,
+    layer_parameters,
+    logits_bytes,
+    lora_parameters,
+    output_activation_bytes_per_token,
+    parameters,
+    rank_parameters,
+)
+from .spec.scenario import ModelUse, Overheads
+
+Held = Literal["train", "frozen"]
+
+# Adam in mixed precision: fp32 master weights and two fp32 moments, Rajbhandari et al., "ZeRO: Memory Optimizations
+# Toward Training Trillion Parameter Models", 2020, section 3.1. In fp32 the weights are the master.
+MASTER_BYTES, MOMENT_BYTES = 4, 8
+
+# Gradients wait in fp32 on the host for an offloaded Adam: 16 bytes a parameter with master and moments, as DeepSpeed's
+# estimate_zero2_model_states_mem_needs counts (deepspeed/runtime/zero/stage_1_and_2.py).
+HOST_GRADIENT_BYTES = 4
+
+# Peak while log-probabilities are taken from logits, in fp32 copies of the logits: (902 - 44) MB over 310 MB,
+# github.com/huggingface/trl issue 3678 (2025): H100, 2 x 256 tokens, vocabulary 151,665.
+LOGITS_COPIES = 2.77
+
+# Weights that ZeRO-3 keeps gathered at a time, prefetches and reduces at a time, in parameters: DeepSpeed's defaults of
+# stage3_max_live_parameters, stage3_prefetch_bucket_size, reduce_bucket_size (deepspeed/runtime/zero/config.py, 1b88ac36).
+LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
+
+# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers).
+REDUCE_BUCKETS = 2
+
+# CUDA context, NCCL buffers and allocator slack (unverified).
+RESERVED_BYTES = 1.5 * 2**30
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes on one rank by what they are for; `host` is host memory and no part of `total`."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    kv_cache: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    gathered: float = 0.0
+    engine: float = 0.0
+    buffers: float = 0.0
+    reserved: float = 0.0
+    host: float = 0.0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return sum(self.components.values())
+
+    @property
+    def components(self) -> dict[str, float]:
+        """The device's part by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "host"}
+
+
+# --- what rests on a rank --------------------------------------------------------------------------------------------
+
+
+def static_bytes(
+    use: ModelUse,
+    held: Held,
+    data_parallel: int,
+    *,
+    head: Head = "lm",
+    stage: int = 0,
+    stepped: bool = True,
+    running: bool = True,
+) -> Bytes:
+    """Weights, gradients and optimizer states of one model, sharded over `data_parallel` ranks by its ZeRO stage.
+
+    stepped: False before the first optimizer step, when Adam has no moments yet. running: False while offloaded weights
+    rest on the host (under ZeRO-3 they stay there, and only what is gathered is on the device).
+    """
+    width = use.bytes_per_parameter
+    weights = _weights(use, head, stage) * width / _sharded(use, 3, data_parallel)
+    on_device = not use.offload_parameters or (running and use.zero_stage < 3)
+    resting = Bytes(weights=weights if on_device else 0.0, host=weights if use.offload_parameters else 0.0)
+    if held == "frozen":
+        return resting
+    trained = trained_parameters(use, head, stage)
+    gradients = trained * width / _sharded(use, 2, data_parallel)
+    per_parameter = MOMENT_BYTES * stepped + (0 if use.precision == "fp32" else MASTER_BYTES)
+    share = trained / _sharded(use, 1, data_parallel)
+    if use.offload_optimizer:
+        return resting + Bytes(gradients=gradients, host=share * (per_parameter + HOST_GRADIENT_BYTES))
+    return resting + Bytes(gradients=gradients, optimizer=share * per_parameter)
+
+
+def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
+    """Parameters of a pipeline stage that have gradients: all, LoRA's factors, or the top layers and the head."""
+    spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
+    layers = _trained_layers(use, stage)
+    if use.lora_rank:
+        return lora_parameters(spec, use.lora_rank, layers) / t
+    if use.trainable_layers is None or use.trainable_layers == spec.layers:
+        return rank_parameters(spec, head, tensor_parallel=t, pipeline_parallel=p, stage=stage)
+    at_top = head_parameters(spec, head, t) if stage == p - 1 else 0
+    return layers * layer_parameters(spec, t) + at_top
+
+
+def engine_bytes(use: ModelUse, tensor_parallel: int, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
+    """An inference engine: its copy of the weights (unless it uses the resting ones) and a cache of `kv_tokens`."""
+    held = rank_parameters(use.shape, "lm", tensor_parallel=tensor_parallel) * use.bytes_per_parameter
+    per_token = kv_bytes_per_token(use.shape, use.bytes_per_parameter, tensor_parallel=tensor_parallel)
+    return Bytes(engine=held if own_weights else 0.0, kv_cache=per_token * kv_tokens)
+
+
+def reserved_bytes(overheads: Overheads) -> Bytes:
+    """What no tensor uses."""
+    given = overheads.reserved_bytes
+    return Bytes(reserved=RESERVED_BYTES if given is None else given)
+
+
+# --- what a phase needs besides --------------------------------------------------------------------------------------
+
+
+def training_bytes(
+    use: ModelUse,
+    data_parallel: int,
+    micro_batch_tokens: float,
+    sequence_tokens: float,
+    *,
+    head: Head = "lm",
+    stage: int = 0,
+    micro_batches: int = 1,
+) -> Bytes:
+    """Forward and backward of micro-batches of so many tokens in sequences of up to `sequence_tokens`.
+
+    Activations of trained layers are kept for all micro-batches in flight; with recomputation one layer is whole again
+    at a time. Buffers: gradients on their way to the other ranks.
+    """
+    spec, layers = use.shape, _trained_layers(use, stage)
+    per_layer = layers / use.pipeline_chunks
+    kept = micro_batch_tokens * _activation_bytes(use, sequence_tokens, use.recompute) * per_layer
+    activations = kept * chunks_in_flight(use, stage, micro_batches)
+    if use.recompute != "none":
+        activations += micro_batch_tokens * _activation_bytes(use, sequence_tokens, "none")
+    logits = 0.0
+    if stage == use.pipeline_parallel - 1:
+        output = output_activation_bytes_per_token(
+            spec,
+            tensor_parallel=use.tensor_parallel,
+            sequence_parallel=use.sequence_parallel,
+            element_bytes=use.bytes_per_parameter,
+        )
+        activations += micro_batch_tokens * output
+        logits = _logits(use, micro_batch_tokens, head)
+    reduced = min(trained_parameters(use, head, stage), REDUCE_BUCKET_PARAMETERS)
+    buffers = REDUCE_BUCKETS * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
+    gathered = gathered_bytes(use, data_parallel, head)
+    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers)
+
+
+def scoring_bytes(
+    use: ModelUse,
+    data_parallel: int,
+    micro_batch_tokens: float,
+    sequence_tokens: float,
+    *,
+    head: Head = "lm",
+    stage: int = 0,
+) -> Bytes:
+    """A forward pass without gradients: one layer's activations at a time, then the logits."""
+    last = stage == use.pipeline_parallel - 1
+    return Bytes(
+        activations=micro_batch_tokens * _activation_bytes(use, sequence_tokens, "none"),
+        logits=_logits(use, micro_batch_tokens, head) if last else 0.0,
+        gathered=gathered_bytes(use, data_parallel, head),
+    )
+
+
+def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> float:
+    """Weights that ZeRO-3 has gathered at a time: never more than the model, never less than its largest layer.
+
+    An upper limit: FSDP keeps about two layers.
+    """
+    if use.zero_stage != 3 or data_parallel == 1:
+        return 0.0
+    spec = use.shape
+    largest = max(layer_parameters(spec), embedding_parameters(spec), head_parameters(spec, head))
+    live = max(largest, LIVE_PARAMETERS) + PREFETCH_PARAMETERS
+    return min(live, parameters(spec, head)) * use.bytes_per_parameter
+
+
+def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
+    """Forward chunks of layers whose backward has not come yet, at most: the schedule's warm-up and one more.
+
+    1F1B: stages - stage micro-batches; interleaved: 2 (stages - stage - 1) + (chunks - 1) stages + 1 chunks.
+    """
+    behind, chunks = use.pipeline_parallel - 1 - stage, use.pipeline_chunks
+    warm_up = behind if chunks == 1 else 2 * behind + (chunks - 1) * use.pipeline_parallel
+    return min(warm_up + 1, micro_batches * chunks)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(use: ModelUse, head: Head, stage: int) -> float:
+    spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
+    adapters = lora_parameters(spec, use.lora_rank, spec.layers // p) / t if use.lora_rank else 0.0
+    return rank_parameters(spec, head, tensor_parallel=t, pipeline_parallel=p, stage=stage) + adapters
+
+
+def _sharded(use: ModelUse, from_stage: int, data_parallel: int) -> int:
+    return data_parallel if use.zero_stage >= from_stage else 1
+
+
+def _trained_layers(use: ModelUse, stage: int) -> int:
+    """Trained layers on a pipeline stage; the top layers are on the last stages.
+
+    (With several chunks layers lie otherwise, but the fullest stage is as full.)
+    """
+    each = use.shape.layers // use.pipeline_parallel
+    frozen = use.shape.layers - (use.trainable_layers or use.shape.layers)
+    return max(0, min(each, (stage + 1) * each - frozen))
+
+
+def _activation_bytes(use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"]) -> float:
+    """Per token and layer."""
+    return activation_bytes_per_token(
+        use.shape,
+        sequence_tokens,
+        recompute=recompute,
+        flash_attention=use.flash_attention,
+        tensor_parallel=use.tensor_parallel,
+        sequence_parallel=use.sequence_parallel,
+        element_bytes=use.bytes_per_parameter,
+    )
+
+
+def _logits(use: ModelUse, tokens: float, head: Head) -> float:
+    if head != "lm":
+        return 0.0
+    at_once = min(tokens, use.logits_chunk_tokens or tokens)
+    return logits_bytes(use.shape, at_once, LOGITS_COPIES, tensor_parallel=use.tensor_parallel)

@@ -1,0 +1,127 @@
+"""The scheduler: which firings start now, as a pure function of the firings that are done. Nothing else decides.
+
+It has no clock. Executors (the simulator, and every rank of a real run with its own copy) feed it the same log of
+finished firings and therefore do the same. It hands out all ranks of a place at once (nothing holds and waits), and
+each rank in program order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from .graph import ANY_PLACE, Firing, StageGraph, earlier
+
+
+class Scheduler:
+    """Runs `iterations` iterations of a graph. Call `step()`, run what it starts, call `done(f)` as they end."""
+
+    def __init__(self, graph: StageGraph, iterations: int) -> None:
+        self.graph, self.iterations = graph, iterations
+        self._program: dict[int, list[Firing]] = defaultdict(list)  # rank -> its firings of one iteration
+        for f in graph.program():
+            for rank in graph.ranks(f):
+                self._program[rank].append(f)
+        self._position = dict.fromkeys(self._program, 0)  # rank -> firings it has finished
+        self.log: set[Firing] = set()
+        self._busy: dict[int, Firing] = {}
+        self._ready: list[Firing] = []
+        self._waiting: dict[Firing, list[Firing]] = defaultdict(list)  # unmet need -> who waits for it
+        self._completed = {}  # stage of spread "first" -> how many have ended
+        per_iteration = len(graph.program())
+        for stage in graph.stages():
+            if stage.spread == "first":
+                self._completed[stage.name] = 0
+                per_iteration += stage.firings
+                self._offer(Firing(0, stage.name, 0, ANY_PLACE))
+        self.left = per_iteration * iterations
+        for f in dict.fromkeys(map(self._next_of, self._program)):
+            self._offer_if_all_meet(f)
+
+    def step(self) -> list[Firing]:
+        """Firings that start now. Call it when everything that happens at this instant has been reported."""
+        starts: list[Firing] = []
+        for f in sorted(self._ready, key=self._priority):
+            stage = self.graph.at(f.stage)
+            if f.place == ANY_PLACE:  # every free place takes the next number
+                for place in range(stage.places):
+                    if f in self._ready and not any(r in self._busy for r in stage.ranks_of(place)):
+                        self._take(f, f._replace(place=place), starts)
+                        f = earlier(f, -1, stage)
+                        self._offer(f)
+            elif not any(rank in self._busy for rank in self.graph.ranks(f)):
+                self._take(f, f, starts)
+        return starts
+
+    def done(self, f: Firing) -> Firing:
+        """Report that f has ended. Returns the name by which its consumers know it.
+
+        (With spread "first" a result is numbered when it completes: a chunk is a quantity, not a list of samples.)
+        """
+        stage, ranks = self.graph.at(f.stage), self.graph.ranks(f)
+        for rank in ranks:
+            del self._busy[rank]
+        self.left -= 1
+        if stage.spread == "first":
+            number = self._completed[f.stage]
+            self._completed[f.stage] += 1
+            f = Firing(number // stage.firings, f.stage, number % stage.firings, ANY_PLACE)
+        else:
+            for rank in ranks:
+                self._position[rank] += 1
+        self.log.add(f)
+        for waiting in self._waiting.pop(f, ()):
+            self._offer(waiting)
+        if stage.spread != "first":
+            for after in dict.fromkeys(map(self._next_of, ranks)):
+                self._offer_if_all_meet(after)
+        return f
+
+    def stuck(self) -> str:
+        """Who waits for what, in words; for error messages."""
+        pairs = [f"{f.stage}[{f.chunk}] waits for {n.stage}[{n.chunk}]" for n, fs in self._waiting.items() for f in fs]
+        return "; ".join(pairs[:4]) or "ranks of one place never meet"
+
+    def _next_of(self, rank: int) -> Firing | None:
+        position, program = self._position[rank], self._program[rank]
+        if position >= len(program) * self.iterations:
+            return None
+        return program[position % len(program)]._replace(iteration=position // len(program))
+
+    def _offer_if_all_meet(self, f: Firing | None) -> None:
+        if f is not None and all(self._next_of(rank) == f for rank in self.graph.ranks(f)):
+            self._offer(f)
+
+    def _offer(self, f: Firing) -> None:
+        """Make f ready, or let it wait for one unmet need at a time: a blocked firing costs nothing until that is met."""
+        if f.iteration >= self.iterations or f in self._ready:
+            return
+        for need in self.graph.needs(f):
+            if need not in self.log:
+                self._waiting[need].append(f)
+                return
+        self._ready.append(f)
+
+    @staticmethod
+    def _priority(f: Firing) -> tuple[bool, Firing]:
+        return f.place == ANY_PLACE, f
+
+    def _take(self, offered: Firing, started: Firing, starts: list[Firing]) -> None:
+        self._ready.remove(offered)
+        for rank in self.graph.ranks(started):
+            self._busy[rank] = started
+        starts.append(started)
+
+
+def check(graph: StageGraph) -> StageGraph:
+    """Run the graph without a clock; a graph that finishes so finishes with any durations.
+
+    Raises ValueError naming who waits for whom where it cannot finish.
+    """
+    longest_lag = max((lag for *_, lag in graph.edges(data="lag")), default=0)
+    scheduler = Scheduler(graph, longest_lag + 2)
+    while starts := scheduler.step():
+        for f in starts:
+            scheduler.done(f)
+    if scheduler.left:
+        raise ValueError(f"the strategy cannot finish: {scheduler.stuck()}")
+    return graph

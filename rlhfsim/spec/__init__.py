@@ -1,0 +1,1 @@
+"""YAML files in, validated records out."""

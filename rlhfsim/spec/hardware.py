@@ -1,0 +1,112 @@
+"""GPUs, nodes and clusters as records. One YAML file each under `hw_specs/`; the file name is the name.
+
+Directions and units: every `*_bytes_per_second` of a link is **one direction**; peaks are **dense** (no sparsity).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .base import Count, Fraction, Record, Sourced
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
+
+
+class Sources(Record):
+    """`sources` maps a short key to a document: title, table, date and where it was found."""
+
+    sources: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Sources:
+        for name, value in self.quantities().items():
+            if value.verified and value.source not in self.sources:
+                raise ValueError(f"{name}: source {value.source!r} is not among the keys of 'sources'")
+        return self
+
+    def quantities(self) -> dict[str, Sourced]:
+        """Every sourced number of this record by its dotted name."""
+        found: dict[str, Sourced] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Sourced):
+                found[name] = value
+            elif isinstance(value, dict):
+                found.update({f"{name}.{k}": v for k, v in value.items() if isinstance(v, Sourced)})
+            elif isinstance(value, Sources):
+                found.update({f"{name}.{k}": v for k, v in value.quantities().items()})
+        return found
+
+
+class Gpu(Sources):
+    """One accelerator.
+
+    memory_bytes: what the device offers to a process (before context and framework reserve).
+    flops_per_second: dense tensor-core peak by precision; `fp32` is what matrix products in fp32 reach
+    with the framework's default (TF32 off).
+    nvlink_bytes_per_second: all NVLink ports of the GPU together, one direction; absent without NVLink.
+    pcie_bytes_per_second: the GPU's own PCIe slot, one direction.
+    kernels: efficiency curves, a file of `hw_specs/kernels/`.
+    """
+
+    name: str
+    description: str = ""
+    architecture: str
+    kernels: str
+    memory_bytes: Sourced
+    memory_bytes_per_second: Sourced
+    flops_per_second: dict[Precision, Sourced]
+    multiprocessors: Sourced
+    nvlink_bytes_per_second: Sourced | None = None
+    pcie_bytes_per_second: Sourced
+
+
+class Node(Sources):
+    """A server.
+
+    gpu_link: `nvswitch` (any pair at full port speed), `nvlink_mesh` (direct cables, no switch) or `pcie`.
+    pcie_gpus_per_switch: GPUs that share one PCIe uplink to the host.
+    host_memory_bytes_per_second: what CPU Adam can stream, all sockets together.
+    """
+
+    name: str
+    description: str = ""
+    gpu: str
+    gpus_per_node: Count
+    gpu_link: Literal["nvswitch", "nvlink_mesh", "pcie"]
+    pcie_gpus_per_switch: Count = 1
+    host_memory_bytes: Sourced
+    host_memory_bytes_per_second: Sourced
+
+
+class Network(Sources):
+    """What joins the nodes.
+
+    nic_bytes_per_second: one NIC, one direction. nodes_per_leaf and oversubscription describe a two-level tree:
+    below a leaf all NICs at full speed, above it the leaf's uplinks carry 1/oversubscription of that.
+    latency_seconds: one small message from GPU to GPU across nodes.
+    """
+
+    nics_per_node: Count
+    nic_bytes_per_second: Sourced
+    nodes_per_leaf: Count | None = None
+    oversubscription: float = Field(default=1.0, ge=1.0, le=1000.0)
+    latency_seconds: Sourced | None = None
+    efficiency: Fraction | None = None
+
+
+class Cluster(Record):
+    """Nodes of one kind and their network. `node` and `gpu` are filled in by name when a file is loaded."""
+
+    name: str
+    description: str = ""
+    node: Node
+    gpu: Gpu
+    nodes: Count
+    network: Network
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.node.gpus_per_node

@@ -1,0 +1,136 @@
+"""Prompt and response lengths: the draws of an iteration, and the distribution behind them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, nearest
+from .scenario import Lengths, Workload
+
+MAX_FILE_BYTES = 64 << 20
+MAX_ROW_TOKENS = 1_000_000_000
+PROMPTS, RESPONSES = 0, 1  # streams of random numbers
+
+
+def draw_lengths(workload: Workload, seed: int, iteration: int, data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt_tokens, response_tokens), integers of shape (samples,); the responses to one prompt are neighbours.
+
+    They depend on workload, seed and iteration only, so all strategies get the same samples, and more prompts keep
+    the first ones. Prompt and response length are independent. Responses to one prompt are joined by a Gaussian
+    copula: x = sqrt(r) a + sqrt(1 - r) b with a per prompt and b per response, both standard normal, and the length
+    at the quantile of x. So r is the correlation of the logarithms of unclipped lognormal lengths, and of normal
+    scores (ranks) otherwise.
+    """
+    shape = (workload.prompts, workload.responses_per_prompt)
+    prompts = _normal((seed, iteration, PROMPTS, 0), (shape[0], 1))
+    common = _normal((seed, iteration, RESPONSES, 0), (shape[0], 1))
+    own = _normal((seed, iteration, RESPONSES, 1), shape)
+    shared = workload.response_tokens.within_prompt_correlation
+    responses = math.sqrt(shared) * common + math.sqrt(1.0 - shared) * own
+    prompt_tokens = _at_score(workload.prompt_tokens, prompts, data_dir)
+    response_tokens = _at_score(workload.response_tokens, responses, data_dir)
+    return np.broadcast_to(prompt_tokens, shape).reshape(-1).copy(), response_tokens.reshape(-1)
+
+
+def quantile(lengths: Lengths, probability: float | np.ndarray, data_dir: str | Path) -> np.ndarray:
+    """The smallest length, in tokens, that is reached with this probability (between 0 and 1)."""
+    from scipy.special import ndtri
+
+    return _at_score(lengths, ndtri(np.asarray(probability, dtype=float)), data_dir)
+
+
+def mean_length(lengths: Lengths, data_dir: str | Path) -> float:
+    """The expected length in tokens, clipping included: the mean over 100 001 equally likely quantiles."""
+    points = 100_001
+    return float(quantile(lengths, (np.arange(points) + 0.5) / points, data_dir).mean())
+
+
+def check_file(lengths: Lengths, data_dir: str | Path) -> None:
+    """Raises InputError, with file and line, unless the file of an empirical distribution can be drawn from."""
+    _table(Path(data_dir) / str(lengths.file), str(lengths.column))
+
+
+def _normal(key: tuple[int, ...], shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(key).standard_normal(shape)
+
+
+def _at_score(lengths: Lengths, score: np.ndarray, data_dir: str | Path) -> np.ndarray:
+    """The length in tokens at a standard normal score, as int64."""
+    if lengths.distribution == "fixed":
+        return np.full(np.shape(score), lengths.tokens, dtype=np.int64)
+    low, high = lengths.min_tokens, lengths.longest
+    if lengths.distribution == "lognormal":
+        assert lengths.mean_tokens is not None and lengths.sigma is not None
+        # the mean of a lognormal is exp(mu + sigma^2 / 2)
+        drawn = np.exp(math.log(lengths.mean_tokens) - lengths.sigma**2 / 2 + lengths.sigma * score)
+        return np.clip(np.ceil(drawn), low, high).astype(np.int64)
+    from scipy.special import ndtr
+
+    probability = ndtr(score)
+    if lengths.distribution == "uniform":
+        drawn = low + np.floor(probability * (high - low + 1))
+    else:
+        quantiles, tokens = _table(Path(data_dir) / str(lengths.file), str(lengths.column))
+        drawn = np.rint(np.interp(probability, quantiles, tokens))
+    return np.clip(drawn, low, high).astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _table(path: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles from 0 to 1 and the tokens there.
+
+    A file with a column `quantile` is that table; in any other file a row is a sequence, and the rows are the
+    distribution: row i of n in ascending order from quantile i/n to (i + 1)/n.
+    """
+    quantiles, tokens = _columns(path, column)
+    if quantiles is None:
+        tokens.sort()
+        edges = np.arange(len(tokens) + 1) / len(tokens)
+        return np.repeat(edges, 2)[1:-1], np.repeat(tokens, 2)
+    if quantiles[0] != 0 or quantiles[-1] != 1 or np.any(np.diff(quantiles) <= 0):
+        raise InputError("must rise from 0 to 1", field="quantile", where=str(path))
+    if np.any(np.diff(tokens) < 0):
+        raise InputError("must not fall as the quantile rises", field=column, where=str(path))
+    return quantiles, tokens
+
+
+def _columns(path: Path, column: str) -> tuple[np.ndarray | None, np.ndarray]:
+    """The columns `quantile`, if there is one, and `column`."""
+    quantiles, tokens = list[float](), list[float]()
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"is larger than {MAX_FILE_BYTES} bytes", where=str(path))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, restval="")
+            names = list(rows.fieldnames or ())
+            if column not in names:
+                raise InputError(f"there is no such column{nearest(column, names)}", field=column, where=f"{path}:1")
+            for row in rows:
+                place = f"{path}:{rows.line_num}"
+                tokens.append(_number(row[column], column, MAX_ROW_TOKENS, place))
+                if "quantile" in names:
+                    quantiles.append(_number(row["quantile"], "quantile", 1, place))
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise InputError("is not text in UTF-8", where=str(path)) from None
+    except csv.Error as error:
+        raise InputError(f"is not CSV: {error}", where=str(path)) from None
+    if not tokens:
+        raise InputError("has no rows", where=str(path))
+    return (np.array(quantiles) if quantiles else None), np.array(tokens)
+
+
+def _number(text: str, column: str, largest: float, place: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= largest:
+        raise InputError(f"is {text!r}, but must be a number from 0 to {largest}", field=column, where=place)
+    return value

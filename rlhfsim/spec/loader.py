@@ -1,0 +1,419 @@
+"""From files to records: a scenario, a cluster, and what they name.
+
+Shipped things are found by name (`hw_specs/<kind>/<name>.yaml`); what contains a slash or ends in `.yaml` is a path,
+relative to the file that names it. A mapping beside a name changes single values of what is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from ..errors import InputError, nearest
+from . import lengths
+from .base import Sourced
+from .data import PACKAGE, data_dir
+from .hardware import Cluster, Gpu, Network, Node, Sources
+from .model_spec import ModelSpec, load_model
+from .overrides import apply_override, expand_sweep, single_overrides
+from .problems import only_a_near_name, place_of, validate
+from .scenario import ROLES, ModelUse, Scenario
+from .yaml_file import Where, join, kind_of, read_yaml
+
+__all__ = ["expand_sweep", "load_cluster", "load_rows", "load_scenario", "scenario_from_dict", "scenario_sources"]
+
+MAX_SAMPLES = 10_000_000  # per iteration: what the arrays of a length draw can sensibly hold
+MAX_TOKENS = 10_000_000  # of one sequence
+MAX_GPUS = 1_000_000
+
+# A frozen model sits beside the trained one that it judges or is judged with, and is laid out like it.
+_PARTNERS = {"reference": "actor", "reward": "critic"}
+_SPEC_OF = {"critic": "actor", "reference": "actor", "reward": "critic"}
+_LAYOUT = ("precision", "tensor_parallel", "pipeline_parallel")
+_RECORDS: dict[str, type[Sources]] = {"node": Node, "gpu": Gpu, "network": Network}
+
+
+def load_scenario(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Scenario:
+    """The scenario in a YAML file, after `a.b=c` overrides (texts, or values by dotted key).
+
+    Raises InputError that names file, line, field, value and what is allowed.
+    """
+    document = read_yaml(path)
+    data = {"name": Path(path).stem} | document.data
+    return _scenario(data, Path(path).parent, dict(document.where), _with_places(overrides))
+
+
+def load_rows(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> dict[str, Scenario]:
+    """The rows of the file's `compare` by label, each the scenario with the row's overrides after the given ones."""
+    compare = load_scenario(path, overrides).compare
+    if compare is None:
+        raise InputError("is missing; it names the rows and the baseline", field="compare", where=str(path))
+    document, given = read_yaml(path), _with_places(overrides)
+    data = {"name": Path(path).stem} | document.data | {"compare": None}
+    given = [override for override in given if not override[0].startswith("compare.")]
+    rows = {}
+    for label, row in compare.rows.items():
+        place = f"compare.rows.{label}"
+        own = [(key, value, place_of(document.where, f"{place}.{key}")) for key, value in row.items()]
+        rows[label] = _scenario(data, Path(path).parent, dict(document.where), given + own)
+    return rows
+
+
+def scenario_from_dict(data: Mapping[str, Any], base_dir: str | Path = ".", where: Where | None = None) -> Scenario:
+    """The scenario in plain data, with names relative to `base_dir`; `where` has a place for each dotted path."""
+    return _scenario(dict(data), Path(base_dir), dict(where or {}), [])
+
+
+def load_cluster(name_or_path: str | Path, base_dir: str | Path = ".") -> Cluster:
+    """A shipped cluster by name, or the one in a YAML file relative to `base_dir`."""
+    where: Where = {}
+    data = _cluster({"spec": str(name_or_path)}, "", Path(base_dir), where)
+    return validate(Cluster, data, where)
+
+
+def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
+    """(field, value, source) of every number of cluster and models that has a source; else it says `unverified`."""
+    found = []
+    for part in _RECORDS:
+        record = getattr(scenario.cluster, part)
+        found += [(f"cluster.{part}.{name}", number.value, _source_text(record, number.source))
+                  for name, number in record.quantities().items()]
+    for role in ROLES:
+        shape: ModelSpec = getattr(scenario.models, role).shape
+        numbers = [(name, value) for name, value in shape if isinstance(value, int) and not isinstance(value, bool)]
+        found += [(f"models.{role}.shape.{name}", value, _source_text(shape, shape.source)) for name, value in numbers]
+    return found
+
+
+# --- scenario --------------------------------------------------------------------------------------------------------
+
+
+def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[tuple[str, Any, str]]) -> Scenario:
+    data = _without_shorthand(deepcopy(data))  # overrides change it in place
+    for key, value, place in overrides:
+        apply_override(data, where, key, value, place)
+        data = _without_shorthand(data)
+    if "cluster" in data:
+        data["cluster"] = _cluster(data["cluster"], "cluster", folder, where)
+    if "models" in data:
+        data["models"] = _models(data["models"], folder, where)
+    if isinstance(data.get("workload"), dict):
+        data["workload"] = _workload(data["workload"], folder, where)
+    scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
+    _check(scenario, where)
+    return scenario
+
+
+def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    return [(key, value, "override") for key, value in single_overrides(overrides).items()]
+
+
+def _without_shorthand(data: dict[str, Any]) -> dict[str, Any]:
+    """A name where a section stands is its `spec` or `name`; a number where lengths stand is a fixed length."""
+    result = dict(data)
+    for section, key in (("cluster", "spec"), ("strategy", "name"), ("algorithm", "name")):
+        _widen(result, section, key)
+    for section, parts, key in (
+        ("models", ROLES, "spec"),
+        ("workload", ("prompt_tokens", "response_tokens"), "tokens"),
+    ):
+        if isinstance(result.get(section), dict):
+            result[section] = dict(result[section])
+            for part in parts:
+                _widen(result[section], part, key)
+    return result
+
+
+def _widen(data: dict[str, Any], name: str, key: str) -> None:
+    if isinstance(data.get(name), str | int | float):
+        data[name] = {key: data[name]}
+    elif isinstance(data.get(name), dict):
+        data[name] = dict(data[name])
+
+
+def _check(scenario: Scenario, where: Where) -> None:
+    """What no single record can see."""
+    for field, folder, name in (
+        ("strategy.name", "strategies", scenario.strategy.name),
+        ("algorithm.name", "algorithms", scenario.algorithm.name),
+    ):
+        names = _module_names(folder)
+        if name not in names:
+            kind = field.partition(".")[0]
+            near = only_a_near_name(name, names)
+            raise _error(f"is {name!r}, but must be one of {', '.join(names)}{near}", field, where) if names else (
+                _error(f"is {name!r}, but there is no {kind} at all", field, where))
+    _check_size(scenario, where)
+    for role in ROLES:
+        _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
+    _check_generation(scenario, where)
+    _check_lengths(scenario, where)
+
+
+def _check_size(scenario: Scenario, where: Where) -> None:
+    workload, cluster = scenario.workload, scenario.cluster
+    if cluster.gpus > MAX_GPUS:
+        raise _error(f"makes {cluster.gpus} GPUs; at most {MAX_GPUS} are allowed", "cluster.nodes", where)
+    if workload.samples > MAX_SAMPLES:
+        raise _error(
+            f"times responses_per_prompt makes {workload.samples} samples; at most {MAX_SAMPLES} are allowed",
+            "workload.prompts", where)
+    if scenario.algorithm.minibatches > workload.samples:
+        raise _error(
+            f"is {scenario.algorithm.minibatches}, but there are only {workload.samples} samples in an iteration",
+            "algorithm.minibatches", where)
+
+
+def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
+    """Tensor parallelism splits heads and MLP columns, pipeline stages have the same number of layers."""
+    shape, tensor, stages = use.shape, use.tensor_parallel, use.pipeline_parallel * use.pipeline_chunks
+    if shape.heads % tensor or shape.ffn % tensor:
+        raise _error(f"is {tensor}, but must divide the {shape.heads} heads and the MLP width {shape.ffn} of "
+                     f"{use.spec}", f"{field}.tensor_parallel", where)
+    if shape.layers % stages:
+        raise _error(f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
+                     f"{field}.pipeline_parallel", where)
+    if use.ranks_per_replica > gpus:
+        raise _error(f"x pipeline_parallel is {use.ranks_per_replica}, but the cluster has {gpus} GPUs",
+                     f"{field}.tensor_parallel", where)
+
+
+def _check_generation(scenario: Scenario, where: Where) -> None:
+    tensor, actor = scenario.generation.tensor_parallel, scenario.models.actor
+    field = "generation.tensor_parallel"
+    if actor.shape.heads % tensor or actor.shape.ffn % tensor:
+        raise _error(f"is {tensor}, but must divide the {actor.shape.heads} heads and the MLP width "
+                     f"{actor.shape.ffn} of {actor.spec}", field, where)
+    if tensor > scenario.cluster.gpus:
+        raise _error(f"is {tensor}, but the cluster has {scenario.cluster.gpus} GPUs", field, where)
+
+
+def _check_lengths(scenario: Scenario, where: Where) -> None:
+    workload = scenario.workload
+    if workload.prompt_tokens.within_prompt_correlation not in (0, 1):
+        raise _error("is for responses; all responses to a prompt share the prompt and its length",
+                     "workload.prompt_tokens.within_prompt_correlation", where)
+    for name in ("prompt_tokens", "response_tokens"):
+        drawn, field = getattr(workload, name), f"workload.{name}"
+        if drawn.longest > MAX_TOKENS:
+            raise _error(f"allows {drawn.longest} tokens; at most {MAX_TOKENS} are allowed", field, where)
+        if drawn.distribution == "empirical":
+            try:
+                lengths.check_file(drawn, length_dir())
+            except InputError as error:
+                raise InputError(str(error), field=field, where=place_of(where, f"{field}.file")) from None
+    longest = workload.prompt_tokens.longest + workload.response_tokens.longest
+    for role in ROLES:
+        use: ModelUse = getattr(scenario.models, role)
+        if use.shape.learned_positions and longest > use.shape.max_positions:
+            raise _error(f"prompt and response have up to {longest} tokens, but {use.spec} ({role}) has positions for "
+                         f"{use.shape.max_positions}", "workload", where)
+
+
+def length_dir() -> Path:
+    """The shipped length distributions."""
+    return data_dir("traces") / "lengths"
+
+
+def _module_names(folder: str) -> list[str]:
+    """The strategies or algorithms: the file is the registration."""
+    return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_"))
+
+
+# --- cluster ---------------------------------------------------------------------------------------------------------
+
+
+def _cluster(given: Any, prefix: str, folder: Path, where: Where) -> Any:
+    """Plain data of a cluster: `spec`, `node` and `gpu` replaced by what they name, then changed by what is beside."""
+    if not isinstance(given, dict):
+        return given  # validation says what is wrong with it
+    data, base = dict(given), {}
+    if "spec" in data:
+        named, home = _named("clusters", data.pop("spec"), prefix, join(prefix, "spec"), folder, where)
+        base = _with_parts({}, named, prefix, home, where)
+    return _with_sources(_with_parts(base, data, prefix, folder, where))
+
+
+def _with_parts(base: dict[str, Any], given: dict[str, Any], prefix: str, folder: Path, where: Where) -> dict[str, Any]:
+    """`base`, a cluster that names nothing any more, changed by `given`."""
+    data = dict(given)
+    node, gpu, gpus_per_node = (data.pop(key, None) for key in ("node", "gpu", "gpus_per_node"))
+    result, node_folder = _merge(base, data), folder
+    if isinstance(node, str):
+        node, node_folder = _named("nodes", node, join(prefix, "node"), join(prefix, "node"), folder, where)
+        result.pop("node", None)
+    if isinstance(node, dict) and "gpu" in node:
+        if not (isinstance(gpu, dict) and "name" in gpu):  # a complete one needs nothing of that name
+            result["gpu"] = _gpu(node["gpu"], join(prefix, "gpu"), join(prefix, "node.gpu"), node_folder, where)
+        node = {key: value for key, value in node.items() if key != "gpu"}
+    if node is not None:
+        result["node"] = _merge(result.get("node"), node)
+    if gpu is not None:
+        named = isinstance(gpu, str) or "gpu" not in result
+        found = _gpu(gpu, join(prefix, "gpu"), join(prefix, "gpu"), folder, where)
+        result["gpu"] = found if named else _merge(result["gpu"], found)
+    if isinstance(result.get("node"), dict):
+        if gpus_per_node is not None:
+            result["node"] = result["node"] | {"gpus_per_node": gpus_per_node}
+            where[join(prefix, "node.gpus_per_node")] = place_of(where, join(prefix, "gpus_per_node"))
+        if isinstance(result.get("gpu"), dict) and "name" in result["gpu"]:
+            result["node"] = result["node"] | {"gpu": result["gpu"]["name"]}
+    return result
+
+
+def _gpu(given: Any, prefix: str, field: str, folder: Path, where: Where) -> Any:
+    return _named("gpus", given, prefix, field, folder, where)[0] if isinstance(given, str) else given
+
+
+def _named(kind: str, name: Any, prefix: str, field: str, folder: Path, where: Where) -> tuple[dict[str, Any], Path]:
+    """The file of that name or path and its folder; the places of its values go into `where` below `prefix`."""
+    if not isinstance(name, str):
+        raise _error(f"is {kind_of(name)}, but must be a name or the path of a YAML file", field, where)
+    shipped = {path.stem: path for path in (data_dir("hw_specs") / kind).glob("*.yaml")}
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        path = folder / Path(name).expanduser()
+    elif name in shipped:
+        path = shipped[name]
+    else:
+        raise _error(f"there is no {kind[:-1]} {name!r}{nearest(name, shipped)}", field, where)
+    try:
+        document = read_yaml(path, prefix)
+    except InputError as error:
+        if error.where == str(path) and place_of(where, field):  # about the file as a whole: say who asked for it
+            raise _error(str(error), field, where) from None
+        raise
+    for key, place in document.where.items():
+        if key == prefix or key not in where:  # what stands in the scenario wins
+            where[key] = place
+    return {"name": path.stem} | document.data, path.parent
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """`over` laid on `base`, key by key; a number with its source is one thing and is replaced as a whole."""
+    if not (isinstance(base, dict) and isinstance(over, dict)) or "value" in over:
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _with_sources(cluster: dict[str, Any]) -> dict[str, Any]:
+    """Plain numbers of node, GPU and network become {value, source: unverified}."""
+    result = dict(cluster)
+    for part, record in _RECORDS.items():
+        if isinstance(result.get(part), dict):
+            result[part] = {key: _sourced(key, value, record) for key, value in result[part].items()}
+    return result
+
+
+def _sourced(key: str, value: Any, record: type[Sources]) -> Any:
+    if key in _sourced_fields(record) and value is not None and not isinstance(value, dict | list):
+        return {"value": value, "source": "unverified"}
+    if key in _sourced_tables(record) and isinstance(value, dict):
+        return {name: number if isinstance(number, dict | list) else {"value": number, "source": "unverified"}
+                for name, number in value.items()}
+    return value
+
+
+@cache
+def _sourced_fields(record: type[Sources]) -> frozenset[str]:
+    fields = record.model_fields.items()
+    return frozenset(name for name, field in fields if Sourced in (field.annotation, *get_args(field.annotation)[:1]))
+
+
+@cache
+def _sourced_tables(record: type[Sources]) -> frozenset[str]:
+    fields = record.model_fields.items()
+    return frozenset(name for name, field in fields if get_args(field.annotation)[1:] == (Sourced,))
+
+
+# --- models and workload ---------------------------------------------------------------------------------------------
+
+
+def _models(given: Any, folder: Path, where: Where) -> Any:
+    """The four models with defaults taken from each other and with their shapes."""
+    if not isinstance(given, dict):
+        return given
+    actor = given.get("actor")
+    if actor is None or (isinstance(actor, dict) and "spec" not in actor):
+        raise _error("is missing: a shipped model's name or the path of a config.json",
+                     "models.actor" if actor is None else "models.actor.spec", where)
+    models = dict(given)
+    for role, origin in _SPEC_OF.items():
+        use = {} if models.get(role) is None else models[role]
+        other = models.get(origin)
+        if isinstance(use, dict) and isinstance(other, dict):
+            models[role] = {"spec": other["spec"]} | _frozen_layout(role, use, models) | use
+    known: dict[str, ModelSpec] = {}
+    for role in ROLES:
+        if isinstance(models.get(role), dict) and "spec" in models[role]:
+            models[role] = models[role] | {"shape": _shape(models[role], f"models.{role}", folder, where, known)}
+    return models
+
+
+def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """What a frozen model takes over from its trained partner; it is sharded like it where that is possible."""
+    if role not in _PARTNERS:
+        return {}
+    partner = models[_PARTNERS[role]]
+    layout = {key: partner[key] for key in _LAYOUT if key in partner}
+    alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
+    stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
+    return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
+
+
+def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: dict[str, ModelSpec]) -> Any:
+    """The shape that `spec` names; a mapping `shape` beside it changes single values, one with a name is complete.
+
+    `known` keeps the shapes by spec: the four models are often the same.
+    """
+    spec, own = use["spec"], use.get("shape")
+    if isinstance(own, dict) and "name" in own:
+        return own
+    if not isinstance(spec, str):
+        raise _error(f"is {kind_of(spec)}, but must be a shipped model's name or the path of a config.json",
+                     f"{field}.spec", where)
+    try:
+        shape = known[spec] = known.get(spec) or load_model(spec, folder)
+    except InputError as error:
+        if error.where:
+            raise
+        raise _error(error.message, f"{field}.spec", where) from None
+    return shape if own is None else _merge(shape.model_dump(), own)
+
+
+def _workload(given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
+    """Length files become shipped names or absolute paths."""
+    workload = dict(given)
+    for name in ("prompt_tokens", "response_tokens"):
+        drawn = workload.get(name)
+        if isinstance(drawn, dict) and isinstance(drawn.get("file"), str):
+            file = _length_file(drawn["file"], f"workload.{name}.file", folder, where)
+            workload[name] = drawn | {"file": file}
+    return workload
+
+
+def _length_file(name: str, field: str, folder: Path, where: Where) -> str:
+    shipped = [path.name for path in length_dir().glob("*.csv")]
+    if name in shipped:
+        return name
+    path = folder / Path(name).expanduser()
+    try:
+        if path.is_file():
+            return str(path.resolve())
+    except (OSError, ValueError):  # too long, or a null byte
+        pass
+    raise _error(f"is {name!r}, which is neither a shipped file nor one below {str(folder)!r}{nearest(name, shipped)}",
+                 field, where)
+
+
+# --- sources and errors ----------------------------------------------------------------------------------------------
+
+
+def _source_text(record: Sources, key: str) -> str:
+    return record.sources.get(key, key)  # `unverified` is no key
+
+
+def _error(message: str, field: str, where: Where) -> InputError:
+    return InputError(message, field=field, where=place_of(where, field))

@@ -1,0 +1,295 @@
+"""One scenario: what is trained, on what, with which algorithm and placement.
+
+`rlhfsim.spec.loader` reads the YAML, resolves names (cluster, models) and builds these records; every field is
+documented here once, and `rlhfsim show fields` prints this text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record, Seconds
+from .hardware import Cluster
+from .model_spec import ModelSpec
+
+Role = Literal["actor", "critic", "reference", "reward"]
+ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
+
+
+class ModelUse(Record):
+    """How one of the four models is held and run, wherever the strategy places it.
+
+    spec: a shipped model's name, or the path of a Hugging Face config.json.
+    precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
+    zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
+        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
+    tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
+    sequence_parallel: activations between tensor-parallel regions are split as well.
+    micro_batch_samples: samples per forward/backward of one replica; score_micro_batch_samples: of a scoring pass.
+    recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
+    logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
+    offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
+    offload_parameters: weights rest in host memory and stream in for each pass.
+    lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
+    """
+
+    spec: str
+    shape: ModelSpec
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    pipeline_chunks: Count = 1
+    sequence_parallel: bool = True
+    micro_batch_samples: Count = 4
+    score_micro_batch_samples: Count = 16
+    recompute: Literal["none", "selective", "full"] = "full"
+    flash_attention: bool = True
+    logits_chunk_tokens: Count | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    lora_rank: NonNegativeCount = 0
+    trainable_layers: Count | None = None
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def ranks_per_replica(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelUse:
+        if self.trainable_layers is not None and self.trainable_layers > self.shape.layers:
+            raise ValueError(f"trainable_layers is {self.trainable_layers}, but {self.spec} has {self.shape.layers} layers")
+        if self.lora_rank > self.shape.hidden:
+            raise ValueError(f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}")
+        if self.zero_stage == 3 and self.ranks_per_replica > 1:
+            raise ValueError("zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
+                             "pipeline_parallel above 1 use stage 0, 1 or 2")
+        return self
+
+
+class Models(Record):
+    """The four models of PPO. share_actor_critic: the critic is a value head on the actor (three models)."""
+
+    actor: ModelUse
+    critic: ModelUse
+    reference: ModelUse
+    reward: ModelUse
+    share_actor_critic: bool = False
+
+
+class Lengths(Record):
+    """A distribution of token counts per sequence.
+
+    fixed: tokens. uniform: min_tokens..max_tokens. lognormal: mean_tokens of the unclipped distribution and sigma of
+    its logarithm. empirical: a column of a CSV file of `traces/lengths` or a path. All are clipped at max_tokens.
+    within_prompt_correlation: correlation of the logarithms among the responses to one prompt.
+    """
+
+    distribution: Literal["fixed", "uniform", "lognormal", "empirical"] = "fixed"
+    tokens: Count | None = None
+    min_tokens: Count = 1
+    max_tokens: Count | None = None
+    mean_tokens: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    sigma: Annotated[float, Field(gt=0, le=5)] | None = None
+    file: str | None = None
+    column: str | None = None
+    within_prompt_correlation: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Lengths:
+        needed = {"fixed": ("tokens",), "uniform": ("max_tokens",), "lognormal": ("mean_tokens", "sigma", "max_tokens"),
+                  "empirical": ("file", "column", "max_tokens")}[self.distribution]
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"distribution {self.distribution!r} needs {', '.join(missing)}")
+        if self.distribution != "fixed" and self.min_tokens > (self.max_tokens or 1):
+            raise ValueError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
+        return self
+
+    @property
+    def longest(self) -> int:
+        """The largest length that can occur, in tokens."""
+        return self.tokens if self.distribution == "fixed" else self.max_tokens  # type: ignore[return-value]
+
+
+class Workload(Record):
+    """What one iteration processes.
+
+    prompts x responses_per_prompt = samples. padded: scoring and training compute every sample at the maximum
+    length (plain Hugging Face batches); otherwise padding is removed.
+    """
+
+    prompts: Count = 512
+    responses_per_prompt: Count = 1
+    prompt_tokens: Lengths
+    response_tokens: Lengths
+    padded: bool = True
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * self.responses_per_prompt
+
+
+class Algorithm(Record):
+    """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches."""
+
+    name: str = "ppo"
+    epochs: Count = 1
+    minibatches: Count = 1
+
+
+class Generation(Record):
+    """How responses are generated.
+
+    engine: `zero3_per_token` gathers the sharded weights again for every decoded token, `hybrid` gathers them once per
+        generation call into an inference layout, `engine` holds an own inference copy (vLLM, SGLang, shadow actor).
+    tensor_parallel: ranks per engine (hybrid, engine).
+    batching: `static` pads and runs until the longest of the batch has ended, `continuous` retires finished sequences
+        and admits waiting ones (paged KV cache). Default: continuous for `engine`, else static.
+    batch_samples: static batches of at most so many samples per replica; absent: all at once.
+    memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
+    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
+    cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
+    routing: which engine gets which sample: `static` contiguous equal shares, `least_loaded` by tokens so far.
+    """
+
+    engine: Literal["zero3_per_token", "hybrid", "engine"] = "hybrid"
+    tensor_parallel: Count = 1
+    batching: Literal["static", "continuous"] | None = None
+    batch_samples: Count | None = None
+    memory_fraction: Fraction | None = None
+    max_sequences: Count = 256
+    prefill_tokens: Count = 8192
+    block_tokens: Count = 16
+    cuda_graphs: bool | None = None
+    routing: Literal["static", "least_loaded"] = "static"
+
+    @property
+    def continuous(self) -> bool:
+        return self.batching == "continuous" if self.batching else self.engine == "engine"
+
+    @property
+    def graphs(self) -> bool:
+        return self.cuda_graphs if self.cuda_graphs is not None else self.engine == "engine"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Generation:
+        if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
+            raise ValueError("engine zero3_per_token runs every rank on its own samples: tensor_parallel must be 1")
+        return self
+
+
+class WeightSync(Record):
+    """How new weights reach another copy of the model.
+
+    method: `p2p` sends them to each replica in turn, blocking, bucket by bucket; `broadcast` once to all replicas.
+        A copy on the same ranks is refreshed in place (all-gathers), whatever is named here.
+    bucket_bytes: weights are flattened into messages of this size (the paper's code: 100 MB).
+    With LoRA only the factors move.
+    """
+
+    method: Literal["p2p", "broadcast"] = "p2p"
+    bucket_bytes: Annotated[float, Field(ge=1, le=1e12)] = 100e6
+
+
+class Overheads(Record):
+    """Time that no kernel and no link explains; each is a component of its own in the results.
+
+    eager_layer_seconds: host time to launch one layer's forward kernels without CUDA graphs (a floor per layer and pass).
+    decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
+    decode_sequence_seconds: the same per running sequence and step.
+    controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
+        gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
+    controller_call_seconds: fixed cost of one such call.
+    reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
+    """
+
+    eager_layer_seconds: Seconds | None = None
+    decode_step_seconds: Seconds | None = None
+    decode_sequence_seconds: Seconds | None = None
+    controller_bytes_per_second: BytesPerSecond | None = None
+    controller_call_seconds: Seconds = 0.0
+    reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
+
+
+class Periodic(Record):
+    """Work every so many iterations. checkpoint: bytes over a storage rate; validation: prompts that are generated."""
+
+    checkpoint_every: NonNegativeCount = 0
+    checkpoint_bytes_per_second: BytesPerSecond = 2e9
+    validation_every: NonNegativeCount = 0
+    validation_prompts: Count = 256
+
+
+class Effects(Record):
+    """The five switches that a predicted speedup must be traceable to; off takes the effect away.
+
+    decode: off = seconds proportional to tokens, equal lengths, one weight gather per call.
+    links: off = transfers are free. memory: off = memory is infinite.
+    sync: off = weight sync, reshard and offload take no time.
+    efficiency: off = constant efficiency, no overhead, no bubble, no imbalance.
+    """
+
+    decode: bool = True
+    links: bool = True
+    memory: bool = True
+    sync: bool = True
+    efficiency: bool = True
+
+
+class StrategyChoice(Record):
+    """name: a file of `rlhfsim/strategies`; every other key is an option of its `build` function."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = "colocated"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Simulation(Record):
+    """iterations: how many to simulate (the interval after the first is reported). seed: of the length draws.
+    draws: independent length draws behind an interval."""
+
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 3
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    draws: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class Compare(Record):
+    """Rows of `rlhfsim compare`: a label and the overrides that make the row out of this scenario."""
+
+    baseline: str
+    rows: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _baseline_is_a_row(self) -> Compare:
+        if self.baseline not in self.rows:
+            raise ValueError(f"baseline {self.baseline!r} is not a row (rows: {', '.join(self.rows)})")
+        return self
+
+
+class Scenario(Record):
+    """A complete question to the simulator."""
+
+    name: str = "scenario"
+    description: str = ""
+    cluster: Cluster
+    models: Models
+    workload: Workload
+    algorithm: Algorithm = Algorithm()
+    generation: Generation = Generation()
+    strategy: StrategyChoice = StrategyChoice()
+    weight_sync: WeightSync = WeightSync()
+    overheads: Overheads = Overheads()
+    periodic: Periodic = Periodic()
+    effects: Effects = Effects()
+    simulation: Simulation = Simulation()
+    compare: Compare | None = None

@@ -1,0 +1,54 @@
+"""Placement strategies: one file each, with a function `build(algorithm, devices, **options) -> StageGraph`.
+
+The file is the registration: `strategy.name: colocated` finds `colocated.py`. A strategy knows ranks and order; it
+knows no bandwidth, no byte and no second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The ranks that a strategy may use, and how many of them each stage needs at once.
+
+    together: stage name -> ranks that start and end together (a tensor-parallel engine, a pipeline); a stage that is
+        not named moves all its ranks together (a ZeRO-3 domain, a training step).
+    replica: model -> ranks of one replica; a model's device set is a multiple of it (default 1).
+    own_engine: responses are generated from a separate copy of the actor (`shadow_actor`), not from the actor itself.
+    """
+
+    ranks: tuple[int, ...]
+    per_node: int
+    together: dict[str, int] = field(default_factory=dict)
+    replica: dict[str, int] = field(default_factory=dict)
+    own_engine: bool = False
+
+    def size(self, stage: str) -> int | None:
+        return self.together.get(stage)
+
+
+def divide(ranks: tuple[int, ...], shares: dict[str, float], units: dict[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+    """Cut ranks into disjoint contiguous parts, in proportion to `shares`, each a multiple of its unit (default 1).
+
+    Every part gets at least one unit; what rounding leaves over goes where it is missed most. Raises ValueError where
+    the units alone need more ranks than there are.
+    """
+    units = {name: (units or {}).get(name, 1) for name in shares}
+    sizes = dict(units)
+    if (least := sum(sizes.values())) > len(ranks):
+        parts = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"{len(ranks)} ranks are too few to divide: at least {least} are needed ({parts})")
+    total = sum(shares.values())
+    while True:
+        left = len(ranks) - sum(sizes.values())
+        missed = {n: len(ranks) * shares[n] / total - sizes[n] for n in shares if units[n] <= left}
+        if not missed:
+            break
+        name = max(missed, key=lambda n: missed[n])
+        sizes[name] += units[name]
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name], start = ranks[start : start + size], start + size
+    return parts

@@ -1,0 +1,33 @@
+"""Co-located (the paper's Flattening): all models on every rank, one after the other.
+
+For each of `calls` generation calls: generate, then score with each model in turn; after the last, train on all of it.
+Responses come from the actor itself, or from an engine's own copy that is refreshed after the update.
+"""
+
+from __future__ import annotations
+
+from rlhfsim.algorithms import Algorithm
+from rlhfsim.graph import StageGraph
+
+from . import Devices
+
+
+def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1) -> StageGraph:
+    """calls: into how many generation calls the batch of one iteration is cut (the paper's rollout size)."""
+    graph = StageGraph(lanes=len(devices.ranks))
+    updates = algorithm.of_kind("train")
+    for step in algorithm.steps:
+        if step.kind == "train":
+            graph.stage(step.name, "train", step.model, devices.ranks, after=step.needs, loop=updates[0].name,
+                        chunks=algorithm.minibatches, epochs=algorithm.epochs)
+        else:
+            model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
+            graph.stage(step.name, step.kind, model, devices.ranks, size=devices.size(step.name), chunks=calls)
+            for needed in step.needs:
+                graph.link(needed, step.name, stream=True)
+    if devices.own_engine:
+        graph.stage("update_weights", "sync", "actor", devices.ranks, target="shadow_actor", after=["update_actor"])
+        graph.link("update_weights", "gen", lag=1)
+    for update in updates:
+        graph.link(update.name, "gen", lag=1)
+    return graph

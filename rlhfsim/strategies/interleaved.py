@@ -1,0 +1,118 @@
+"""Interleaving: actor and critic on all ranks, reference and reward model on disjoint parts, run at the same time.
+
+An owner scores its own lane first, then one lane of another rank per turn (or all in one pass with `concat`). Tokens go
+to the owners and scores come back as messages between ranks.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+
+from rlhfsim.algorithms import Algorithm, Step
+from rlhfsim.graph import StageGraph
+
+from . import Devices, divide
+
+
+def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str = "async", ratio: float = 0.5,
+          owners: dict[str, list[int]] | None = None, concat: bool = False) -> StageGraph:
+    """calls: generation calls per iteration.
+
+    mode: `async`: all tokens are exchanged first and each owner runs only its model. `sync`: every rank steps through
+        the reference, then the reward calls, so a reward owner gets another rank's tokens only after that rank's
+        reference calls.
+    ratio: share of the ranks that own the reference; the others own the reward model.
+    owners: exact ranks instead, by stage name {ref, reward, values}; `values` moves the critic to a part as well.
+    concat: an owner scores all its lanes in one pass instead of turn by turn.
+    """
+    if mode not in ("sync", "async"):
+        raise ValueError(f"mode is {mode!r} (allowed: sync, async)")
+    if owners is None:
+        if not 0 < ratio < 1:
+            raise ValueError(f"ratio is {ratio}: it must lie between 0 and 1")
+        owners = {s: list(r) for s, r in divide(devices.ranks, {"ref": ratio, "reward": 1 - ratio}).items()}
+    _check(owners, devices)
+    ranks = _ordered(owners, devices)
+    # One lane a rank; more where all lanes must spread evenly over any number of owners.
+    per_rank = lcm(len(ranks), *map(len, owners.values())) // len(ranks) if concat else 1
+    graph = StageGraph(lanes=len(ranks) * per_rank)
+    scored: dict[str, list[str]] = {}
+    for step in algorithm.of_kind("generate", "score"):
+        model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
+        if step.name in owners:
+            turns = _turns(graph, step, owners[step.name], ranks, per_rank, concat, devices, calls)
+            scored[step.name] = turns
+            if mode == "sync" and step.name == "reward":
+                _ask_late(graph, turns, ranks, per_rank, calls)
+        else:
+            scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=devices.size(step.name), chunks=calls)]
+        for needed in step.needs:
+            for turn in scored[step.name]:
+                graph.link(needed, turn, stream=True, carries=algorithm.step(needed).fields)
+    updates = algorithm.of_kind("train")
+    for update in updates:
+        home = owners.get("values", ranks) if update.model == "critic" else ranks
+        graph.stage(update.name, "train", update.model, home, loop=updates[0].name,
+                    chunks=algorithm.minibatches, epochs=algorithm.epochs)
+        for needed in update.needs:
+            for turn in scored[needed]:
+                graph.link(turn, update.name, carries=algorithm.step(needed).fields)
+    if devices.own_engine:
+        graph.stage("update_weights", "sync", "actor", ranks, target="shadow_actor", after=["update_actor"])
+        graph.link("update_weights", "gen", lag=1)
+    for update in updates:
+        graph.link(update.name, "gen", lag=1)
+    return graph
+
+
+def _check(owners: dict[str, list[int]], devices: Devices) -> None:
+    for stage, own in owners.items():
+        if stage not in ("ref", "reward", "values"):
+            raise ValueError(f"owners names {stage!r} (allowed: ref, reward, values)")
+        if not own or not set(own) <= set(devices.ranks) or len(set(own)) != len(own):
+            raise ValueError(f"owners.{stage} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
+    if missing := {"ref", "reward"} - set(owners):
+        raise ValueError(f"owners lacks {', '.join(sorted(missing))}")
+    if both := set(owners["ref"]) & set(owners["reward"]):
+        raise ValueError(f"owners.ref and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones")
+
+
+def _ordered(owners: dict[str, list[int]], devices: Devices) -> tuple[int, ...]:
+    """Reference owners, reward owners, others: lane k belongs to the k-th of these, so that an owner's lanes are a range."""
+    first = [*owners["ref"], *owners["reward"]]
+    return (*first, *(r for r in devices.ranks if r not in set(first)))
+
+
+def _turns(graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], per_rank: int, concat: bool,
+           devices: Devices, calls: int) -> list[str]:
+    """The stages in which `own` score every lane; their names, in order."""
+    size = devices.size(step.name) or len(own)
+    if concat:
+        return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=calls)]
+    mine = sorted(ranks.index(r) for r in own)
+    start, stop = mine[0], mine[-1] + 1
+    if stop - start != len(own):  # a subset that is no range of lanes serves from the first lane on
+        start, stop = 0, len(own)
+    runs = [range(start, stop)]
+    for lo, hi in ((0, start), (stop, len(ranks))):
+        runs += [range(k, min(k + len(own), hi)) for k in range(lo, hi, len(own))]
+    names = []
+    for turn, lanes in enumerate(runs):
+        places = len(own) // size
+        while len(lanes) % places:  # a last, smaller turn occupies only some of the owners
+            places -= 1
+        names.append(graph.stage(f"{step.name}.{turn}", step.kind, step.model, own[: places * size], size=size,
+                                 serves=lanes, chunks=calls))
+    return names
+
+
+def _ask_late(graph: StageGraph, turns: list[str], ranks: tuple[int, ...], per_rank: int, calls: int) -> None:
+    """Sync mode: the tokens of a lane reach the reward owner only when the lane's rank comes to this line."""
+    own = set(graph.at(turns[0]).ranks)
+    for turn in turns:
+        stage = graph.at(turn)
+        members = [ranks[lane // per_rank] for lane in stage.serves if ranks[lane // per_rank] not in own]
+        if members:
+            asked = graph.stage(f"ids.{turn}", "swap", "none", dict.fromkeys(members), size=1, chunks=calls,
+                                serves=stage.serves)
+            graph.link(asked, turn, stream=True)
