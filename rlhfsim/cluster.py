@@ -14,8 +14,8 @@ a group are taken in topology order (a ring enters and leaves every leaf once).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,10 +27,12 @@ from .errors import InputError
 if TYPE_CHECKING:
     import networkx as nx
 
+    from .costs.kernels import CollectiveCurve, Kernels
     from .spec.hardware import Cluster
     from .spec.scenario import Effects
 
 Groups = tuple[tuple[int, ...], ...]
+_OutIn = tuple[np.ndarray, np.ndarray]
 
 
 class Curve(NamedTuple):
@@ -49,63 +51,80 @@ class Curve(NamedTuple):
 class Collectives:
     """What collectives reach on a machine.
 
-    inside: per operation, in one node, latency as measured with `measured_ranks` ranks (2 for send).
+    inside: in one node, per operation and number of ranks that it was measured with.
     hop_seconds: one more rank of the same node; network_hop_seconds (ring) and network_tree_hop_seconds: one more node.
     network_efficiency: of the NICs' nominal rate; pcie_efficiency: of a PCIe slot's.
     two_node_tree_efficiency: rate of the tree all-reduce relative to the ring, where it is used for large messages. It
         matters between exactly two nodes, where it sends the payload once and the ring almost twice.
 
-    Hops are the LL protocol's of NCCL's own model: src/graph/tuning.cc, commit 01afd20, table hwLat. network_exponent
-    0.7: unverified, mimics that model's change from LL to LL128 to Simple as messages grow.
+    Hops are the LL protocol's of NCCL's own model: src/graph/tuning.cc, commit 01afd20, table hwLat. network_exponent:
+    together with them it follows that model's ring, best of its three protocols, within 6 % (mean; worst 29 %) for 16
+    to 1024 ranks, 8 a node, 1 MB to 10 GB. The model is NCCL's, not a measurement.
     network_efficiency: 46-48 of 50 GB/s (NDR, maintainer, NVIDIA/nccl-tests issue 290, 2025-03-03), 24 of 25 (HDR,
     maintainer, NVIDIA/nccl issue 412, 2023-04-24); all_to_all and send across nodes: unverified, taken as equal.
     pcie_efficiency: 25.1 of 32 GB/s (A100, host to device, NVIDIA/nvbandwidth issue 42, 2025-07-05), 52.8 of 64 (H100,
     device to host, issue 24, 2024-09-11), 26.3 of 32 between GPUs (A6000, issue 50, 2025-11-03).
     """
 
-    inside: dict[Op, Curve]
-    measured_ranks: int = 8
+    inside: Mapping[Op, Mapping[int, Curve]]
     hop_seconds: float = 0.47e-6
     network_hop_seconds: float = 2.7e-6
     network_tree_hop_seconds: float = 5.0e-6
     network_efficiency: float = 0.94
-    network_exponent: float = 0.7
+    network_exponent: float = 0.65
     pcie_efficiency: float = 0.8
     two_node_tree_efficiency: float | None = None
 
+    def measured(self, op: Op, ranks: int) -> int:
+        """The measured number of ranks nearest in ratio (the fewer when two are as near)."""
+        return min(self.inside[op], key=lambda n: (abs(math.log(n / ranks)), n))
 
-COPY = Curve(10e-6, 1.0, 1.0)  # latency of a pinned copy: unverified; its rate is pcie_efficiency
+    def curve(self, op: Op, ranks: int) -> Curve:
+        return self.inside[op][self.measured(op, ranks)]
+
+    def updated(self, kernels: Kernels) -> Collectives:
+        """With the curves that a file of `hw_specs/kernels/` has; broadcast (not measured) as its all_gather."""
+        found: dict[Op, Mapping[int, Curve]] = {}
+        measured: dict[str, dict[int, CollectiveCurve]] = {str(op): c for op, c in kernels.collectives.items()}
+        for op in (*_RINGS, "send"):
+            if curves := measured.get("all_gather" if op == "broadcast" else op):
+                found[op] = {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
+        return replace(self, inside={**self.inside, **found})
+
+
+_RINGS: tuple[Op, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+
+
+def _curves(ring: Curve, send: Curve, **other: Curve) -> dict[Op, dict[int, Curve]]:
+    """Curves measured with 8 ranks; a pinned copy's 10 us: unverified, its rate is pcie_efficiency."""
+    curves: dict[Op, dict[int, Curve]] = {op: {8: other.get(op, ring)} for op in _RINGS}
+    copy = Curve(10e-6, 1.0, 1.0)
+    return {**curves, "send": {2: send}, "to_host": {1: copy}, "from_host": {1: copy}}
+
 
 # A100, 8 ranks. all_reduce: p-norm fitted to the NCCL table of aiconfigurator-core 0.12.0: 22 us, 130 GB/s of payload
-# (227 GB/s bus bandwidth) of 300, p 0.6. send: 14 us, 297 GB/s, Vidur's A100 profile of send/recv. The others: unverified,
-# taken as equal to all_reduce. No tree: two nodes with 4 HDR NICs give 86-96 GB/s (NVIDIA/nccl issue 1048, 2023-11-01),
-# as the ring does.
-_A100 = Curve(22e-6, 227 / 300, 0.6)
-AMPERE = Collectives(inside={
-    "all_reduce": _A100, "all_gather": _A100, "reduce_scatter": _A100, "all_to_all": _A100, "broadcast": _A100,
-    "send": Curve(14e-6, 297 / 300, 1.0), "to_host": COPY, "from_host": COPY})
+# (227 GB/s bus bandwidth) of 300, p 0.6. send: 14 us, 297 GB/s, Vidur's A100 profile of send/recv. The others:
+# unverified, taken as equal to all_reduce. No tree: two nodes with 4 HDR NICs reach 86 GB/s (NVIDIA/nccl issue 1048,
+# 2023-11-01), what a ring does.
+AMPERE = Collectives(_curves(ring=Curve(22e-6, 227 / 300, 0.6), send=Curve(14e-6, 297 / 300, 1.0)))
 
-# H100, 8 ranks, same table: all_reduce 15 us, 283 GB/s of payload (495 bus) of 450, p 0.6; all_gather at most 335 of 450.
-# send: 380 of 450 (NVIDIA/nccl issue 1264, 2024-04-24), latency unverified. The others: unverified, as all_gather.
+# H100, 8 ranks, same table: all_reduce 15 us, 283 GB/s of payload (495 bus) of 450, p 0.6; all_gather at most 335 of
+# 450. send: 380 of 450 (NVIDIA/nccl issue 1264, 2024-04-24), latency unverified. The others: unverified, as all_gather.
 # Tree 0.92 of ring: unverified; two nodes of 8 NDR NICs give about 470 GB/s (NVIDIA/nccl issue 2409, 2026-09-14).
-_H100 = Curve(15e-6, 335 / 450, 0.6)
-HOPPER = Collectives(inside={
-    "all_reduce": Curve(15e-6, 495 / 450, 0.6), "all_gather": _H100, "reduce_scatter": _H100, "all_to_all": _H100,
-    "broadcast": _H100, "send": Curve(10e-6, 380 / 450, 1.0), "to_host": COPY, "from_host": COPY},
+HOPPER = Collectives(
+    _curves(ring=Curve(15e-6, 335 / 450, 0.6), send=Curve(10e-6, 380 / 450, 1.0),
+            all_reduce=Curve(15e-6, 495 / 450, 0.6)),
     two_node_tree_efficiency=0.92)
 
-# GPUs without NVLink; hop as above, PCI row of the same table. Rate as a copy between two GPUs; latency, p: unverified.
-_PCIE = Curve(22e-6, 0.8, 0.6)
-PCIE = Collectives(inside={
-    "all_reduce": _PCIE, "all_gather": _PCIE, "reduce_scatter": _PCIE, "all_to_all": _PCIE, "broadcast": _PCIE,
-    "send": Curve(14e-6, 0.8, 1.0), "to_host": COPY, "from_host": COPY}, hop_seconds=1.0e-6)
+# GPUs without NVLink; hop: row PCI of the table named above. Rate of a copy between two GPUs; the rest: unverified.
+PCIE = Collectives(_curves(ring=Curve(22e-6, 0.8, 0.6), send=Curve(14e-6, 0.8, 1.0)), hop_seconds=1.0e-6)
 
 # NCCL's model multiplies the LL hop inside a node by this when the group spans nodes (same file as above).
 _HOP_FACTOR_ACROSS = 1.8
 
 
 def default_collectives(cluster: Cluster) -> Collectives:
-    """The set measured on the most similar machine; replace parts with `dataclasses.replace`."""
+    """The set of the most similar machine; `updated` and `dataclasses.replace` change parts of it."""
     if cluster.node.gpu_link == "pcie":
         return PCIE
     return HOPPER if cluster.gpu.architecture.lower() in ("hopper", "blackwell") else AMPERE
@@ -118,7 +137,8 @@ class ClusterTopology:
     only host memory has a single one for both directions. warnings: what a user should know about the placement.
     """
 
-    def __init__(self, cluster: Cluster, collectives: Collectives | None = None, effects: Effects | None = None) -> None:
+    def __init__(self, cluster: Cluster, collectives: Collectives | None = None,
+                 effects: Effects | None = None) -> None:
         self.cluster = cluster
         self.collectives = collectives or default_collectives(cluster)
         self.free = effects is not None and not effects.links
@@ -198,7 +218,7 @@ class ClusterTopology:
                 if self._nvlink:
                     yield gpu, f"node{n} {node.gpu_link}", f"{gpu} nvlink out"
                     yield f"node{n} {node.gpu_link}", gpu, f"{gpu} nvlink in"
-                for i in np.flatnonzero(self._nic_share[local]):
+                for i in np.flatnonzero(self._nic_share[local]).tolist():
                     yield hub, f"node{n} nic{i}", None
                     yield f"node{n} nic{i}", hub, None
         for i in range(self._leaves):
@@ -235,20 +255,16 @@ class ClusterTopology:
         assert ranks.min() >= 0 and ranks.max() < self.cluster.gpus, "rank outside the cluster"
         members = _Members(ranks, np.repeat(np.arange(len(sizes)), sizes), sizes)
         if copy:
-            usage = self._copy_usage(op, ranks)
-            return Route(self._named(usage), self.collectives.inside[op].latency_seconds,
-                         self.collectives.inside[op].exponent)
+            curve = self.collectives.curve(op, 1)
+            return Route(self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent)
         usage, nodes = self._usage(op, members)
         latency = max(self._latency(op, n, k) for n, k in set(zip(sizes.tolist(), nodes.tolist(), strict=True)))
-        exponent = self.collectives.network_exponent if nodes.max() > 1 else self.collectives.inside[op].exponent
-        return Route(self._named(usage), latency, exponent)
+        one_node = self.collectives.curve(op, int(sizes.max())).exponent
+        return Route(self._named(usage), latency, one_node if nodes.max() == 1 else self.collectives.network_exponent)
 
     def _named(self, usage: np.ndarray) -> dict[str, float]:
         used = np.flatnonzero(usage)
         return dict(zip([self._names[i] for i in used], usage[used].tolist(), strict=True))
-
-    def _sum(self, unit_of_rank: np.ndarray, units: int, values: np.ndarray) -> np.ndarray:
-        return np.bincount(unit_of_rank, weights=values, minlength=units)
 
     def _units(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """PCIe switch, node and leaf of each rank."""
@@ -259,13 +275,9 @@ class ClusterTopology:
 
     def _copy_usage(self, op: Op, ranks: np.ndarray) -> np.ndarray:
         """GPU to or from host memory: its slot, the uplink it shares, and the memory."""
-        c = self.cluster
-        switch, node, _ = self._units(ranks)
         load = np.full(len(ranks), 1 / self.collectives.pcie_efficiency)
-        out, none = (load, 0 * load) if op == "to_host" else (0 * load, load)
-        return self._assemble(ranks, inside=(0 * load, 0 * load), pcie=(out, none), switch=(out, none),
-                              memory=self._sum(node, c.nodes, np.ones(len(ranks))), network=(0 * load, 0 * load),
-                              leaf=(0 * load, 0 * load))
+        slot = (load, 0 * load) if op == "to_host" else (0 * load, load)
+        return self._assemble(ranks, pcie=slot, switch=slot, memory=np.ones(len(ranks)))
 
     def _usage(self, op: Op, members: _Members) -> tuple[np.ndarray, np.ndarray]:
         """Link time per payload byte on every link, and how many nodes each group spans."""
@@ -277,64 +289,66 @@ class ClusterTopology:
         by_node = _traffic(op, members, on_node, tree, on_node.units)
         by_leaf = _traffic(op, members, members.level(leaf), tree, on_node.units)
         # What a GPU does not pass to or take from a NIC goes to or comes from GPUs of its node.
-        alone = on_node.members == 1
-        inside = tuple(np.where(alone, 0.0, np.maximum(r - n, 0)) for r, n in zip(by_rank, by_node, strict=True))
-        crossing = (np.zeros(len(ranks)),) * 2
+        inside = _beyond(by_rank, by_node, on_node.members > 1)
+        crossing = None  # between PCIe switches
         if self._switched and not self._nvlink:
-            by_switch = _traffic(op, members, members.level(switch))
-            crossing = tuple(np.maximum(s - n, 0) for s, n in zip(by_switch, by_node, strict=True))
+            crossing = _beyond(_traffic(op, members, members.level(switch)), by_node, on_node.members > 1)
         if c.node.gpu_link == "nvlink_mesh":
             # Without a switch only the cables to the group's own members help; cables taken as evenly spread over the
             # node's other GPUs (exact for four fully connected GPUs, unverified for a cube mesh).
-            cables = (c.node.gpus_per_node - 1) / np.maximum(on_node.members - 1, 1)
-            inside = tuple(x * cables for x in inside)
-        port = curves.inside[op].efficiency
-        pcie = tuple(n / curves.pcie_efficiency + (0 if self._nvlink else i / port)
-                     for n, i in zip(by_node, inside, strict=True))
-        usage = self._assemble(
-            ranks, inside=tuple(x / port for x in inside), pcie=pcie, switch=tuple(x / port for x in crossing),
-            memory=np.zeros(c.nodes), network=tuple(x / self._network_efficiency for x in by_node),
-            leaf=tuple(x / self._network_efficiency for x in by_leaf))
+            inside = _times(inside, (c.node.gpus_per_node - 1) / np.maximum(on_node.members - 1, 1))
+        port = np.empty(len(ranks))
+        for m in np.unique(on_node.members):
+            port[on_node.members == m] = 1 / curves.curve(op, int(m)).efficiency
+        inside, network = _times(inside, port), 1 / self._network_efficiency
+        slot = _times(by_node, 1 / curves.pcie_efficiency)
+        if not self._nvlink:
+            slot = (slot[0] + inside[0], slot[1] + inside[1])
+        usage = self._assemble(ranks, inside=inside, pcie=slot, switch=_times(crossing, port) if crossing else None,
+                               network=_times(by_node, network), leaf=_times(by_leaf, network))
         return usage, on_node.units_of_group
 
-    def _assemble(self, ranks: np.ndarray, *, inside: tuple, pcie: tuple, switch: tuple, memory: np.ndarray,
-                  network: tuple, leaf: tuple) -> np.ndarray:
-        """Per-member (out, in) loads summed up on the links, in the order of `_links`."""
+    def _assemble(self, ranks: np.ndarray, *, pcie: _OutIn, switch: _OutIn | None, inside: _OutIn | None = None,
+                  memory: np.ndarray | None = None, network: _OutIn | None = None,
+                  leaf: _OutIn | None = None) -> np.ndarray:
+        """Loads of the members summed up on the links, in the order of `_links`."""
         c = self.cluster
-        switch_of, _, leaf_of = self._units(ranks)
-        blocks = [self._sum(ranks, c.gpus, x) for x in inside] if self._nvlink else []
-        blocks += [self._sum(ranks, c.gpus, x) for x in pcie]
-        if self._switched:
-            blocks += [self._sum(switch_of, c.nodes * self._switches, x) for x in switch]
-        blocks += [memory]
-        by_gpu = (self._sum(ranks, c.gpus, x).reshape(c.nodes, -1) for x in network)
-        blocks += [(x @ self._nic_share).ravel() for x in by_gpu]
-        if self._leaves:
-            blocks += [self._sum(leaf_of, self._leaves, x) for x in leaf]
+        none = np.zeros(len(ranks))
+        switch_of, node_of, leaf_of = self._units(ranks)
+
+        def total(unit: np.ndarray, units: int, loads: _OutIn | None) -> list[np.ndarray]:
+            return [np.bincount(unit, weights=x, minlength=units) for x in loads or (none, none)]
+
+        blocks = total(ranks, c.gpus, inside) if self._nvlink else []
+        blocks += total(ranks, c.gpus, pcie)
+        blocks += total(switch_of, c.nodes * self._switches, switch) if self._switched else []
+        blocks += total(node_of, c.nodes, (none if memory is None else memory, none))[:1]
+        blocks += [(x.reshape(c.nodes, -1) @ self._nic_share).ravel() for x in total(ranks, c.gpus, network)]
+        blocks += total(leaf_of, self._leaves, leaf) if self._leaves else []
         return np.concatenate(blocks)
 
     def _latency(self, op: Op, ranks: int, nodes: int) -> float:
-        """Seconds of one call of no bytes: what launching takes, and the hops of NCCL's model (ring or tree).
+        """Seconds of one call of no bytes: the measured latency, corrected by the hops of NCCL's model (ring or tree).
 
         Source of the step counts: ncclTopoTuneModel in src/graph/tuning.cc, commit 01afd20.
         """
-        m, given = self.collectives, self.cluster.network.latency_seconds
-        ring_hop = given.value if given else m.network_hop_seconds
-        tree_hop = given.value if given else m.network_tree_hop_seconds
+        c, given = self.collectives, self.cluster.network.latency_seconds
+        ring_hop = given.value if given else c.network_hop_seconds
+        tree_hop = ring_hop * c.network_tree_hop_seconds / c.network_hop_seconds
         rounds = 2 if op == "all_reduce" else 1
-        measured = 2 if op == "send" else m.measured_ranks
-        launch = max(m.inside[op].latency_seconds - rounds * (measured - 1) * m.hop_seconds, 0.0)
-        hop = m.hop_seconds * (_HOP_FACTOR_ACROSS if nodes > 1 else 1)
-        steps = rounds * ((ranks - nodes) * hop + (nodes - 1) * ring_hop)
+        measured = c.measured(op, math.ceil(ranks / nodes))
+        launch = max(c.inside[op][measured].latency_seconds - rounds * (measured - 1) * c.hop_seconds, 0.0)
+        hop = c.hop_seconds * (_HOP_FACTOR_ACROSS if nodes > 1 else 1)
         if op == "all_to_all" and nodes > 1:  # all peers at once: only one message's way across
-            steps = (ranks - 2) * hop + ring_hop
-        if op == "all_reduce":
+            return launch + (ranks - 2) * hop + ring_hop
+        steps = rounds * ((ranks - nodes) * hop + (nodes - 1) * ring_hop if nodes > 1 else (ranks - 1) * hop)
+        if op == "all_reduce" and nodes > 1:
             steps = min(steps, 2 * ((ranks / nodes - 1) * hop + math.ceil(math.log2(nodes)) * tree_hop))
         return launch + steps
 
 
 class _Level(NamedTuple):
-    """Of each member: how many members share its unit, how many units its group has, whether the root is in its unit."""
+    """Of each member: members of its group in its unit, units of its group, whether the group's root is in its unit."""
 
     members: np.ndarray
     units: np.ndarray
@@ -351,7 +365,7 @@ class _Members:
 
     @property
     def size(self) -> np.ndarray:
-        return self.sizes[self.group]
+        return np.take(self.sizes, self.group)
 
     def level(self, unit: np.ndarray) -> _Level:
         width = int(unit.max()) + 1
@@ -362,11 +376,11 @@ class _Members:
 
 
 def _traffic(op: Op, members: _Members, level: _Level, tree: float | None = None,
-             nodes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+             nodes: np.ndarray | None = None) -> _OutIn:
     """Bytes per payload byte that leave and enter a unit, spread evenly over the group's members in it.
 
-    Rings: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005). A broadcast
-    is a pipelined chain whose order differs between channels, so that every unit but the root's is last equally often.
+    Rings: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005).
+    A broadcast is a pipelined chain whose order differs between channels: all units but the root's are last as often.
     """
     n, inside, units = members.size, level.members, level.units
     outside = units > 1
@@ -378,12 +392,21 @@ def _traffic(op: Op, members: _Members, level: _Level, tree: float | None = None
             out = np.where(nodes == 2, np.minimum(out, 1 / tree), out)
         into = out
     elif op == "all_to_all":
-        out = into = inside * (n - inside) / (n - 1)
+        out = into = inside * (n - inside) / n
     else:
         assert op in ("broadcast", "send"), op
         out = np.where(level.root, 1.0, (units - 2) / np.maximum(units - 1, 1))
         into = np.where(level.root, 0.0, 1.0)
     return outside * out / inside, outside * into / inside
+
+
+def _beyond(total: _OutIn, outer: _OutIn, where: np.ndarray) -> _OutIn:
+    """The part of `total` that does not go through the outer level."""
+    return (where * np.maximum(total[0] - outer[0], 0.0), where * np.maximum(total[1] - outer[1], 0.0))
+
+
+def _times(loads: _OutIn, factor: np.ndarray | float) -> _OutIn:
+    return (loads[0] * factor, loads[1] * factor)
 
 
 def _nic_share(gpus: int, nics: int) -> np.ndarray:

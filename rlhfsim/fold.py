@@ -65,8 +65,28 @@ def fold(graph: StageGraph) -> Fold:
         serves = range(lane_at[s.serves.start], lane_at[s.serves.stop])
         small.add_node(s.name, stage=replace(s, ranks=blocks, size=size, serves=serves))
     small.add_edges_from(graph.edges(data=True))
+    rank_counts = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    lane_counts = [b - a for a, b in zip(lanes, lanes[1:], strict=False)]
+    if not all(_alike(s, small.at(s.name), rank_counts, lane_counts) for s in stages):
+        return unfolded(graph)
     return Fold(graph, small, tuple(tuple(axis[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)),
                 tuple(range(a, b) for a, b in zip(lanes, lanes[1:], strict=False)))
+
+
+def _alike(stage: Stage, folded: Stage, rank_counts: list[int], lane_counts: list[int]) -> bool:
+    """Whether each place of the folded stage stands for whole places of the stage, with their lanes."""
+    if stage.places == 1:
+        return True
+    if len(folded.serves) % folded.places:
+        return False
+    for place in range(folded.places):
+        whole, inside = divmod(sum(rank_counts[block] for block in folded.ranks_of(place)), stage.size)
+        if inside or (stage.spread != "each" and whole != 1):
+            return False
+        lanes = sum(lane_counts[k] for k in folded.lanes_of(place))
+        if stage.spread == "each" and lanes * stage.places != whole * len(stage.serves):
+            return False
+    return True
 
 
 def _runs(spots: list[int]) -> list[range]:

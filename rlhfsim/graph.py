@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import networkx as nx
@@ -66,6 +67,11 @@ class Stage:
     def firings(self) -> int:
         """Firings per place and iteration (over all places for robin and first)."""
         return self.chunks * self.epochs
+
+    @property
+    def makers(self) -> int:
+        """How many chunks of this stage may be at work at once: the place of chunk k fires k - makers before it."""
+        return 1 if self.spread == "each" else self.places
 
     def ranks_of(self, place: int) -> tuple[int, ...]:
         return self.ranks[place * self.size : (place + 1) * self.size]
@@ -160,18 +166,21 @@ class StageGraph(nx.DiGraph):
               serves: range | None = None, after: Iterable[str] = (), **more: Any) -> str:
         """Add a stage; `size` defaults to all its ranks, `serves` to all lanes. Returns the name.
 
-        Raises ValueError where ranks are not whole places or lanes do not spread evenly over the places.
+        Raises ValueError where ranks are not whole places, lanes do not spread evenly over the places, or there is
+        nothing to do.
         """
         ranks = tuple(ranks)
         if not ranks:
             raise ValueError(f"stage {name}: it has no ranks")
         if len(set(ranks)) != len(ranks):
             raise ValueError(f"stage {name}: a rank is named twice in {list(ranks)}")
-        size = size or len(ranks)
-        if len(ranks) % size:
+        size = len(ranks) if size is None else size
+        if size < 1 or len(ranks) % size:
             raise ValueError(f"stage {name}: {len(ranks)} ranks do not divide into places of {size}")
         serves = range(self.lanes) if serves is None else serves
         stage = Stage(name, kind, model, ranks, size, serves, order=len(self), **more)
+        if stage.chunks < 1 or stage.epochs < 1:
+            raise ValueError(f"stage {name}: {stage.chunks} chunks and {stage.epochs} epochs (at least 1 is needed)")
         if stage.spread == "each" and len(serves) % stage.places:
             raise ValueError(f"stage {name}: {len(serves)} lanes do not spread over {stage.places} places")
         self.add_node(name, stage=stage)
@@ -186,10 +195,16 @@ class StageGraph(nx.DiGraph):
 
         capacity: how many chunks may lie on the edge, sent and not taken (back-pressure); None: any number.
         carries: the fields that move along the edge.
+        Raises ValueError for unknown stages, capacities below 1, lags below 0, and messages to a stage whose place is
+        not yet known when they leave.
         """
         for name in (u, v):
             if name not in self:
                 raise ValueError(f"link {u} -> {v}: there is no stage {name!r}")
+        if lag < 0 or (capacity is not None and capacity < 1):
+            raise ValueError(f"link {u} -> {v}: lag {lag} (at least 0), capacity {capacity} (at least 1)")
+        if carries and self.at(v).spread == "first":
+            raise ValueError(f"link {u} -> {v}: nothing can be sent to a stage of spread 'first'")
         self.add_edge(u, v, lag=lag, stream=stream, capacity=capacity, carries=tuple(carries))
         self._results.clear()
 
@@ -209,9 +224,10 @@ class StageGraph(nx.DiGraph):
         """The chunks of u that chunk `chunk` of v overlaps, whatever the two counts."""
         if u.epochs == v.epochs:
             mine, of, theirs = chunk, v.firings, u.firings
-        else:  # every epoch of v reads the same batch again
+        else:  # every epoch of v reads the same batch again, as u's last epoch leaves it
             mine, of, theirs = chunk % v.chunks, v.chunks, u.chunks
-        return range(mine * theirs // of, -(-(mine + 1) * theirs // of))
+        before = u.firings - theirs
+        return range(before + mine * theirs // of, before - (-(mine + 1) * theirs // of))
 
     def _sources(self, f: Firing, u: str, edge: dict[str, Any], *, data: bool = False) -> Iterator[Firing]:
         """Firings of u that f waits for along an edge; with `data`, those whose output it uses."""
@@ -235,8 +251,7 @@ class StageGraph(nx.DiGraph):
         producer, done = self.at(g.stage), [g]
         for _, v, edge in self.out_edges(g.stage, data=True):
             if edge["capacity"] is not None:
-                makers = 1 if producer.spread == "each" else producer.places
-                done += self._taken(g.stage, v, earlier(g, edge["capacity"] * makers, producer))
+                done += self._taken(g.stage, v, earlier(g, edge["capacity"] * producer.makers, producer))
         return latest(done)
 
     @_memo
@@ -244,12 +259,12 @@ class StageGraph(nx.DiGraph):
         """What is done when v has come for g: v's firing before, and what v receives earlier in the same firing."""
         producer, consumer = self.at(u), self.at(v)
         chunk = g.chunk * consumer.chunks // producer.chunks
-        if g.iteration < -1 or chunk >= consumer.chunks:  # later epochs take nothing
+        if g.iteration < -self._reach() or chunk >= consumer.chunks:  # later epochs take nothing
             return ()
         done: list[Firing] = []
         for place in consumer.places_for(producer.lanes_of(g.place), chunk):
             f = Firing(g.iteration, v, chunk, place)
-            done += self._handed(earlier(f, 1, consumer))
+            done += self._handed(earlier(f, consumer.makers, consumer))
             for w, _, edge in self.in_edges(v, data=True):
                 if w == u:
                     break
@@ -259,7 +274,25 @@ class StageGraph(nx.DiGraph):
         return latest(done)
 
     @_memo
+    def _reach(self) -> int:
+        """How many iterations back-pressure reaches: through every bounded edge its capacity and one firing."""
+        steps = [(edge["capacity"] + 1) * self.at(u).makers / self.at(u).firings + self.at(v).makers / self.at(v).chunks
+                 for u, v, edge in self.edges(data=True) if edge["capacity"] is not None]
+        return ceil(sum(steps))
+
+    @_memo
+    def _hand_over(self) -> None:
+        """Remember `_handed` from the oldest firing on: asked for the last first, it would recurse through them all."""
+        makers = {u: self.at(u) for u, _, capacity in self.edges(data="capacity") if capacity is not None}
+        for iteration in range(-self._reach(), 1):
+            chunks = [(chunk / s.firings, s.name, chunk) for s in makers.values() for chunk in range(s.firings)]
+            for _, name, chunk in sorted(chunks):
+                for place in makers[name].all_places(chunk):
+                    self._handed(Firing(iteration, name, chunk, place))
+
+    @_memo
     def _needs(self, stage: str, chunk: int, place: int) -> tuple[Firing, ...]:
+        self._hand_over()
         f, consumer = Firing(0, stage, chunk, place), self.at(stage)
         needed: list[Firing] = []
         for u, _, edge in self.in_edges(stage, data=True):
@@ -267,7 +300,7 @@ class StageGraph(nx.DiGraph):
             for source in self._sources(f, u, edge):
                 needed += self._handed(source) if bounded else (source,)
         if any(edge["capacity"] is not None for *_, edge in self.out_edges(stage, data=True)):
-            needed += self._handed(earlier(f, 1 if consumer.spread == "each" else consumer.places, consumer))
+            needed += self._handed(earlier(f, consumer.makers, consumer))
         return latest(n for n in needed if n != f)
 
     def needs(self, f: Firing) -> list[Firing]:
@@ -303,12 +336,15 @@ class StageGraph(nx.DiGraph):
                         yield g, lane, edge["carries"]
 
     def _chunks_reached(self, u: Stage, v: Stage, chunk: int) -> Iterable[int]:
-        """The first-epoch chunks of v that use chunk `chunk` of u; later epochs find the data where it lies.
+        """The chunks of v that use chunk `chunk` of u; later epochs of v find the data where it lies.
 
         Where v's places do not depend on the chunk one message serves all; only round-robin needs each.
         """
-        reached = [c for c in range(v.chunks) if chunk in self._chunks_used(u, v, c)] if v.spread == "robin" else [0]
-        return reached
+        if u.epochs != v.epochs and chunk < u.firings - u.chunks:  # only the last epoch's result is used
+            return ()
+        if v.spread != "robin":
+            return (0,)
+        return [c for c in range(v.firings if u.epochs == v.epochs else v.chunks) if chunk in self._chunks_used(u, v, c)]
 
     # -- order --------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from .algorithms import Algorithm
 from .errors import InputError, nearest
-from .graph import StageGraph
+from .graph import Stage, StageGraph
 from .schedule import check
 from .slots import place_slots
 from .spec.scenario import ModelUse, Scenario
@@ -96,6 +96,9 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
         if option not in allowed:
             raise InputError(f"strategy {name!r} has no such option{nearest(option, [*allowed, 'slots'])}",
                              field=f"strategy.{option}")
+    if name == "disaggregated" and scenario.generation.engine == "zero3_per_token":
+        raise InputError("zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
+                         "(allowed: hybrid for plain batches, engine)", field="generation.engine")
     try:
         return check(module.build(algorithm_of(scenario), devices, **options)), notes
     except (ValueError, TypeError) as error:
@@ -124,7 +127,7 @@ def _with_slots(name: str, slots: object, options: dict, devices: Devices) -> tu
 def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
     """Every copy of a model that the graph uses, by name (`actor`, `shadow_actor`, ...).
 
-    Raises InputError where a copy's ranks are no whole number of replicas.
+    Raises InputError where ranks that work together are no whole number of replicas.
     """
     models, found = scenario.models, {}
     training = {s.model for s in graph.stages() if s.kind == "train"}
@@ -140,8 +143,18 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
                                          "tensor_parallel": scenario.generation.tensor_parallel})
         ranks = tuple(dict.fromkeys(r for s in graph.stages() if s.model == stage.model and s.kind not in ("sync", "swap")
                                     for r in s.ranks))
-        if len(ranks) % use.ranks_per_replica:
-            raise InputError(f"{stage.model} has {len(ranks)} ranks, which do not divide into replicas of "
-                             f"{use.ranks_per_replica}", field=f"models.{role}.tensor_parallel")
         found[stage.model] = Holding(stage.model, use, purpose, ranks)
+    for stage in graph.stages():
+        if stage.model in found and stage.kind not in ("sync", "swap"):
+            _check_places(stage, found[stage.model], scenario)
     return found
+
+
+def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
+    """Every place of a stage must hold whole replicas of its model."""
+    generates = stage.kind == "generate"
+    replica = scenario.generation.tensor_parallel if generates else held.replica
+    if stage.size % replica:
+        field = "generation.tensor_parallel" if generates else f"models.{stage.model.removeprefix('shadow_')}.tensor_parallel"
+        raise InputError(f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of "
+                         f"{replica}", field=field)

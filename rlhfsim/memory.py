@@ -39,8 +39,9 @@ HOST_GRADIENT_BYTES = 4
 # github.com/huggingface/trl issue 3678 (2025): H100, 2 x 256 tokens, vocabulary 151,665.
 LOGITS_COPIES = 2.77
 
-# Weights that ZeRO-3 keeps gathered at a time, prefetches and reduces at a time, in parameters: DeepSpeed's defaults of
-# stage3_max_live_parameters, stage3_prefetch_bucket_size, reduce_bucket_size (deepspeed/runtime/zero/config.py, 1b88ac36).
+# Parameters that ZeRO-3 keeps gathered at a time, prefetches and reduces at a time: DeepSpeed's defaults of
+# stage3_max_live_parameters, stage3_prefetch_bucket_size and reduce_bucket_size, deepspeed/runtime/zero/config.py at
+# 1b88ac36.
 LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 
 # One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers).

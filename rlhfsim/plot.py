@@ -36,6 +36,7 @@ DASHES = ("-", "--", "-.", ":")
 IDLE_COLOUR = "#EEEEEE"
 WIDTH_INCHES = 12.0
 MAX_ROWS = 64
+DPI = 150
 
 
 @contextmanager
@@ -52,12 +53,12 @@ def _figure(path: str | Path, height_inches: float, width_inches: float = WIDTH_
     style: Any = {"svg.hashsalt": "rlhfsim", "svg.fonttype": "none", "hatch.linewidth": 0.6, "font.size": 9,
                   "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+        figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         # Neither file may hold the date, nor the program's version.
         metadata: dict[str, Any] = {"Date": None} if kind == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(path, metadata=metadata)
 
 
 # ---------------------------------------------------------------- Gantt
@@ -112,8 +113,15 @@ def _rows(timeline: Timeline, limit: int) -> tuple[list[_Row], int]:
     rows = []
     for pool in pools.values():
         count = max(1, len(pool) * min(limit, len(groups)) // len(groups))
-        rows += [_Row(_short(group.label, 20), group.spans) for group in evenly(pool, count)]
+        rows += [_Row(_row_label(group), group.spans) for group in evenly(pool, count)]
     return rows, len(groups) - len(rows)
+
+
+def _row_label(group: RankGroup) -> str:
+    """Ranks that are no single run are many: the first run and how many there are."""
+    if len(group.label) <= 16:
+        return group.label
+    return f"{group.label.partition(',')[0]}, … ({len(group.ranks)} ranks)"
 
 
 def _headline(label: str, timeline: Timeline, skipped: int) -> str:
@@ -144,7 +152,7 @@ def _draw_rows(axes: Axes, rows: Sequence[_Row], colours: Mapping[str, str], ori
                limits: tuple[float, float], per_inch: float, row_inches: float) -> None:
     from matplotlib.patheffects import withStroke
 
-    pixel, letter = per_inch / 150, per_inch * 0.075
+    pixel, letter = per_inch / DPI, per_inch * 0.075
     font = min(8.0, 72 * row_inches * 0.62)
     for y, row in enumerate(rows):
         axes.barh(y, limits[1] - limits[0], 0.8, left=limits[0], color=IDLE_COLOUR, zorder=0)
@@ -176,7 +184,7 @@ def _draw_rows(axes: Axes, rows: Sequence[_Row], colours: Mapping[str, str], ori
 
 
 def _dark(colour: str) -> bool:
-    """By relative luminance (coefficients of Recommendation ITU-R BT.709), without its gamma: half is good enough here."""
+    """By relative luminance (coefficients of Recommendation ITU-R BT.709), gamma left out: for letters it is enough."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
 

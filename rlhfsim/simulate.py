@@ -12,6 +12,7 @@ from .cluster import ClusterTopology
 from .costs.kernels import Kernels, load_kernels
 from .costs.model import CostModel
 from .costs.operators import Operators
+from .fits import Fit, Memory, p99_tokens
 from .fold import Fold, fold, unfolded
 from .graph import StageGraph
 from .layout import Holding, graph_of, holdings_of
@@ -20,7 +21,7 @@ from .spec.data import data_dir
 from .spec.lengths import draw_lengths
 from .spec.loader import length_dir
 from .spec.scenario import Scenario
-from .timeline import Timeline
+from .timeline import MemorySample, Span, Timeline
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,61 @@ class Setup:
     scenario: Scenario
     graph: StageGraph
     holdings: dict[str, Holding]
+    memory: Memory
     notes: tuple[str, ...]
+
+    def fit(self, seed: int | None = None) -> Fit:
+        """Memory at maximum lengths, and at the 99th percentile of the drawn ones."""
+        return self.memory.fit(p99_tokens(lengths_of(self.scenario, self._seed(seed))))
+
+    @property
+    def label(self) -> str:
+        """Strategy and engine, as tables and figures call this setup."""
+        return f"{self.scenario.strategy.name}, {self.scenario.generation.engine}"
+
+    def _seed(self, seed: int | None) -> int:
+        return self.scenario.simulation.seed if seed is None else seed
 
 
 def prepare(scenario: Scenario) -> Setup:
     """Build and check the scenario's graph. Raises InputError for impossible options or layouts."""
     graph, notes = graph_of(scenario)
-    return Setup(scenario, graph, holdings_of(scenario, graph), tuple(notes))
+    holdings = holdings_of(scenario, graph)
+    return Setup(scenario, graph, holdings, Memory(scenario, graph, holdings), tuple(notes))
 
 
 def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
-    """Run the scenario's iterations on length draws of `seed` (default: the scenario's)."""
-    scenario = setup.scenario
-    iterations = scenario.simulation.iterations
-    seed = scenario.simulation.seed if seed is None else seed
+    """Run the scenario's iterations on length draws of `seed` (default: the scenario's).
+
+    Raises DoesNotFit where an engine cannot hold one sequence. Whether the rest fits is `Setup.fit`'s to say.
+    """
+    scenario, seed = setup.scenario, setup._seed(seed)
     lengths = lengths_of(scenario, seed)
-    operators = Operators(scenario.cluster.gpu, kernels_of(scenario.cluster.gpu.kernels), scenario.effects, scenario.overheads)
-    topology = ClusterTopology(scenario.cluster, effects=scenario.effects)
+    cluster = scenario.cluster
+    operators = Operators(cluster.gpu, kernels_of(cluster.gpu.kernels), scenario.effects, scenario.overheads)
+    topology = ClusterTopology(cluster, effects=scenario.effects)
     folded = folded_graph(setup, lengths)
-    cost = CostModel(scenario, folded, setup.holdings, operators, lengths, None)
-    spans = run(folded, cost, topology, iterations)
-    info = {"scenario": scenario.name, "strategy": scenario.strategy.name, "cluster": scenario.cluster.name, "seed": seed}
-    return Timeline(spans, scenario.cluster.gpus, iterations, info=info)
+    cost = CostModel(scenario, folded, setup.holdings, operators, lengths, setup.memory.kv_capacity_tokens)
+    spans = run(folded, cost, topology, scenario.simulation.iterations)
+    info = {"scenario": scenario.name, "strategy": scenario.strategy.name, "cluster": cluster.name, "seed": seed,
+            "engine": scenario.generation.engine}
+    return Timeline(spans, cluster.gpus, scenario.simulation.iterations, memory=_memory_samples(setup.memory, spans), info=info)
+
+
+def _memory_samples(memory: Memory, spans: list[Span]) -> list[MemorySample]:
+    """Bytes on one rank of every kind: what the running stage needs, and what rests between stages."""
+    samples = []
+    for rank in memory.rank_kinds:
+        resting = memory.resting(rank).components
+        free_since = 0.0
+        for span in (s for s in spans if rank in s.ranks):
+            if span.start_seconds > free_since:
+                samples.append(MemorySample(rank, free_since, "resting", resting))
+            during = memory.during(memory.graph.at(span.firing.stage), rank).components
+            samples.append(MemorySample(rank, span.start_seconds, span.firing.stage, during))
+            free_since = span.end_seconds
+        samples.append(MemorySample(rank, free_since, "resting", resting))
+    return samples
 
 
 def lengths_of(scenario: Scenario, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:

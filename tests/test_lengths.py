@@ -21,7 +21,9 @@ LONG_TAIL = Lengths(distribution="lognormal", mean_tokens=300, sigma=0.9, max_to
 NOWHERE = Path("/nonexistent")
 
 
-def workload(responses: Lengths, prompts: int = 20_000, per_prompt: int = 1, prompt_tokens: Lengths = FIXED) -> Workload:
+def workload(
+    responses: Lengths, prompts: int = 20_000, per_prompt: int = 1, prompt_tokens: Lengths = FIXED
+) -> Workload:
     return Workload(
         prompts=prompts, responses_per_prompt=per_prompt, prompt_tokens=prompt_tokens, response_tokens=responses
     )

@@ -51,7 +51,7 @@ class Runs:
     @property
     def mean_context_tokens(self) -> np.ndarray:
         """Attended KV tokens in the mean step of a run."""
-        return self.context_tokens + self.decodes * (self.steps - 1) / 2
+        return np.asarray(self.context_tokens + self.decodes * (self.steps - 1) / 2)
 
 
 def static_runs(

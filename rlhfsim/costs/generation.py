@@ -7,9 +7,10 @@
 where attention is linear in the cached tokens, so a run of steps with the same sequences has a closed form. A step that
 computes prompt tokens counts as prefill, also when other sequences decode in it.
 
-The host's time is serial with the device's (scheduling, sampling, detokenising: what vLLM's V0 engine and Hugging Face
-do; an engine that schedules one step ahead hides part of it: lower `overheads.decode_step_seconds`). Launches run ahead
-of the device: a step without CUDA graphs takes the longer of both.
+The host's time (scheduling, sampling, detokenising) is serial with the device's, as in vLLM before it scheduled ahead
+(vLLM blog, "vLLM v0.6.0", 2024-09: Llama-3-8B on H100 spent 29 % of the time in scheduling, 33 % in the API server).
+For an engine that schedules one step ahead lower `overheads.decode_step_seconds`. Launches run ahead of the device: a
+step without CUDA graphs takes the longer of both (unverified: how far eager launches and the host's rest overlap).
 
 Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, LoRA adapters that
 an engine keeps unmerged (they run unmerged only under `zero3_per_token`).
@@ -65,8 +66,8 @@ class GenerationStats:
 
     completion_seconds: one entry per sample, in the order given: when its response was there.
     timeline_seconds, timeline_running: `running` sequences from that instant on.
-    sequence_steps: sum over steps of the sequences that were given a token or padding (decode) and of prompt tokens:
-        the tokens that went through the layers.
+    prompt_tokens, decoded_tokens: that went through the layers, recomputed ones and padding included; sequence_steps is
+        their sum. The first token of a response comes from its prefill.
     low_occupancy_share: of the time, with less than 10 % of the largest running batch.
     """
 
@@ -150,21 +151,26 @@ def generation_program(
             f"{len(ranks)} ranks do not hold {len(prompts)} replicas of tensor_parallel {generation.tensor_parallel}",
             field="generation.tensor_parallel",
         )
-    per_token = generation.engine == "zero3_per_token"
-    if per_token and generation.continuous:
+    if generation.engine == "zero3_per_token" and generation.continuous:
         raise InputError(
             "engine zero3_per_token has static batches only: all ranks must take every step together",
             field="generation.batching",
         )
-    gather = _gather(use, generation, tuple(domain or ranks), len(prompts), operators.effects)
+    holders = tuple(domain or ranks)
+    gather = _gather(use, generation, holders, len(prompts), operators.effects)
     if not sum(map(len, prompts)):
         return GenerationResult([])
     steps = steps or StepSeconds(operators, use, generation)
     if not operators.effects.decode:
         return GenerationResult([*gather, *_proportional(use, generation, prompts, responses, ranks, operators)])
-    tables = _tables(generation, prompts, responses, kv_capacity_tokens, steps)
-    build = _sharded_segments if per_token else _segments
-    segments = build(use, generation, tables, tuple(domain or ranks) if per_token else ranks, operators)
+    # Without shards plain generation needs no other rank: each replica stops at its own longest response.
+    together = generation.engine == "zero3_per_token" and use.zero_stage == 3 and len(holders) > 1
+    until = _longest(responses, generation.batch_samples) if together else None
+    tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps)
+    if together:
+        segments = _sharded_segments(use, tables, holders, operators)
+    else:
+        segments = _segments(use, generation, tables, ranks, operators)
     return GenerationResult([*gather, *segments], [table.stats() for table in tables])
 
 
@@ -232,20 +238,27 @@ class StepSeconds:
 
 
 class _Table:
-    """An operator's time by a count, evaluated once for every count that occurs."""
+    """An operator's time by a count, evaluated once for every count below `SIZE` that occurs."""
+
+    SIZE = 1 << 15
 
     def __init__(self, evaluate: Callable[[np.ndarray], OperatorTime]) -> None:
         self._evaluate = evaluate
-        self._known: dict[int, np.ndarray] = {}
+        self._known = np.full((4, self.SIZE), np.nan)
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
-        unique, inverse = np.unique(counts, return_inverse=True)
-        missing = [count for count in unique.tolist() if count not in self._known]
-        if missing:
-            parts = self._evaluate(np.array(missing, dtype=float)).parts
-            columns = np.array([np.broadcast_to(part, len(missing)) for part in parts]).T
-            self._known.update(zip(missing, columns, strict=True))
-        return np.array([self._known[count] for count in unique.tolist()]).reshape(-1, 4)[inverse].T
+        if counts.max(initial=0) >= self.SIZE:
+            unique, inverse = np.unique(counts, return_inverse=True)
+            return np.asarray(self._rows(unique)[:, inverse])
+        times = self._known[:, counts]
+        if np.isnan(times[0]).any():
+            missing = np.unique(counts[np.isnan(times[0])])
+            self._known[:, missing] = self._rows(missing)
+            times = self._known[:, counts]
+        return times
+
+    def _rows(self, counts: np.ndarray) -> np.ndarray:
+        return np.array([np.broadcast_to(part, counts.shape) for part in self._evaluate(counts.astype(float)).parts])
 
 
 def _below(floor: float, first: np.ndarray, growth: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -253,7 +266,7 @@ def _below(floor: float, first: np.ndarray, growth: np.ndarray, steps: np.ndarra
     gap = floor - first
     until = np.divide(gap, growth, out=np.where(gap > 0, np.inf, 0.0), where=growth > 0)
     count = np.clip(np.ceil(until), 0, steps)
-    return count * gap - growth * count * (count - 1) / 2
+    return np.asarray(count * gap - growth * count * (count - 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -265,11 +278,11 @@ class _Steps:
 
     @property
     def seconds(self) -> np.ndarray:
-        return self.by_bound.sum(axis=0)
+        return np.asarray(self.by_bound.sum(axis=0))
 
     @property
     def prefill(self) -> np.ndarray:
-        return self.runs.prompt_tokens > 0
+        return np.asarray(self.runs.prompt_tokens > 0)
 
     def stats(self) -> GenerationStats:
         runs, ends = self.runs, np.cumsum(self.seconds)
@@ -294,10 +307,10 @@ def _tables(
     prompts: list[np.ndarray],
     responses: list[np.ndarray],
     kv_capacity_tokens: int | None,
+    until: list[int] | None,
     steps: StepSeconds,
 ) -> list[_Steps]:
     """One entry per replica; replicas with the same lengths are computed once."""
-    until = _longest(responses, generation.batch_samples) if generation.engine == "zero3_per_token" else None
     blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
     done: dict[tuple[bytes, bytes], _Steps] = {}
     tables = []
@@ -350,22 +363,21 @@ def _segments(
 
 
 def _sharded_segments(
-    use: ModelUse, generation: Generation, tables: list[_Steps], domain: Sequence[int], operators: Operators
+    use: ModelUse, tables: list[_Steps], domain: tuple[int, ...], operators: Operators
 ) -> list[Segment]:
-    """Every step gathers every layer's weights again, one layer ahead; all ranks take every step together."""
+    """Every step gathers every layer's weights again, one layer ahead; all ranks take every step together.
+
+    Embedding and head are spread over the layers, so that a step gathers all parameters.
+    """
     layers = use.shape.layers
-    transfers: tuple[Transfer, ...] = ()
-    if use.zero_stage == 3 and len(domain) > 1:
-        # Embedding and head are spread over the layers, so that a step gathers all parameters.
-        transfers = (Transfer("all_gather", (tuple(domain),), _weight_bytes(use) / layers),)
     return [
         Segment(
             label,
             _balanced(axis.compute_seconds, operators.effects) / layers,
             axis.steps * layers,
-            transfers,
-            prefetch=1 if transfers else 0,
-            lockstep=bool(transfers),
+            (Transfer("all_gather", (domain,), _weight_bytes(use) / layers),),
+            prefetch=1,
+            lockstep=True,
             bound=_bound(tables, phase),
         )
         for label, phase in (("prefill", True), ("decode", False))
@@ -387,7 +399,7 @@ class _Axis:
 
     @property
     def totals(self) -> np.ndarray:
-        return self.compute_seconds @ self.steps
+        return np.asarray(self.compute_seconds @ self.steps)
 
     def scaled(self, seconds: float) -> _Axis:
         """Every replica with that many seconds in all."""
@@ -421,7 +433,8 @@ def _axis(tables: list[_Steps], prefill: bool) -> _Axis:
     steps = np.diff(edges).astype(float)
 
     def per_step(sums: list[np.ndarray]) -> np.ndarray:
-        return np.array([np.diff(np.interp(edges, e, s)) for e, s in zip(ends, sums, strict=True)]) / steps
+        rows = [np.diff(np.interp(edges, e, s)) / steps for e, s in zip(ends, sums, strict=True)]
+        return np.array(rows)
 
     return _Axis(per_step(seconds), steps, per_step(tokens).max(axis=0))
 

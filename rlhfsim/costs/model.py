@@ -25,6 +25,11 @@ FIELD_BYTES_PER_SAMPLE = {"score": 2}
 VALUE_HEADS = ("critic", "reward", "shadow_critic")
 
 
+def head_of(model: str) -> Head:
+    """What sits on top of a copy of a model."""
+    return "value" if model in VALUE_HEADS else "lm"
+
+
 class CostModel:
     """The cost of every firing of one scenario's (folded) graph.
 
@@ -110,7 +115,7 @@ class CostModel:
         return result.segments
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
-        use, head = self.holdings[stage.model].use, self._head(stage.model)
+        use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
         shares = per_replica(tokens, layout.replicas)
         if stage.kind == "score":
@@ -125,10 +130,7 @@ class CostModel:
         choice = self.scenario.weight_sync
         return sync_program(source.use, Layout.of(source.ranks, source.use), Layout.of(target.ranks, target.use), self.operators,
                             method="reshard" if same else choice.method, bucket_bytes=choice.bucket_bytes,
-                            head=self._head(stage.model))
-
-    def _head(self, model: str) -> Head:
-        return "value" if model in VALUE_HEADS else "lm"
+                            head=head_of(stage.model))
 
     def _controller_bytes(self, stage: Stage, samples: int) -> float:
         """Padded tokens and masks out to the workers of all places, one field back."""

@@ -31,7 +31,7 @@ from rlhfsim.spec.scenario import ModelUse
 
 from .kernels import Numbers
 from .operators import NO_TIME, Operators, OperatorTime
-from .pipeline import PipelineSegment
+from .pipeline import PipelineSegment, Role
 from .segment import Op, Segment, Transfer
 
 Lengths = Sequence[np.ndarray]
@@ -149,9 +149,9 @@ def train_program(
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` (1e9 parameters by default; deepspeed/runtime/
     zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
     backward. Gradients are reduced in the model's precision.
-    Reductions hide behind the backward where a replica is one rank (DeepSpeed with overlap_comm, DDP, FSDP); with tensor
-    or pipeline parallelism they come after the last one (Megatron-LM without --overlap-grad-reduce, its default).
-    ZeRO-2 is ZeRO-1 there.
+    Reductions hide behind the backward where a replica is one rank (DeepSpeed with overlap_comm, DDP, FSDP). With
+    tensor or pipeline parallelism they follow the last one (Megatron-LM without --overlap-grad-reduce, its default),
+    and ZeRO-2 is as ZeRO-1.
     `host` is needed for an offloaded optimizer.
     """
     work = _Work(use, micro_batches(lengths, use.micro_batch_samples), layout, operators, head)
@@ -397,7 +397,7 @@ class _Work:
             _messages(count, GATHER_BUCKET_PARAMETERS),
             self.layout.ranks,
         )
-        load = ()
+        load: tuple[Transfer, ...] = ()
         if self.use.offload_parameters and self.operators.effects.sync:
             load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages),)
         return load + ((Transfer("all_gather", (ranks,), payload, messages),) if len(ranks) > 1 else ())
@@ -442,7 +442,8 @@ class _Work:
         The micro-batch before the optimizer step may be taken to be the first one, which every replica has.
         """
         layers, spec = self.trained_layers, self.use.shape
-        reduce_layer = reduce_ends = ()
+        reduce_layer: tuple[Transfer, ...] = ()
+        reduce_ends: tuple[Transfer, ...] = ()
         if reduced is not None:
             reduce_layer = self._only_in(reduced, self.reduces(self.trained_layer_parameters()))
             reduce_ends = self._only_in(reduced, self.reduces(self.trained_end_parameters()))
@@ -536,6 +537,7 @@ class _Work:
         back_transfers = tuple(_scaled(t, per_stage) for t in self.tensor_backward()) if backward else ()
         hop_bytes = self.tokens.mean(axis=0) * spec.hidden * use.bytes_per_parameter
         hop = Transfer("send", self.layout.hops, hop_bytes / (use.tensor_parallel if use.sequence_parallel else 1))
+        roles: list[Role] = ["forward"] * len(forward_transfers) + ["backward"] * len(back_transfers) + ["hop"]
         return PipelineSegment(
             label,
             busy,
@@ -545,7 +547,7 @@ class _Work:
             stages=stages,
             forward_seconds=forward,
             backward_seconds=back,
-            roles=("forward",) * len(forward_transfers) + ("backward",) * len(back_transfers) + ("hop",),
+            roles=tuple(roles),
         )
 
 
@@ -562,7 +564,7 @@ def _scaled(transfer: Transfer, factor: float) -> Transfer:
 
 def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple[Transfer, ...]:
     """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none)."""
-    merged: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+    merged: dict[tuple[Op, tuple[tuple[int, ...], ...]], tuple[np.ndarray, np.ndarray]] = {}
     for p, transfers in enumerate(by_part):
         own = slice(p * micro_batch_count, (p + 1) * micro_batch_count)
         for t in transfers:

@@ -97,8 +97,9 @@ def makespan(forward: np.ndarray, backward: np.ndarray | None, hop: np.ndarray, 
         return np.zeros(replicas)
     if virtual > stages and micro_batches % stages:
         empty = -micro_batches % stages
-        forward, backward = (x if x is None else np.pad(x, ((0, 0), (0, empty), (0, 0))) for x in (forward, backward))
-        hop = np.pad(hop, (0, empty))
+        filled = ((0, 0), (0, empty), (0, 0))
+        forward, hop = np.pad(forward, filled), np.pad(hop, (0, empty))
+        backward = None if backward is None else np.pad(backward, filled)
         micro_batches += empty
     last = virtual - 1
     clock = np.zeros((stages, replicas))
@@ -113,7 +114,7 @@ def makespan(forward: np.ndarray, backward: np.ndarray | None, hop: np.ndarray, 
         seconds = backward if step.backward else forward
         assert seconds is not None
         clock[stage] = ended[step] = start + seconds[step.virtual_stage, step.micro_batch]
-    return clock.max(axis=0)
+    return np.asarray(clock.max(axis=0))
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,15 @@ def max_min_rates(usages: Sequence[Mapping[str, float]], capacities: Mapping[str
         return limits
     load = np.array([[usage.get(link, 0.0) for link in shared] for usage in usages])
     room = np.array([capacities[link] for link in shared])
-    weight = np.array([_busiest(usage, capacities) for usage in usages])
+    binding = [_binding_link(usage, capacities) for usage in usages]
+    weight = np.array([usage[link] if link else 0.0 for usage, link in zip(usages, binding, strict=True)])
     limit = np.array(limits)
     rates, growth = np.where(weight > 0, 0.0, limit), 1 / np.where(weight > 0, weight, 1.0)
     rising = weight > 0
     while rising.any():
         filling = (growth * rising) @ load
         to_full = np.divide(room, filling, out=np.full(len(room), math.inf), where=filling > 0)
-        to_enough = np.where(rising, (limit - rates) / growth, math.inf)
+        to_enough = np.subtract(limit, rates, out=np.full(len(limit), math.inf), where=rising) / growth
         step = max(min(to_full.min(), to_enough.min()), 0.0)
         rates = rates + step * growth * rising
         room = np.maximum(room - step * filling, 0.0)
@@ -67,12 +68,13 @@ def max_min_rates(usages: Sequence[Mapping[str, float]], capacities: Mapping[str
         rates[enough] = limit[enough]
         full = to_full <= step * (1 + _EXACT)
         rising &= ~enough & ~(load[:, full] > 0).any(axis=1)
-    return rates.tolist()
+    return [float(rate) for rate in rates]
 
 
-def _busiest(usage: Mapping[str, float], capacities: Mapping[str, float]) -> float:
-    """Usage on the link that would bind the flow first; 0 without links. Ties go to the larger usage."""
-    return max(((u / capacities[link], u) for link, u in usage.items() if u > 0), default=(0.0, 0.0))[1]
+def _binding_link(usage: Mapping[str, float], capacities: Mapping[str, float]) -> str | None:
+    """The link that limits a lone flow; ties go to the larger usage."""
+    return max((link for link, u in usage.items() if u > 0), default=None,
+               key=lambda link: (usage[link] / capacities[link], usage[link]))
 
 
 @dataclass(eq=False)
@@ -82,25 +84,28 @@ class _Flow:
     segment: Segment
     routes: tuple[Route, ...]
     lone_rates: tuple[float, ...]
-    usage: Mapping[str, float]
+    loading: list[tuple[Route, float]]  # routes that carry bytes, and their shares of the payload
     full_rate: float
-    alone: Elapsed
     demand: float
+    alone: Elapsed
+    now: Elapsed  # of the whole segment at the current rate
+    number: int = 0  # in order of start
     rate: float = 0.0
-    now: Elapsed = field(init=False)  # of the whole segment at the current rate
     since: float = 0.0
     done: float = 0.0
     parts: list[tuple[float, Elapsed]] = field(default_factory=list)
     timer: simpy.Timeout | None = None
 
-    def __post_init__(self) -> None:
-        self.now = self.alone
+    def usage(self, links: Iterable[str]) -> dict[str, float]:
+        """Bytes on these links per byte of the payload."""
+        return {link: sum(share * route.usage.get(link, 0.0) for route, share in self.loading) for link in links}
 
     def advance(self, seconds: float) -> None:
         """Book the time since the last change."""
         share = min((seconds - self.since) / self.now.seconds, 1.0 - self.done) if self.now.seconds > 0 else 0.0
         self.done += share
-        self.parts.append((share, self.now))
+        if share > 0:
+            self.parts.append((share, self.now))
         self.since = seconds
 
     def at(self, rate: float) -> Elapsed:
@@ -116,8 +121,10 @@ class _Flow:
     def result(self) -> Elapsed:
         """Mean of the breakdowns, each weighted by the share of the segment done that way."""
         parts = [(share / self.done, e) for share, e in self.parts] if self.done > 0 else [(1.0, self.now)]
-        return Elapsed(sum(s * e.seconds for s, e in parts), *(
-            np.sum([s * e[i] for s, e in parts], axis=0) for i in (1, 2, 3)))
+        return Elapsed(sum(s * e.seconds for s, e in parts),
+                       np.sum([s * e.compute for s, e in parts], axis=0),
+                       np.sum([s * e.communication for s, e in parts], axis=0),
+                       np.sum([s * e.peers for s, e in parts], axis=0))
 
 
 class LinkPool:
@@ -129,10 +136,11 @@ class LinkPool:
 
     def __init__(self, env: simpy.Environment, topology: Topology) -> None:
         self.env, self.topology = env, topology
-        self._flows: list[_Flow] = []  # in order of start, which makes every result reproducible
-        self._lone: dict[int, float] = {}
-        self._common: dict[tuple[int, int], frozenset[str]] = {}
-        self._kept: list[Route] = []  # keeps routes alive, whose ids are keys above
+        self._started = 0
+        self._flows: dict[int, dict[int, _Flow]] = {}  # running, by id of their routes, then number
+        self._routes: dict[int, tuple[Route, float]] = {}  # all seen, by id, with the rate alone
+        self._touching: dict[int, list[int]] = {}  # routes that load a link that this one loads, itself included
+        self._deciding: dict[tuple[int, ...], list[str]] = {}
 
     def run(self, segment: Segment) -> Generator[simpy.Event, Any, tuple[Elapsed, float]]:
         """Run the segment to its end; its breakdown, and the seconds that it would have taken alone."""
@@ -140,8 +148,10 @@ class LinkPool:
         if flow is None:
             yield self.env.timeout(alone.seconds)
             return alone, alone.seconds
-        flow.since = self.env.now
-        self._flows.append(flow)
+        flow.number, flow.since = self._started, self.env.now
+        self._started += 1
+        for route, _ in flow.loading:
+            self._flows[id(route)][flow.number] = flow
         self._share(flow)
         try:
             assert flow.timer is not None
@@ -149,8 +159,9 @@ class LinkPool:
             flow.advance(self.env.now)
         finally:
             self._cancel(flow)
-            self._flows.remove(flow)
-            self._share(flow, leaving=True)
+            for route, _ in flow.loading:
+                self._flows[id(route)].pop(flow.number, None)
+            self._share(flow)
         return flow.result(), alone.seconds
 
     def _flow(self, segment: Segment) -> tuple[_Flow | None, Elapsed]:
@@ -165,43 +176,57 @@ class LinkPool:
         full = total / sum(p / r for p, r in zip(payload, rates, strict=True) if p > 0)
         demand = min(full, total / alone.seconds) if segment.prefetch else full
         loading = [(r, p / total) for r, p in zip(routes, payload, strict=True) if p > 0]
-        usage = loading[0][0].usage if len(loading) == 1 else _mixed(loading)
-        return _Flow(segment, routes, rates, usage, full, alone, demand), alone
+        return _Flow(segment, routes, rates, loading, full, demand, alone, now=alone), alone
 
     def _lone_rate(self, route: Route) -> float:
-        if id(route) not in self._lone:
-            self._kept.append(route)
-            self._lone[id(route)] = lone_rate(route.usage, self.topology.capacities)
-        return self._lone[id(route)]
+        """Also makes the route known to the pool."""
+        key = id(route)
+        if key not in self._routes:
+            self._routes[key] = (route, lone_rate(route.usage, self.topology.capacities))
+            self._flows[key] = {}
+            self._touching[key] = []
+            for other, (known, _) in self._routes.items():
+                if not route.usage.keys().isdisjoint(known.usage.keys()):
+                    self._touching[key].append(other)
+                    if other != key:
+                        self._touching[other].append(key)
+        return self._routes[key][1]
 
-    def _common_links(self, a: _Flow, b: _Flow) -> frozenset[str]:
-        """Links that both load."""
-        found: frozenset[str] = frozenset()
-        for x in a.routes:
-            for y in b.routes:
-                key = (id(x), id(y))
-                if key not in self._common:
-                    self._common[key] = self._common[key[::-1]] = frozenset(x.usage.keys() & y.usage.keys())
-                found |= self._common[key]
-        return found
-
-    def _share(self, changed: _Flow, leaving: bool = False) -> None:
+    def _share(self, changed: _Flow) -> None:
         """New rates for all that the change reaches."""
-        reached: list[_Flow] = [changed]
-        contested: set[str] = set()
-        for flow in reached:  # grows while it is walked
-            for other in self._flows:
-                if other is not flow and (common := self._common_links(flow, other)):
-                    contested |= common
-                    if other not in reached:
-                        reached.append(other)
-        flows = [f for f in self._flows if f is not changed or not leaving]
-        flows = [f for f in flows if f in reached]
-        capacities = self.topology.capacities
-        usages = [_only(f.usage, contested, capacities) for f in flows] if len(flows) > 1 else []
-        rates = max_min_rates(usages, capacities, [f.demand for f in flows]) if usages else [f.demand for f in flows]
+        reached = {changed.number: changed}
+        walk = [changed]
+        for flow in walk:  # grows meanwhile
+            for route, _ in flow.loading:
+                for other in self._touching[id(route)]:
+                    new = [f for f in self._flows[other].values() if f.number not in reached]
+                    reached.update((f.number, f) for f in new)
+                    walk += new
+        if changed.number not in self._flows[id(changed.loading[0][0])]:
+            del reached[changed.number]  # it has left
+        flows = [reached[number] for number in sorted(reached)]
+        rates = [f.demand for f in flows]
+        if len(flows) > 1:
+            links = self._deciding_links({id(route): route for f in flows for route, _ in f.loading})
+            rates = max_min_rates([f.usage(links) for f in flows], self.topology.capacities, rates)
         for flow, rate in zip(flows, rates, strict=True):
             self._set_rate(flow, rate)
+
+    def _deciding_links(self, routes: dict[int, Route]) -> list[str]:
+        """Links that decide the rates of flows on these routes: one of each kind that several routes load alike, and
+        the one that binds each route alone (the others of a single route are behind its demand already)."""
+        key = tuple(routes)
+        if key not in self._deciding:
+            capacities = self.topology.capacities
+            column: dict[str, list[tuple[int, float]]] = {}
+            for number, route in routes.items():
+                for link, u in route.usage.items():
+                    column.setdefault(link, []).append((number, u))
+            binding = {_binding_link(r.usage, capacities) for r in routes.values()}
+            kinds = {(capacities[link], *loads): link for link, loads in column.items()
+                     if len(loads) > 1 or link in binding}
+            self._deciding[key] = list(kinds.values())
+        return self._deciding[key]
 
     def _set_rate(self, flow: _Flow, rate: float) -> None:
         if flow.timer is not None and math.isclose(rate, flow.rate, rel_tol=_EXACT):
@@ -228,18 +253,3 @@ def _payload(transfer: Transfer, segment: Segment) -> float:
     """Bytes of all repeats, one group."""
     each = np.broadcast_to(np.asarray(transfer.payload_bytes, dtype=float), np.shape(segment.repeats))
     return float(each @ segment.repeats)
-
-
-def _mixed(loading: Iterable[tuple[Route, float]]) -> dict[str, float]:
-    """Usage per byte of the payload of several transfers, weighted by their shares."""
-    usage: dict[str, float] = {}
-    for route, share in loading:
-        for link, u in route.usage.items():
-            usage[link] = usage.get(link, 0.0) + share * u
-    return usage
-
-
-def _only(usage: Mapping[str, float], contested: set[str], capacities: Mapping[str, float]) -> dict[str, float]:
-    """The part of a flow's usage that can matter: contested links and the one that binds it alone."""
-    busiest = max(usage, key=lambda link: (usage[link] / capacities[link], usage[link]))
-    return {link: usage[link] for link in usage if link in contested or link == busiest}

@@ -12,7 +12,7 @@ import simpy
 from rlhfsim.cluster import ClusterTopology
 from rlhfsim.costs.segment import Segment, Transfer
 from rlhfsim.fold import Fold
-from rlhfsim.graph import Firing, Message
+from rlhfsim.graph import ANY_PLACE, Firing, Message
 from rlhfsim.schedule import Scheduler
 from rlhfsim.timeline import Span
 
@@ -50,6 +50,7 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
     scheduler, pool = Scheduler(graph, iterations), LinkPool(env, topology)
     arriving: dict[tuple[Firing, str, int], simpy.Event] = {}
     ended: dict[Firing, float] = {}
+    ran: dict[Firing, Firing] = {}  # by the name that consumers know (another only with spread "first")
     last_on_rank: dict[int, Firing] = {}
     spans: list[Span] = []
 
@@ -68,16 +69,17 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
 
     def fire(f: Firing) -> Generator[Any, Any, None]:
         start = env.now
-        cause = _released_by(f, graph.needs(f), [last_on_rank.get(r) for r in graph.ranks(f)], ended)
+        offered = f._replace(place=ANY_PLACE) if graph.at(f.stage).spread == "first" else f
+        cause = _released_by(graph.needs(offered), [last_on_rank.get(r) for r in graph.ranks(f)], ended)
         inputs = {(g, f.stage, f.place) for g, *_ in graph.receives(f)}
         yield env.all_of([arriving[key] for key in sorted(inputs & arriving.keys())])
         data_seconds, parts = env.now - start, _Parts()
         for segment in cost.program(f):
             elapsed, alone_seconds = yield from pool.run(segment)
             _add(parts, segment, elapsed, alone_seconds)
-        spans.append(_span(f, fold, start, env.now, data_seconds, parts, cause))
+        spans.append(_span(f, fold, start, env.now, data_seconds, parts, ran.get(cause) if cause else None))
         name = scheduler.done(f)
-        ended[name] = env.now
+        ended[name], ran[name] = env.now, f
         last_on_rank.update(dict.fromkeys(graph.ranks(f), name))
         send(name, f.place)
 
@@ -96,8 +98,8 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
     return sorted(spans, key=lambda s: (s.start_seconds, s.firing))
 
 
-def _released_by(f: Firing, needs: list[Firing], before: list[Firing | None], ended: dict[Firing, float]) -> Firing | None:
-    """Of all that had to end before f, the last."""
+def _released_by(needs: list[Firing], before: list[Firing | None], ended: dict[Firing, float]) -> Firing | None:
+    """Of all that had to end before a firing, the last."""
     candidates = {g for g in (*needs, *before) if g is not None and g in ended}
     return max(candidates, key=lambda g: (ended[g], g), default=None)
 

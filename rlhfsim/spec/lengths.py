@@ -63,21 +63,20 @@ def _at_score(lengths: Lengths, score: np.ndarray, data_dir: str | Path) -> np.n
     """The length in tokens at a standard normal score, as int64."""
     if lengths.distribution == "fixed":
         return np.full(np.shape(score), lengths.tokens, dtype=np.int64)
-    low, high = lengths.min_tokens, lengths.longest
     if lengths.distribution == "lognormal":
         assert lengths.mean_tokens is not None and lengths.sigma is not None
         # the mean of a lognormal is exp(mu + sigma^2 / 2)
-        drawn = np.exp(math.log(lengths.mean_tokens) - lengths.sigma**2 / 2 + lengths.sigma * score)
-        return np.clip(np.ceil(drawn), low, high).astype(np.int64)
-    from scipy.special import ndtr
-
-    probability = ndtr(score)
-    if lengths.distribution == "uniform":
-        drawn = low + np.floor(probability * (high - low + 1))
+        drawn = np.ceil(np.exp(math.log(lengths.mean_tokens) - lengths.sigma**2 / 2 + lengths.sigma * score))
     else:
-        quantiles, tokens = _table(Path(data_dir) / str(lengths.file), str(lengths.column))
-        drawn = np.rint(np.interp(probability, quantiles, tokens))
-    return np.clip(drawn, low, high).astype(np.int64)
+        from scipy.special import ndtr
+
+        probability = ndtr(score)
+        if lengths.distribution == "uniform":
+            drawn = lengths.min_tokens + np.floor(probability * (lengths.longest - lengths.min_tokens + 1))
+        else:
+            drawn = np.rint(np.interp(probability, *_table(Path(data_dir) / str(lengths.file), str(lengths.column))))
+    tokens: np.ndarray = np.clip(drawn, lengths.min_tokens, lengths.longest).astype(np.int64)
+    return tokens
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from .model_spec import ModelSpec, load_model
 from .overrides import apply_override, expand_sweep, single_overrides
 from .problems import only_a_near_name, place_of, validate
 from .scenario import ROLES, ModelUse, Scenario
-from .yaml_file import Where, join, kind_of, read_yaml
+from .yaml_file import Document, Where, join, kind_of, read_yaml
 
 __all__ = ["expand_sweep", "load_cluster", "load_rows", "load_scenario", "scenario_from_dict", "scenario_sources"]
 
@@ -43,7 +44,7 @@ def load_scenario(path: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     """
     document = read_yaml(path)
     data = {"name": Path(path).stem} | document.data
-    return _scenario(data, Path(path).parent, dict(document.where), _with_places(overrides))
+    return _scenario(data, document.folder, document.where, _with_places(overrides))
 
 
 def load_rows(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> dict[str, Scenario]:
@@ -58,13 +59,13 @@ def load_rows(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = (
     for label, row in compare.rows.items():
         place = f"compare.rows.{label}"
         own = [(key, value, place_of(document.where, f"{place}.{key}")) for key, value in row.items()]
-        rows[label] = _scenario(data, Path(path).parent, dict(document.where), given + own)
+        rows[label] = _scenario(data, document.folder, document.where, given + own)
     return rows
 
 
 def scenario_from_dict(data: Mapping[str, Any], base_dir: str | Path = ".", where: Where | None = None) -> Scenario:
     """The scenario in plain data, with names relative to `base_dir`; `where` has a place for each dotted path."""
-    return _scenario(dict(data), Path(base_dir), dict(where or {}), [])
+    return _scenario(dict(data), Path(base_dir), where or {}, [])
 
 
 def load_cluster(name_or_path: str | Path, base_dir: str | Path = ".") -> Cluster:
@@ -92,7 +93,7 @@ def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
 
 
 def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[tuple[str, Any, str]]) -> Scenario:
-    data = _without_shorthand(deepcopy(data))  # overrides change it in place
+    data, where = _without_shorthand(deepcopy(data)), dict(where)  # both are changed in place
     for key, value, place in overrides:
         apply_override(data, where, key, value, place)
         data = _without_shorthand(data)
@@ -232,8 +233,9 @@ def _cluster(given: Any, prefix: str, folder: Path, where: Where) -> Any:
         return given  # validation says what is wrong with it
     data, base = dict(given), {}
     if "spec" in data:
-        named, home = _named("clusters", data.pop("spec"), prefix, join(prefix, "spec"), folder, where)
-        base = _with_parts({}, named, prefix, home, where)
+        named = _named("clusters", data.pop("spec"), prefix, join(prefix, "spec"), folder, where)
+        base = _with_parts({}, named.data, prefix, named.folder, named.where)
+        _add_places(where, named.where, prefix)
     return _with_sources(_with_parts(base, data, prefix, folder, where))
 
 
@@ -241,9 +243,12 @@ def _with_parts(base: dict[str, Any], given: dict[str, Any], prefix: str, folder
     """`base`, a cluster that names nothing any more, changed by `given`."""
     data = dict(given)
     node, gpu, gpus_per_node = (data.pop(key, None) for key in ("node", "gpu", "gpus_per_node"))
-    result, node_folder = _merge(base, data), folder
+    result: dict[str, Any] = _merge(base, data)
+    node_folder = folder
     if isinstance(node, str):
-        node, node_folder = _named("nodes", node, join(prefix, "node"), join(prefix, "node"), folder, where)
+        named = _named("nodes", node, join(prefix, "node"), join(prefix, "node"), folder, where)
+        _add_places(where, named.where, join(prefix, "node"))
+        node, node_folder = named.data, named.folder
         result.pop("node", None)
     if isinstance(node, dict) and "gpu" in node:
         if not (isinstance(gpu, dict) and "name" in gpu):  # a complete one needs nothing of that name
@@ -252,9 +257,8 @@ def _with_parts(base: dict[str, Any], given: dict[str, Any], prefix: str, folder
     if node is not None:
         result["node"] = _merge(result.get("node"), node)
     if gpu is not None:
-        named = isinstance(gpu, str) or "gpu" not in result
         found = _gpu(gpu, join(prefix, "gpu"), join(prefix, "gpu"), folder, where)
-        result["gpu"] = found if named else _merge(result["gpu"], found)
+        result["gpu"] = found if isinstance(gpu, str) else _merge(result.get("gpu"), found)
     if isinstance(result.get("node"), dict):
         if gpus_per_node is not None:
             result["node"] = result["node"] | {"gpus_per_node": gpus_per_node}
@@ -265,11 +269,15 @@ def _with_parts(base: dict[str, Any], given: dict[str, Any], prefix: str, folder
 
 
 def _gpu(given: Any, prefix: str, field: str, folder: Path, where: Where) -> Any:
-    return _named("gpus", given, prefix, field, folder, where)[0] if isinstance(given, str) else given
+    if not isinstance(given, str):
+        return given
+    named = _named("gpus", given, prefix, field, folder, where)
+    _add_places(where, named.where, prefix)
+    return named.data
 
 
-def _named(kind: str, name: Any, prefix: str, field: str, folder: Path, where: Where) -> tuple[dict[str, Any], Path]:
-    """The file of that name or path and its folder; the places of its values go into `where` below `prefix`."""
+def _named(kind: str, name: Any, prefix: str, field: str, folder: Path, where: Where) -> Document:
+    """The file of that name or path, with dotted paths below `prefix`; `field` and `where` tell who asks for it."""
     if not isinstance(name, str):
         raise _error(f"is {kind_of(name)}, but must be a name or the path of a YAML file", field, where)
     shipped = {path.stem: path for path in (data_dir("hw_specs") / kind).glob("*.yaml")}
@@ -285,10 +293,12 @@ def _named(kind: str, name: Any, prefix: str, field: str, folder: Path, where: W
         if error.where == str(path) and place_of(where, field):  # about the file as a whole: say who asked for it
             raise _error(str(error), field, where) from None
         raise
-    for key, place in document.where.items():
-        if key == prefix or key not in where:  # what stands in the scenario wins
-            where[key] = place
-    return {"name": path.stem} | document.data, path.parent
+    return replace(document, data={"name": path.stem} | document.data)
+
+
+def _add_places(where: Where, more: Where, prefix: str) -> None:
+    """Places of a file that was named at `prefix`; what the naming file itself says below that keeps its place."""
+    where |= {path: place for path, place in more.items() if path == prefix or path not in where}
 
 
 def _merge(base: Any, over: Any) -> Any:

@@ -18,6 +18,7 @@ EXACT_INTEGERS = 2**53  # up to here every whole number is a float
 
 R = TypeVar("R", bound=BaseModel)
 
+_MISSING = "is missing"
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
@@ -69,7 +70,11 @@ def validate(record: type[R], data: Any, where: Where, also: Mapping[str, Iterab
     try:
         return record.model_validate(whole_numbers(data), strict=True)
     except ValidationError as error:
-        problems = [_problem(each, record, where, also or {}) for each in error.errors()]
+        found = [_problem(each, record, where, also or {}) for each in error.errors()]
+    # a value that one model takes over from another is wrong in both: one complaint is enough
+    first = {(each.field if each.message == _MISSING else _last(each.field), each.message): each
+             for each in reversed(found)}
+    problems = list(first.values())[::-1]
     if len(problems) == 1:
         raise problems[0]
     lines = [str(problem) for problem in problems[:SHOWN_PROBLEMS]]
@@ -102,8 +107,14 @@ def only_a_near_name(name: str, allowed: Iterable[str]) -> str:
     return hint if "did you mean" in hint else ""
 
 
+def _last(field: str) -> str:
+    return field.rpartition(".")[2]
+
+
 def _problem(error: Any, record: type[BaseModel], where: Where, also: Mapping[str, Iterable[str]]) -> InputError:
     path = tuple(str(part) for part in error["loc"] if part != "[key]")
+    if path[-1:] == ("value",):  # of {value, source}, which most people write as the number alone
+        path = path[:-1]
     field = ".".join(path)
     if error["type"] == "extra_forbidden" or error["loc"][-1:] == ("[key]",):
         allowed = {*_keys(record, path[:-1]), *also.get(".".join(path[:-1]), ())}
@@ -116,7 +127,7 @@ def _problem(error: Any, record: type[BaseModel], where: Where, also: Mapping[st
 def _message(error: Any, path: tuple[str, ...]) -> str:
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
-        return "is missing"
+        return _MISSING
     if kind == "value_error":
         return _of_a_value(str(context["error"]), given)
     if kind == "literal_error":
@@ -141,12 +152,11 @@ def _of_a_value(message: str, given: Any) -> str:
 
 
 def _unit(path: tuple[str, ...]) -> str:
-    """The unit that the key of a number ends in; of `{value, source}` and of a table it is the key above."""
-    keys = [part for part in path if part != "value"]
-    for key in (keys[-1:], keys[-2:-1] if keys[-2:-1] == ["flops_per_second"] else []):
-        for unit in ("bytes_per_second", "flops_per_second", "bytes", "seconds", "tokens"):
-            if key and key[0].endswith(unit):
-                return f", in {unit.replace('_', ' ')}"
+    """The unit that the key of a number ends in; of a table of peaks it is the key above."""
+    key = path[-2] if path[-2:-1] == ("flops_per_second",) else path[-1] if path else ""
+    for unit in ("bytes_per_second", "flops_per_second", "bytes", "seconds", "tokens"):
+        if key.endswith(unit):
+            return f", in {unit.replace('_', ' ')}"
     return ""
 
 

@@ -48,10 +48,11 @@ Where = dict[str, str]
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping that was read, and the place of every value."""
+    """A mapping that was read, the place of every value, and the folder that its relative paths start from."""
 
     data: dict[str, Any]
     where: Where
+    folder: Path
 
 
 def read_yaml(path: str | Path, prefix: str = "") -> Document:
@@ -67,7 +68,7 @@ def read_yaml(path: str | Path, prefix: str = "") -> Document:
         raise InputError("is empty", where=str(path))
     if not isinstance(data, dict):
         raise InputError(f"must hold a mapping (key: value), not {kind_of(data)}", where=str(path))
-    return Document(data, reader.where)
+    return Document(data, reader.where, path.parent)
 
 
 def parse_value(text: str, place: str) -> Any:
@@ -181,7 +182,7 @@ class _Reader:
         while not isinstance(event := next(events), MappingEndEvent):
             if not isinstance(event, ScalarEvent) or event.anchor is not None or event.tag is not None:
                 raise self._error(event, "a key must be a plain word")
-            key = event.value
+            key = self._text_of(event)
             below = join(path, key)
             if key in found:
                 raise self._error(event, f"key {shown(key)} is given twice, first at {self.where[below]}")
@@ -198,7 +199,7 @@ class _Reader:
         return found
 
     def _scalar(self, event: ScalarEvent) -> Any:
-        text = event.value
+        text = self._text_of(event)
         if not event.implicit[0]:  # quoted, or a block of text
             return text
         if _INTEGER.fullmatch(text) or _OCTAL.fullmatch(text) or _HEXADECIMAL.fullmatch(text):
@@ -206,6 +207,11 @@ class _Reader:
                 raise self._error(event, f"a number of {len(text)} digits, {shown(text)}; at most {MAX_DIGITS}")
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         return _word_or_float(text)
+
+    def _text_of(self, event: ScalarEvent) -> str:
+        if any("\ud800" <= char <= "\udfff" for char in event.value):
+            raise self._error(event, "has half a character (a surrogate), which no file can hold")
+        return str(event.value)
 
     def _place(self, line: int) -> str:
         return f"{self.name}:{line + 1}" if self.count_lines else self.name

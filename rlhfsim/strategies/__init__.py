@@ -28,13 +28,20 @@ class Devices:
     def size(self, stage: str) -> int | None:
         return self.together.get(stage)
 
+    def unit(self, stage: str, model: str) -> int:
+        """What the number of a stage's ranks must be a multiple of."""
+        return self.together.get(stage) or self.replica.get(model, 1)
+
 
 def divide(ranks: tuple[int, ...], shares: dict[str, float], units: dict[str, int] | None = None) -> dict[str, tuple[int, ...]]:
     """Cut ranks into disjoint contiguous parts, in proportion to `shares`, each a multiple of its unit (default 1).
 
     Every part gets at least one unit; what rounding leaves over goes where it is missed most. Raises ValueError where
-    the units alone need more ranks than there are.
+    a share is not positive or the units alone need more ranks than there are.
     """
+    for name, share in shares.items():
+        if not 0 < share < float("inf"):
+            raise ValueError(f"the share of {name} is {share}: it must be positive")
     units = {name: (units or {}).get(name, 1) for name in shares}
     sizes = dict(units)
     if (least := sum(sizes.values())) > len(ranks):

@@ -29,7 +29,7 @@ def build(algorithm: Algorithm, devices: Devices, *, batches: int = 4, replicas:
     if spread not in ("robin", "first"):
         raise ValueError(f"spread is {spread!r} (allowed: robin, first)")
     where = _place(algorithm, devices, shadow_critic, split, ranks)
-    if len(where["shadow_actor"]) % replicas:
+    if replicas < 1 or len(where["shadow_actor"]) % replicas:
         raise ValueError(f"replicas is {replicas}: the {len(where['shadow_actor'])} ranks that generate do not divide by it")
     graph = StageGraph()
     scores = [s for s in algorithm.of_kind("score") if s.name != "old_log_prob" or recompute_log_probs or "values" in s.fields]

@@ -9,9 +9,11 @@ from __future__ import annotations
 from math import lcm
 
 from rlhfsim.algorithms import Algorithm, Step
-from rlhfsim.graph import StageGraph
+from rlhfsim.graph import StageGraph, overlap
 
 from . import Devices, divide
+
+MODELS = {"ref": "reference", "reward": "reward", "values": "critic"}  # what owners may be named for
 
 
 def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str = "async", ratio: float = 0.5,
@@ -30,7 +32,8 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
     if owners is None:
         if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}: it must lie between 0 and 1")
-        owners = {s: list(r) for s, r in divide(devices.ranks, {"ref": ratio, "reward": 1 - ratio}).items()}
+        units = {stage: devices.unit(stage, MODELS[stage]) for stage in ("ref", "reward")}
+        owners = {s: list(r) for s, r in divide(devices.ranks, {"ref": ratio, "reward": 1 - ratio}, units).items()}
     _check(owners, devices)
     ranks = _ordered(owners, devices)
     # One lane a rank; more where all lanes must spread evenly over any number of owners.
@@ -43,7 +46,7 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
             turns = _turns(graph, step, owners[step.name], ranks, per_rank, concat, devices, calls)
             scored[step.name] = turns
             if mode == "sync" and step.name == "reward":
-                _ask_late(graph, turns, ranks, per_rank, calls)
+                _ask_late(graph, turns, owners["reward"], ranks, per_rank, calls)
         else:
             scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=devices.size(step.name), chunks=calls)]
         for needed in step.needs:
@@ -67,10 +70,12 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
 
 def _check(owners: dict[str, list[int]], devices: Devices) -> None:
     for stage, own in owners.items():
-        if stage not in ("ref", "reward", "values"):
-            raise ValueError(f"owners names {stage!r} (allowed: ref, reward, values)")
+        if stage not in MODELS:
+            raise ValueError(f"owners names {stage!r} (allowed: {', '.join(MODELS)})")
         if not own or not set(own) <= set(devices.ranks) or len(set(own)) != len(own):
             raise ValueError(f"owners.{stage} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
+        if len(own) % (unit := devices.unit(stage, MODELS[stage])):
+            raise ValueError(f"owners.{stage} has {len(own)} ranks, which do not divide into replicas of {unit}")
     if missing := {"ref", "reward"} - set(owners):
         raise ValueError(f"owners lacks {', '.join(sorted(missing))}")
     if both := set(owners["ref"]) & set(owners["reward"]):
@@ -90,29 +95,27 @@ def _turns(graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...]
     if concat:
         return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=calls)]
     mine = sorted(ranks.index(r) for r in own)
+    own, places = [ranks[k] for k in mine], len(own) // size
     start, stop = mine[0], mine[-1] + 1
     if stop - start != len(own):  # a subset that is no range of lanes serves from the first lane on
         start, stop = 0, len(own)
     runs = [range(start, stop)]
     for lo, hi in ((0, start), (stop, len(ranks))):
-        runs += [range(k, min(k + len(own), hi)) for k in range(lo, hi, len(own))]
-    names = []
-    for turn, lanes in enumerate(runs):
-        places = len(own) // size
-        while len(lanes) % places:  # a last, smaller turn occupies only some of the owners
-            places -= 1
-        names.append(graph.stage(f"{step.name}.{turn}", step.kind, step.model, own[: places * size], size=size,
-                                 serves=lanes, chunks=calls))
-    return names
+        while lo < hi:  # a last, smaller turn occupies only some of the owners
+            count = min(len(own), hi - lo)
+            count -= count % places if count > places else 0
+            runs.append(range(lo, lo := lo + count))
+    return [graph.stage(f"{step.name}.{turn}", step.kind, step.model, own[: min(places, len(lanes)) * size], size=size,
+                        serves=lanes, chunks=calls) for turn, lanes in enumerate(runs)]
 
 
-def _ask_late(graph: StageGraph, turns: list[str], ranks: tuple[int, ...], per_rank: int, calls: int) -> None:
+def _ask_late(graph: StageGraph, turns: list[str], own: list[int], ranks: tuple[int, ...], per_rank: int,
+              calls: int) -> None:
     """Sync mode: the tokens of a lane reach the reward owner only when the lane's rank comes to this line."""
-    own = set(graph.at(turns[0]).ranks)
+    mine = sorted(ranks.index(r) for r in own)
     for turn in turns:
-        stage = graph.at(turn)
-        members = [ranks[lane // per_rank] for lane in stage.serves if ranks[lane // per_rank] not in own]
-        if members:
-            asked = graph.stage(f"ids.{turn}", "swap", "none", dict.fromkeys(members), size=1, chunks=calls,
-                                serves=stage.serves)
-            graph.link(asked, turn, stream=True)
+        for side, (lo, hi) in enumerate(((0, mine[0]), (mine[-1] + 1, len(ranks)))):
+            if lanes := overlap(graph.at(turn).serves, range(lo * per_rank, hi * per_rank)):
+                askers = ranks[lanes.start // per_rank : lanes.stop // per_rank]
+                asked = graph.stage(f"ids.{turn}.{side}", "swap", "none", askers, size=1, chunks=calls, serves=lanes)
+                graph.link(asked, turn, stream=True)

@@ -1,0 +1,277 @@
+"""The command line: one function per verb, no logic. Heavy modules are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+    from .fits import Fit
+    from .simulate import Setup
+
+FITS_NOT, BAD_INPUT, FAILED = 3, 2, 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Predict how long an RLHF iteration takes on a cluster, and whether it fits, before burning a GPU hour.
+
+    Every verb takes a scenario file and overrides: rlhfsim simulate scenario.yaml cluster.nodes=4
+    generation.engine=engine. Exit codes: 0 fine, 2 bad input, 3 does not fit, 1 anything else.
+    """
+
+
+def scenario_command(name: str) -> Callable[..., Any]:
+    """A verb on one scenario: its arguments, and errors as messages instead of tracebacks."""
+
+    def decorate(function: Callable[..., int | None]) -> click.Command:
+        @cli.command(name, help=function.__doc__)
+        @click.argument("scenario", type=str)
+        @click.argument("overrides", nargs=-1)
+        @wraps(function)
+        def verb(*args: Any, **kwargs: Any) -> None:
+            sys.exit(function(*args, **kwargs) or 0)
+
+        return verb
+
+    return decorate
+
+
+as_json = click.option("--json", "json_output", is_flag=True, help="One JSON object on stdout and nothing else.")
+
+
+@scenario_command("fits")
+@as_json
+def fits(scenario: str, overrides: tuple[str, ...], json_output: bool) -> int:
+    """Does it run out of memory: where, by how much, and what helps. Does not simulate. Exit code 3 if it does not fit."""
+    from .render import fit_json, print_fit
+    from .simulate import prepare
+    from .spec.loader import load_scenario
+
+    setup = prepare(load_scenario(scenario, overrides))
+    fit = setup.fit()
+    _warn(setup)
+    if json_output:
+        _print_json(fit_json(fit))
+    else:
+        print_fit(setup, fit)
+    return 0 if fit.fits else FITS_NOT
+
+
+@scenario_command("simulate")
+@as_json
+@click.option("--timeline", "timeline_path", type=str, help="Write the spans as JSON Lines.")
+@click.option("--plot", "plot_path", type=str, help="Draw the timeline (PNG or SVG).")
+@click.option("--trace", "trace_path", type=str, help="Write a trace for Perfetto (ui.perfetto.dev).")
+def simulate(scenario: str, overrides: tuple[str, ...], json_output: bool, timeline_path: str | None, plot_path: str | None,
+             trace_path: str | None) -> int:
+    """How long is an iteration: seconds per stage in verl's names, throughput, peak memory."""
+    from . import timeline as timelines
+    from .render import print_fit_reason, print_simulation, simulation_json
+    from .simulate import prepare
+    from .simulate import simulate as run
+    from .spec.loader import load_scenario
+
+    _writable(timeline_path, plot_path, trace_path)
+    setup = prepare(load_scenario(scenario, overrides))
+    fit = setup.fit()
+    _warn(setup)
+    if not fit.fits:
+        if json_output:
+            _print_json(simulation_json(setup, fit, None))
+        else:
+            print_fit_reason(fit)
+        return FITS_NOT
+    timeline = run(setup)
+    if timeline_path:
+        timelines.write(timeline, timeline_path)
+    if plot_path:
+        from .plot import gantt
+
+        gantt({setup.label: timeline}, plot_path)
+    if trace_path:
+        from .trace import write_trace
+
+        write_trace({setup.label: timeline}, trace_path)
+    if json_output:
+        _print_json(simulation_json(setup, fit, timeline))
+    else:
+        print_simulation(setup, fit, timeline)
+    return 0
+
+
+@scenario_command("compare")
+@as_json
+@click.option("--baseline", type=str, help="The row that the others are measured against.")
+@click.option("--as-given", is_flag=True, help="Take micro-batches, TP and split as written instead of tuning each row.")
+@click.option("--out", "out", type=str, help="Folder for a speedup figure and a timeline figure.")
+def compare(scenario: str, overrides: tuple[str, ...], json_output: bool, baseline: str | None, as_given: bool,
+            out: str | None) -> int:
+    """Which placement is fastest: one row per strategy, speedup over a named baseline, what each is bound by, and why."""
+    from .compare import compare as run
+    from .compare import rows_of
+    from .render import comparison_json, print_comparison, progress
+
+    folder = _folder(out)
+    rows, default_baseline = rows_of(scenario, overrides)
+    with progress(len(rows)) as advance:
+        comparison = run(rows, baseline or default_baseline, tune=not as_given, progress=advance)
+    if folder:
+        _draw_comparison(comparison, folder)
+    if json_output:
+        _print_json(comparison_json(comparison))
+    else:
+        print_comparison(comparison)
+    return 0 if comparison.winner else FITS_NOT
+
+
+@scenario_command("sweep")
+@click.option("--out", "out", type=str, default="sweep.csv", show_default=True, help="The table (CSV), written as it goes; an existing one is continued.")
+@click.option("--strategies", is_flag=True, help="Run every row of `compare` at every point.")
+@click.option("--baseline", type=str, help="The row that speedups are measured against.")
+@click.option("--as-given", is_flag=True, help="Do not tune each row.")
+@click.option("--zip", "zipped", is_flag=True, help="Pair the swept lists instead of taking their product.")
+@click.option("--plot", "plot_path", type=str, help="Draw speedup curves (PNG or SVG; its CSV is written beside it).")
+@click.option("--x", type=str, help="Column on the horizontal axis; default: GPUs, else the first swept one.")
+@click.option("--measured", type=str, help="CSV with measured points to draw.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Worker processes; default: all cores.")
+def sweep(scenario: str, overrides: tuple[str, ...], **options: Any) -> int:
+    """A table over swept values (a=1,2,4 sweeps, a=[0,1] is one value), and speedup curves."""
+    from .sweep import main
+
+    return main(scenario, overrides, **options)
+
+
+@cli.command("trace")
+@click.argument("timelines", nargs=-1, required=True)
+@click.option("--out", type=str, default="trace.json", show_default=True)
+def trace(timelines: tuple[str, ...], out: str) -> None:
+    """Timeline files (from simulate --timeline, or a real run) side by side as one Perfetto / Chrome trace."""
+    from . import timeline as reader
+    from .trace import write_trace
+
+    _writable(out)
+    write_trace({Path(path).stem: reader.read(path) for path in timelines}, out)
+    click.echo(f"{out}: open it at https://ui.perfetto.dev", err=True)
+
+
+@cli.command("plot")
+@click.argument("timelines", nargs=-1, required=True)
+@click.option("--out", type=str, default="timeline.png", show_default=True)
+def plot(timelines: tuple[str, ...], out: str) -> None:
+    """Timeline files side by side as one figure (PNG or SVG)."""
+    from . import timeline as reader
+    from .plot import gantt
+
+    _writable(out)
+    gantt({Path(path).stem: reader.read(path) for path in timelines}, out)
+
+
+@cli.command("show")
+@click.argument("what", type=str)
+@click.argument("overrides", nargs=-1)
+@as_json
+def show(what: str, overrides: tuple[str, ...], json_output: bool) -> None:
+    """What there is: show models, gpus, nodes, clusters, strategies, algorithms, fields; or, for a scenario file, where
+    each of its numbers comes from."""
+    from .render import print_shown, shown
+
+    listing = shown(what, overrides)
+    if json_output:
+        _print_json(listing)
+    else:
+        print_shown(what, listing)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: what a user got wrong is one message and exit code 2, never a traceback."""
+    from .errors import DoesNotFit, InputError
+
+    try:
+        cli.main(args=argv, standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(BAD_INPUT)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except InputError as error:
+        _fail(str(error), BAD_INPUT)
+    except DoesNotFit as error:
+        _fail(str(error), FITS_NOT)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # `rlhfsim ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"rlhfsim: {message}", err=True)
+    sys.exit(code)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _warn(setup: Setup) -> None:
+    for note in setup.notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _writable(*paths: str | None) -> None:
+    """Complain about an output path before any work is done."""
+    from .errors import InputError
+
+    for path in filter(None, paths):
+        target = Path(path)
+        if target.is_dir():
+            raise InputError("is a folder, a file is needed", where=path)
+        if not target.parent.is_dir():
+            raise InputError(f"there is no folder {str(target.parent)!r}", where=path)
+        if not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise InputError("is not writable", where=path)
+
+
+def _folder(path: str | None) -> Path | None:
+    from .errors import InputError
+
+    if path is None:
+        return None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot be made a folder: {error.strerror}", where=path) from None
+    _writable(str(Path(path) / "file"))
+    return Path(path)
+
+
+def _draw_comparison(comparison: Comparison, folder: Path) -> None:
+    from .plot import gantt, speedup_bars
+    from .render import comparison_table
+
+    speedup_bars(comparison_table(comparison), comparison.baseline, folder / "speedup.png")
+    timed = {row.label: row.timeline for row in comparison.rows if row.timeline is not None}
+    if timed:
+        gantt(timed, folder / "timeline.png")
+    click.echo(f"{folder / 'speedup.png'}, {folder / 'timeline.png'}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Does it fit: the bytes on every rank in every phase, without simulating.
+
+A phase is a stage of the graph. What rests on a rank (all models that it holds) is there in every phase; the stage that
+runs adds its own. The worst instant counts: maximum lengths, Adam's moments after the first step, the engine's copy
+beside the training states when it wakes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+
+import numpy as np
+
+from .costs.model import head_of
+from .graph import Stage, StageGraph
+from .layout import Holding
+from .memory import Bytes, engine_bytes, reserved_bytes, scoring_bytes, static_bytes, training_bytes
+from .model import kv_bytes_per_token, rank_parameters
+from .spec.scenario import ModelUse, Scenario
+
+# What to turn when a component is the largest one of the worst instant.
+KNOBS = {
+    "weights": "a higher zero_stage, tensor_parallel, or offload_parameters for frozen models",
+    "gradients": "zero_stage 2 or 3, or lora_rank",
+    "optimizer": "zero_stage 1 or higher, offload_optimizer, lora_rank, or more GPUs for the trained models",
+    "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
+    "activations": "a smaller micro_batch_samples, recompute: full, or flash_attention",
+    "logits": "logits_chunk_tokens, or a smaller micro_batch_samples",
+    "gathered": "tensor_parallel instead of zero_stage 3",
+    "engine": "tensor_parallel of the engine, or engine: hybrid",
+    "buffers": "zero_stage 0, or lora_rank",
+    "reserved": "overheads.reserved_bytes, if you know better",
+}
+
+
+@dataclass(frozen=True)
+class Instant:
+    """The memory of one rank while one stage runs there (`resting`: while none does)."""
+
+    rank: int
+    phase: str
+    bytes: Bytes
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether everything fits, and what decides it.
+
+    worst: the fullest instant at maximum lengths; p99_bytes: the same at the 99th percentile of lengths. by_phase: the
+    fullest rank of each phase. reason: empty if it fits, else one sentence with the knob that helps.
+    micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit, by model; 0: none does.
+    """
+
+    fits: bool
+    capacity_bytes: float
+    worst: Instant
+    p99_bytes: float
+    by_phase: dict[str, Instant]
+    host_bytes: float
+    host_capacity_bytes: float
+    kv_capacity_tokens: float | None
+    memory_fraction: float | None
+    micro_batches: dict[str, int]
+    reason: str
+
+    @property
+    def limiting(self) -> tuple[str, str]:
+        """(phase, component) of the fullest instant."""
+        components = self.worst.bytes.components
+        return self.worst.phase, max(components, key=lambda name: components[name])
+
+
+class Memory:
+    """Memory of a scenario's placement: static bytes by rank, bytes of every stage, and the engine's KV capacity."""
+
+    def __init__(self, scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
+        self.scenario, self.graph, self.holdings = scenario, graph, holdings
+        self.capacity_bytes = scenario.cluster.gpu.memory_bytes.value
+        workload = scenario.workload
+        self.longest = workload.prompt_tokens.longest, workload.response_tokens.longest
+
+    # -- ranks --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rank_kinds(self) -> list[int]:
+        """One rank of every kind: those that hold the same shards and run the same stages."""
+        kinds: dict[tuple, int] = {}
+        for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
+            held = tuple((name, self._stage_of(h, rank)) for name, h in self.holdings.items() if rank in h.ranks)
+            runs = tuple(s.name for s in self.graph.stages() if rank in s.ranks)
+            kinds.setdefault((held, runs), rank)
+        return list(kinds.values())
+
+    @staticmethod
+    def _stage_of(holding: Holding, rank: int) -> int:
+        """Pipeline stage: ranks are ordered stage by stage."""
+        return holding.ranks.index(rank) * holding.use.pipeline_parallel // len(holding.ranks)
+
+    def resting(self, rank: int, running: str = "") -> Bytes:
+        """What lies on a rank whatever runs; `running`: the copy whose offloaded weights are on the device."""
+        found = reserved_bytes(self.scenario.overheads)
+        for name, held in self.holdings.items():
+            if rank in held.ranks and name != "shadow_actor":
+                found += static_bytes(held.use, "train" if held.purpose == "train" else "frozen", held.data_parallel,
+                                      head=head_of(name), stage=self._stage_of(held, rank), running=name == running)
+        engine = self.holdings.get("shadow_actor")
+        if engine is not None and rank in engine.ranks and not self._sleeps(engine):
+            found += engine_bytes(engine.use, engine.use.tensor_parallel, 0.0)
+        return found
+
+    def _sleeps(self, engine: Holding) -> bool:
+        """An engine that shares its ranks with training frees its memory there; one on ranks of its own keeps it."""
+        return bool(set(engine.ranks) & set(self.holdings["actor"].ranks))
+
+    # -- phases -------------------------------------------------------------------------------------------
+
+    def during(self, stage: Stage, rank: int, tokens: tuple[int, int] | None = None) -> Bytes:
+        """Bytes on a rank while `stage` runs there; tokens: prompt and response length (default: the longest)."""
+        prompt, response = tokens or self.longest
+        if stage.kind == "swap":
+            return self.resting(rank)
+        if stage.kind == "sync":
+            return self._while_syncing(stage, rank)
+        resting = self.resting(rank, running=stage.model)
+        if stage.kind == "generate":
+            return resting + self._generating(stage, rank, prompt, response)
+        held = self.holdings[stage.model]
+        sequence = prompt + response
+        micro = held.use.micro_batch_samples if stage.kind == "train" else held.use.score_micro_batch_samples
+        samples = min(micro, self.samples_per_replica(stage))
+        where = {"head": head_of(stage.model), "stage": self._stage_of(held, rank)}
+        if stage.kind == "score":
+            return resting + scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, **where)
+        count = ceil(self.samples_per_replica(stage) / samples)
+        return resting + training_bytes(held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, **where)
+
+    def samples_per_replica(self, stage: Stage) -> int:
+        """The most samples that one replica handles in one firing."""
+        held = self.holdings[stage.model]
+        size = self.scenario.generation.tensor_parallel if stage.kind == "generate" else held.replica
+        replicas = max(1, stage.size // size)
+        lanes = len(stage.lanes_of(0)) / self.graph.lanes
+        return max(1, ceil(self.scenario.workload.samples * lanes / stage.chunks / replicas - 1e-9))
+
+    def _while_syncing(self, stage: Stage, rank: int) -> Bytes:
+        bucket = Bytes(buffers=self.scenario.weight_sync.bucket_bytes)
+        target = self.holdings[stage.target or ""]
+        found = self.resting(rank) + bucket
+        if rank in target.ranks and target.name == "shadow_actor" and self._sleeps(target):
+            found += engine_bytes(target.use, target.use.tensor_parallel, 0.0)  # it wakes up beside the training states
+        return found
+
+    def _generating(self, stage: Stage, rank: int, prompt: int, response: int) -> Bytes:
+        generation, held = self.scenario.generation, self.holdings[stage.model]
+        use, t = held.use, generation.tensor_parallel
+        found = Bytes()
+        if generation.engine == "engine":
+            if self._sleeps(held):
+                found += engine_bytes(use, t, 0.0)
+        elif use.zero_stage == 3 and len(held.ranks) > 1:
+            gathered = rank_parameters(use.shape, "lm", tensor_parallel=t) * use.bytes_per_parameter
+            if generation.engine == "zero3_per_token":
+                gathered = scoring_bytes(use, held.data_parallel, 0, 1).gathered
+            found += Bytes(gathered=gathered)
+        at_once = self._prefill_tokens(stage, prompt)
+        found += replace(scoring_bytes(self._engine_use(use), 1, at_once, prompt), gathered=0.0, logits=0.0)
+        found += Bytes(logits=self._sequences(stage) * use.shape.vocabulary * 4)
+        if generation.continuous:
+            return found + Bytes(kv_cache=self._kv_bytes(use) * min(self._kv_need(stage, prompt, response), self._kv_room(stage, rank, found)))
+        return found + Bytes(kv_cache=self._kv_bytes(use) * self._sequences(stage) * (prompt + response))
+
+    def _engine_use(self, use: ModelUse) -> ModelUse:
+        return use.model_copy(update={"tensor_parallel": self.scenario.generation.tensor_parallel, "zero_stage": 0,
+                                      "pipeline_parallel": 1, "logits_chunk_tokens": None})
+
+    def _kv_bytes(self, use: ModelUse) -> float:
+        """Per token of context, on one rank of the engine."""
+        return kv_bytes_per_token(use.shape, use.bytes_per_parameter, tensor_parallel=self.scenario.generation.tensor_parallel)
+
+    def _sequences(self, stage: Stage) -> int:
+        """Sequences that an engine holds at once."""
+        generation, samples = self.scenario.generation, self.samples_per_replica(stage)
+        return min(samples, generation.max_sequences if generation.continuous else generation.batch_samples or samples)
+
+    def _prefill_tokens(self, stage: Stage, prompt: int) -> int:
+        generation = self.scenario.generation
+        together = self._sequences(stage) * prompt
+        return min(together, generation.prefill_tokens) if generation.continuous else together
+
+    def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
+        return float(self._sequences(stage) * (prompt + response))
+
+    def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
+        """Tokens for which a paged cache has room: within the engine's fraction, or in what is left."""
+        fraction = self.scenario.generation.memory_fraction
+        free = self.capacity_bytes - self.resting(rank, running=stage.model).total - engine.total
+        if fraction is not None:
+            own = self.holdings[stage.model].use
+            weights = 0.0 if self._sleeps(self.holdings[stage.model]) else rank_parameters(own.shape, "lm", tensor_parallel=own.tensor_parallel) * own.bytes_per_parameter
+            free = min(free, fraction * self.capacity_bytes - engine.total - weights)
+        return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use))
+
+    @cached_property
+    def kv_capacity_tokens(self) -> float | None:
+        """Tokens in the cache of one continuous engine; None: no such engine, or memory is infinite."""
+        if not self.scenario.generation.continuous or not self.scenario.effects.memory:
+            return None
+        rooms = []
+        for stage in self._generating_stages():
+            for rank in self.rank_kinds:
+                if rank in stage.ranks:
+                    rooms.append(self._kv_room(stage, rank, replace(self._generating(stage, rank, *self.longest), kv_cache=0.0)))
+        return min(rooms)
+
+    def _generating_stages(self) -> list[Stage]:
+        return [s for s in self.graph.stages() if s.kind == "generate"]
+
+    def instants(self, tokens: tuple[int, int] | None = None) -> Iterator[Instant]:
+        """Every phase on every kind of rank."""
+        for rank in self.rank_kinds:
+            yield Instant(rank, "resting", self.resting(rank))
+            for stage in self.graph.stages():
+                if rank in stage.ranks and stage.kind != "swap":
+                    yield Instant(rank, stage.name, self.during(stage, rank, tokens))
+
+    # -- the answer ---------------------------------------------------------------------------------------
+
+    def fit(self, p99_tokens: tuple[int, int] | None = None) -> Fit:
+        """Test every instant at maximum lengths (and at `p99_tokens`) against the device, and the host's share."""
+        instants = list(self.instants())
+        worst = max(instants, key=lambda i: i.bytes.total)
+        by_phase: dict[str, Instant] = {}
+        for instant in instants:
+            phase = instant.phase.split(".")[0]
+            if phase not in by_phase or instant.bytes.total > by_phase[phase].bytes.total:
+                by_phase[phase] = instant
+        p99 = max(i.bytes.total for i in self.instants(p99_tokens)) if p99_tokens else worst.bytes.total
+        host, host_capacity = self._host_bytes(), self.scenario.cluster.node.host_memory_bytes.value
+        reason = self._reason(worst, host, host_capacity) if self.scenario.effects.memory else ""
+        kv = self.kv_capacity_tokens
+        return Fit(not reason, self.capacity_bytes, worst, p99, by_phase, host, host_capacity, kv, self._fraction(),
+                   self.largest_micro_batches(), reason)
+
+    def _reason(self, worst: Instant, host: float, host_capacity: float) -> str:
+        if worst.bytes.total > self.capacity_bytes:
+            components = worst.bytes.components
+            largest = max(components, key=lambda name: components[name])
+            over = (worst.bytes.total - self.capacity_bytes) / 2**30
+            return (f"{worst.phase} on rank {worst.rank} needs {worst.bytes.total / 2**30:.3g} GiB of "
+                    f"{self.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
+                    f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}")
+        if host > host_capacity:
+            return (f"offloaded states need {host / 2**30:.3g} GiB of host memory per node, there are "
+                    f"{host_capacity / 2**30:.3g}: try more nodes or less offload")
+        kv, sequence = self.kv_capacity_tokens, sum(self.longest)
+        if kv is not None and kv < sequence:
+            return (f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
+                    "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths")
+        return ""
+
+    def _host_bytes(self) -> float:
+        """Host memory on the fullest node."""
+        per_node = self.scenario.cluster.node.gpus_per_node
+        kinds = {rank: self.resting(rank).host for rank in self.rank_kinds}
+        if not any(kinds.values()):
+            return 0.0
+        by_node: dict[int, float] = {}
+        for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
+            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self.resting(rank).host
+        return max(by_node.values())
+
+    def _fraction(self) -> float | None:
+        """The engine's share of the device: what was given, or what it can have."""
+        if not self.scenario.generation.continuous:
+            return None
+        if self.scenario.generation.memory_fraction is not None:
+            return self.scenario.generation.memory_fraction
+        shares = []
+        for stage in self._generating_stages():
+            for rank in self.rank_kinds:
+                if rank in stage.ranks:
+                    resting = self.resting(rank).total - (0 if self._sleeps(self.holdings[stage.model]) else
+                                                          engine_bytes(self.holdings[stage.model].use, self.scenario.generation.tensor_parallel, 0.0).total)
+                    shares.append(1 - resting / self.capacity_bytes)
+        return max(0.0, min(shares))
+
+    def largest_micro_batches(self) -> dict[str, int]:
+        """By `models.<role>.micro_batch_samples` (and `score_...`): the largest that fits at maximum lengths."""
+        found: dict[str, int] = {}
+        for stage in self.graph.stages():
+            if stage.kind not in ("score", "train"):
+                continue
+            role = stage.model.removeprefix("shadow_")
+            key = f"models.{role}." + ("micro_batch_samples" if stage.kind == "train" else "score_micro_batch_samples")
+            size = self._largest(stage)
+            found[key] = min(found.get(key, size), size)
+        return found
+
+    def _largest(self, stage: Stage) -> int:
+        """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
+        low, high = 0, self.samples_per_replica(stage)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._with_micro_batch(stage, middle).total <= self.capacity_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _with_micro_batch(self, stage: Stage, samples: int) -> Bytes:
+        held = self.holdings[stage.model]
+        sizes = {"micro_batch_samples": samples, "score_micro_batch_samples": samples}
+        changed = replace(held, use=held.use.model_copy(update=sizes))
+        other = Memory(self.scenario, self.graph, {**self.holdings, stage.model: changed})
+        return max((other.during(stage, rank) for rank in self.rank_kinds if rank in stage.ranks), key=lambda b: b.total)
+
+
+def p99_tokens(lengths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
+    """The 99th percentile of drawn prompt and response lengths."""
+    prompts, responses = (np.concatenate(part) for part in zip(*lengths, strict=True))
+    return int(np.quantile(prompts, 0.99)), int(np.quantile(responses, 0.99))

@@ -1,0 +1,293 @@
+"""Results as people and programs read them: tables with three significant digits, JSON objects with full numbers."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from .compare import Comparison, Row, why
+from .errors import InputError, nearest
+from .fits import Fit
+from .format import gib, human_seconds, three
+from .metrics import bound_by, idle_share, stage_seconds, step_seconds
+from .simulate import Setup, lengths_of
+from .spec.data import data_dir
+from .spec.loader import load_scenario, scenario_sources
+from .spec.scenario import Scenario
+from .timeline import Timeline
+
+
+def console() -> Console:
+    """Plain text of the terminal's width; 120 columns where the output is a file or a pipe."""
+    width = None if sys.stdout.isatty() else max(120, shutil.get_terminal_size().columns)
+    return Console(width=width, highlight=False)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr (only on a terminal); the yielded function names what begins."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True),
+                   transient=True, disable=not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task("", total=total)
+        started = False
+
+        def begin(label: str) -> None:
+            nonlocal started
+            bar.update(task, description=label, advance=1 if started else 0)
+            started = True
+
+        yield begin
+
+
+# -- fits ---------------------------------------------------------------------------------------------------------
+
+
+def fit_json(fit: Fit) -> dict[str, Any]:
+    phase, component = fit.limiting
+    return {
+        "fits": fit.fits, "reason": fit.reason, "peak_memory_bytes": fit.worst.bytes.total, "capacity_bytes": fit.capacity_bytes,
+        "headroom_bytes": fit.capacity_bytes - fit.worst.bytes.total, "p99_peak_memory_bytes": fit.p99_bytes,
+        "by_component": fit.worst.bytes.components,
+        "by_phase": {name: {"rank": i.rank, "bytes": i.bytes.total, "by_component": i.bytes.components}
+                     for name, i in fit.by_phase.items()},
+        "limiting": {"phase": phase, "component": component, "rank": fit.worst.rank},
+        "largest_micro_batch": fit.micro_batches,
+        "host_bytes_per_node": fit.host_bytes, "host_capacity_bytes": fit.host_capacity_bytes,
+        "kv_capacity_tokens": fit.kv_capacity_tokens, "memory_fraction": fit.memory_fraction,
+    }
+
+
+def print_fit(setup: Setup, fit: Fit) -> None:
+    out = console()
+    out.print(("Fits" if fit.fits else "Does not fit") + f": {setup.label} on {_cluster(setup.scenario)}.")
+    if not fit.fits:
+        out.print(fit.reason[0].upper() + fit.reason[1:] + ".")
+    out.print(_memory_table(fit))
+    phase, component = fit.limiting
+    out.print(f"Worst instant: {phase} on rank {fit.worst.rank}, {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)} "
+              f"(largest part: {component}); at the 99th percentile of lengths {gib(fit.p99_bytes)}.")
+    if fit.kv_capacity_tokens is not None:
+        out.print(f"KV cache of one engine: {three(fit.kv_capacity_tokens)} tokens at a memory fraction of {three(fit.memory_fraction or 0)}.")
+    if fit.host_bytes:
+        out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)}.")
+    out.print("Largest micro-batches that fit: " + ", ".join(f"{k}={v}" for k, v in fit.micro_batches.items()))
+    _print_unverified(out, setup.scenario)
+
+
+def print_fit_reason(fit: Fit) -> None:
+    console().print("Does not fit: " + fit.reason + ".")
+
+
+def _memory_table(fit: Fit) -> Table:
+    components = [c for c in fit.worst.bytes.components if any(i.bytes.components[c] for i in fit.by_phase.values())]
+    table = Table(title="GiB on the fullest rank of each phase", title_justify="left", box=None, pad_edge=False)
+    table.add_column("phase")
+    for name in [*components, "total", "free"]:
+        table.add_column(name, justify="right")
+    for phase, instant in fit.by_phase.items():
+        parts = [three(instant.bytes.components[c] / 2**30) for c in components]
+        free = (fit.capacity_bytes - instant.bytes.total) / 2**30
+        table.add_row(phase, *parts, three(instant.bytes.total / 2**30), three(free))
+    return table
+
+
+# -- simulate -----------------------------------------------------------------------------------------------------
+
+
+def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[str, Any]:
+    scenario = setup.scenario
+    found: dict[str, Any] = {
+        "scenario": scenario.name, "strategy": scenario.strategy.name, "engine": scenario.generation.engine,
+        "cluster": scenario.cluster.name, "gpus": scenario.cluster.gpus, "fits": fit.fits, "reason": fit.reason,
+        "peak_memory_bytes": fit.worst.bytes.total, "capacity_bytes": fit.capacity_bytes, "unverified": unverified(scenario),
+        "step_seconds": None, "stage_seconds": {}, "samples_per_second": None, "tokens_per_second": None,
+    }
+    if timeline is not None:
+        seconds = step_seconds(timeline)
+        found |= {"step_seconds": seconds, "stage_seconds": stage_seconds(timeline),
+                  "samples_per_second": scenario.workload.samples / seconds,
+                  "tokens_per_second": tokens_per_iteration(scenario) / seconds,
+                  "bound_by": bound_by(timeline), "idle_share": idle_share(timeline)}
+    return found
+
+
+def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
+    out, scenario = console(), setup.scenario
+    seconds = step_seconds(timeline)
+    out.print(f"{setup.label} on {_cluster(scenario)}: {human_seconds(seconds)} per iteration of {scenario.workload.samples} samples.")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("share of step", justify="right")
+    for stage, value in stage_seconds(timeline).items():
+        table.add_row(f"timing_s/{stage}", three(value), f"{value / seconds:.0%}")
+    table.add_row("timing_s/step", three(seconds), "")
+    out.print(table)
+    out.print(f"{three(scenario.workload.samples / seconds)} samples/s, {three(tokens_per_iteration(scenario) / seconds)} tokens/s, "
+              f"{three(tokens_per_iteration(scenario) / seconds / scenario.cluster.gpus)} tokens/s per GPU.")
+    out.print(f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle.")
+    out.print(f"Peak memory {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)}, in {fit.limiting[0]}.")
+    _print_unverified(out, scenario)
+
+
+def tokens_per_iteration(scenario: Scenario) -> float:
+    """Prompt and response tokens of one iteration, mean over the simulated ones."""
+    draws = lengths_of(scenario, scenario.simulation.seed)
+    return float(sum(prompts.sum() + responses.sum() for prompts, responses in draws)) / len(draws)
+
+
+# -- compare ------------------------------------------------------------------------------------------------------
+
+
+def comparison_table(comparison: Comparison) -> list[dict[str, Any]]:
+    """The rows that have a speedup, as figures take them."""
+    table = []
+    for row in comparison.rows:
+        if (speedup := comparison.speedup(row)) is not None:
+            entry: dict[str, Any] = {"strategy": row.label, "speedup": speedup, "step_seconds": row.step_seconds}
+            if interval := comparison.speedup_interval(row):
+                entry |= {"low": interval[0], "high": interval[1]}
+            table.append(entry)
+    return table
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    rows = []
+    for row in comparison.rows:
+        interval = comparison.speedup_interval(row)
+        rows.append({
+            "strategy": row.label, "step_seconds": row.step_seconds, "speedup": comparison.speedup(row),
+            "speedup_low": interval[0] if interval else None, "speedup_high": interval[1] if interval else None,
+            "wins_in_draws": comparison.win_share(row),
+            "bound_by": bound_by(row.timeline) if row.timeline else None, "fits": row.fits, "reason": row.reason,
+            "peak_memory_bytes": row.fit.worst.bytes.total if row.fit else None,
+            "stage_seconds": stage_seconds(row.timeline) if row.timeline else {}, "used": row.used})
+    winner = comparison.winner
+    base = comparison.base.scenario
+    return {"baseline": comparison.baseline, "baseline_settings": baseline_settings(comparison), "tuned": comparison.tuned,
+            "rows": rows, "winner": winner.label if winner else None, "why": why(comparison), "unverified": unverified(base)}
+
+
+def baseline_settings(comparison: Comparison) -> dict[str, Any]:
+    """What a speedup over the baseline depends on: its engine, per-GPU batch and network."""
+    scenario = comparison.base.scenario
+    network = scenario.cluster.network
+    return {"engine": scenario.generation.engine, "samples_per_gpu": scenario.workload.samples / scenario.cluster.gpus,
+            "network_bytes_per_second_per_node": network.nics_per_node * network.nic_bytes_per_second.value}
+
+
+def print_comparison(comparison: Comparison) -> None:
+    out = console()
+    base = baseline_settings(comparison)
+    scenario = comparison.base.scenario
+    out.print(f"{scenario.name}: {scenario.workload.samples} samples per iteration on {_cluster(scenario)}.")
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("strategy", "left"), ("s/iteration", "right"), ("speedup", "right"), ("peak GiB", "right"),
+                          ("bound by", "left"), ("uses", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in comparison.rows:
+        table.add_row(*_comparison_cells(comparison, row))
+    out.print(table)
+    out.print(f"Speedup over {comparison.baseline} (engine {base['engine']}, {three(base['samples_per_gpu'])} samples per GPU, "
+              f"{three(base['network_bytes_per_second_per_node'] / 1e9)} GB/s per node); "
+              + ("each row with the best micro-batch, TP and split found." if comparison.tuned else "settings as given, not tuned."))
+    out.print(why(comparison))
+    _print_unverified(out, scenario)
+
+
+def _comparison_cells(comparison: Comparison, row: Row) -> tuple[str, ...]:
+    peak = three(row.fit.worst.bytes.total / 2**30) if row.fit else "-"
+    if row.timeline is None:
+        return row.label, "-", "-", peak, f"does not fit: {row.reason}", ""
+    speedup = comparison.speedup(row)
+    text = f"{three(speedup)}x" if speedup is not None else "-"
+    if interval := comparison.speedup_interval(row):
+        text += f" [{three(interval[0])}, {three(interval[1])}]"
+    if (wins := comparison.win_share(row)) is not None:
+        text += f", wins {wins:.0%}"
+    return row.label, three(row.step_seconds or 0.0), text, peak, bound_by(row.timeline), _short_settings(row)
+
+
+def _short_settings(row: Row) -> str:
+    """The settings of a row in a few words; `--json` has them in full."""
+    used = row.used
+    words = [f"TP {used['generation.tensor_parallel']}"]
+    micro = {used.get(f"models.{role}.micro_batch_samples") for role in ("actor", "critic")} - {None}
+    words.append("micro-batch " + "/".join(str(m) for m in sorted(micro)))
+    if "ranks" in used:
+        words.append(" ".join(f"{name} {count}" for name, count in used["ranks"].items()))
+    words += [f"{name} {used[key]}" for name in ("batches", "replicas") if (key := f"strategy.{name}") in used]
+    return ", ".join(words)
+
+
+# -- show ---------------------------------------------------------------------------------------------------------
+
+
+def shown(what: str, overrides: tuple[str, ...]) -> Any:
+    """A listing by name, or the sources of a scenario's numbers."""
+    from .layout import algorithm_names, strategy_names
+
+    folders = {"models", "gpus", "nodes", "clusters", "kernels"}
+    if what in folders:
+        return sorted(path.stem for path in (data_dir("hw_specs") / what).glob("*.yaml"))
+    if what == "strategies":
+        return strategy_names()
+    if what == "algorithms":
+        return algorithm_names()
+    if what == "fields":
+        return _field_docs()
+    if not what.endswith((".yaml", ".yml")):
+        names = [*folders, "strategies", "algorithms", "fields"]
+        raise InputError(f"{what!r} is neither a listing nor a scenario file (.yaml){nearest(what, names)}", field="show")
+    return [{"field": f, "value": v, "source": s} for f, v, s in scenario_sources(load_scenario(what, overrides))]
+
+
+def _field_docs() -> dict[str, str]:
+    """Every section of a scenario file and what its fields mean."""
+    from .spec import scenario as records
+
+    sections = {"models.<role>": records.ModelUse, "models": records.Models, "workload": records.Workload,
+                "workload.*_tokens": records.Lengths, "algorithm": records.Algorithm, "generation": records.Generation,
+                "strategy": records.StrategyChoice, "weight_sync": records.WeightSync, "overheads": records.Overheads,
+                "effects": records.Effects, "simulation": records.Simulation, "compare": records.Compare}
+    return {name: (record.__doc__ or "").strip() for name, record in sections.items()}
+
+
+def print_shown(what: str, listing: Any) -> None:
+    out = console()
+    if isinstance(listing, dict):
+        for name, text in listing.items():
+            out.print(f"{name}: {text}\n", markup=False)
+    elif listing and isinstance(listing[0], dict):
+        table = Table(box=None, pad_edge=False)
+        for name in ("field", "value", "source"):
+            table.add_column(name, overflow="fold")
+        for entry in listing:
+            table.add_row(entry["field"], f"{entry['value']:g}", entry["source"])
+        out.print(table)
+    else:
+        for name in listing:
+            out.print(name, markup=False)
+
+
+def unverified(scenario: Scenario) -> list[str]:
+    """Fields of the scenario whose numbers nobody has opened a document for."""
+    return [name for name, _, source in scenario_sources(scenario) if source == "unverified"]
+
+
+def _print_unverified(out: Console, scenario: Scenario) -> None:
+    if names := unverified(scenario):
+        out.print("Unverified numbers behind this result: " + ", ".join(names) + ".")
+
+
+def _cluster(scenario: Scenario) -> str:
+    cluster = scenario.cluster
+    return f"{cluster.gpus} x {cluster.gpu.name} ({cluster.nodes} nodes)"
