@@ -264,12 +264,14 @@ def _folder(path: str | None) -> Path | None:
 
 def _draw_comparison(comparison: Comparison, folder: Path) -> None:
     from .plot import gantt, speedup_bars
-    from .render import comparison_table
+    from .render import comparison_table, comparison_title
 
-    speedup_bars(comparison_table(comparison), comparison.baseline, folder / "speedup.png")
+    table = comparison_table(comparison)
+    if table:
+        speedup_bars(table, comparison.baseline, folder / "speedup.png", title=comparison_title(comparison))
     timed = {row.label: row.timeline for row in comparison.rows if row.timeline is not None}
-    if timed:
-        gantt(timed, folder / "timeline.png")
+    if timed:  # one iteration in steady state says it all
+        gantt(timed, folder / "timeline.png", window=(0.0, 1.02 * max(t.end_seconds / t.iterations for t in timed.values())))
     click.echo(f"{folder / 'speedup.png'}, {folder / 'timeline.png'}", err=True)
 
 

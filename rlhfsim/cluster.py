@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -83,16 +83,19 @@ class Collectives:
         return self.inside[op][self.measured(op, ranks)]
 
     def updated(self, kernels: Kernels) -> Collectives:
-        """With the curves that a file of `hw_specs/kernels/` has; broadcast (not measured) as its all_gather."""
+        """With the curves that a file of `hw_specs/kernels/` has; broadcast (not measured) as its all_gather.
+
+        They were measured over NVLink: not for a node without it.
+        """
         found: dict[Op, Mapping[int, Curve]] = {}
         measured: dict[str, dict[int, CollectiveCurve]] = {str(op): c for op, c in kernels.collectives.items()}
-        for op in (*_RINGS, "send"):
+        for op in (*_RINGS, "custom_all_reduce", "send"):
             if curves := measured.get("all_gather" if op == "broadcast" else op):
                 found[op] = {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
         return replace(self, inside={**self.inside, **found})
 
 
-_RINGS: tuple[Op, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+_RINGS: Final[tuple[Op, ...]] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 
 def _curves(ring: Curve, send: Curve, **other: Curve) -> dict[Op, dict[int, Curve]]:
@@ -254,6 +257,8 @@ class ClusterTopology:
         sizes = np.array([len(g) for g in talking])
         assert ranks.min() >= 0 and ranks.max() < self.cluster.gpus, "rank outside the cluster"
         members = _Members(ranks, np.repeat(np.arange(len(sizes)), sizes), sizes)
+        if op == "custom_all_reduce" and not self._can_read_peers(talking):
+            op = "all_reduce"
         if copy:
             curve = self.collectives.curve(op, 1)
             return Route(self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent)
@@ -261,6 +266,11 @@ class ClusterTopology:
         latency = max(self._latency(op, n, k) for n, k in set(zip(sizes.tolist(), nodes.tolist(), strict=True)))
         one_node = self.collectives.curve(op, int(sizes.max())).exponent
         return Route(self._named(usage), latency, one_node if nodes.max() == 1 else self.collectives.network_exponent)
+
+    def _can_read_peers(self, groups: list[tuple[int, ...]]) -> bool:
+        """Whether an engine's own all-reduce works: all ranks of each group in one node with NVLink, and a curve for it."""
+        within = self._nvlink and not any(self.crosses_nodes(group) for group in groups)
+        return within and "custom_all_reduce" in self.collectives.inside
 
     def _named(self, usage: np.ndarray) -> dict[str, float]:
         used = np.flatnonzero(usage)
@@ -335,7 +345,7 @@ class ClusterTopology:
         c, given = self.collectives, self.cluster.network.latency_seconds
         ring_hop = given.value if given else c.network_hop_seconds
         tree_hop = ring_hop * c.network_tree_hop_seconds / c.network_hop_seconds
-        rounds = 2 if op == "all_reduce" else 1
+        rounds = 2 if op in ("all_reduce", "custom_all_reduce") else 1
         measured = c.measured(op, math.ceil(ranks / nodes))
         launch = max(c.inside[op][measured].latency_seconds - rounds * (measured - 1) * c.hop_seconds, 0.0)
         hop = c.hop_seconds * (_HOP_FACTOR_ACROSS if nodes > 1 else 1)
@@ -386,7 +396,7 @@ def _traffic(op: Op, members: _Members, level: _Level, tree: float | None = None
     outside = units > 1
     if op in ("all_gather", "reduce_scatter"):
         out = into = (n - 1) / n
-    elif op == "all_reduce":
+    elif op in ("all_reduce", "custom_all_reduce"):
         out = 2 * (n - 1) / n
         if tree is not None and nodes is not None:
             out = np.where(nodes == 2, np.minimum(out, 1 / tree), out)

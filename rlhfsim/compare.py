@@ -142,6 +142,8 @@ def settings(setup: Setup) -> dict[str, Any]:
     """What a row used, as overrides that can be pasted."""
     scenario, graph = setup.scenario, setup.graph
     used: dict[str, Any] = {"generation.tensor_parallel": scenario.generation.tensor_parallel}
+    if scenario.generation.batch_samples is not None:
+        used["generation.batch_samples"] = scenario.generation.batch_samples
     for role in ("actor", "critic"):
         if any(s.model == role and s.kind == "train" for s in graph.stages()):
             used[f"models.{role}.micro_batch_samples"] = getattr(scenario.models, role).micro_batch_samples
@@ -185,6 +187,7 @@ def _seconds(scenario: Scenario) -> float | None:
 def _with_micro_batches(scenario: Scenario) -> Scenario:
     """Each model's largest micro-batches that fit, as powers of two (one where nothing fits)."""
     try:
+        scenario = _with_generation_batches(scenario)
         largest = prepare(scenario).memory.largest_micro_batches()
     except InputError:
         return scenario
@@ -194,6 +197,21 @@ def _with_micro_batches(scenario: Scenario) -> Scenario:
         use = getattr(models, role).model_copy(update={name: 1 << max(0, size.bit_length() - 1) if size else 1})
         models = models.model_copy(update={role: use})
     return scenario.model_copy(update={"models": models})
+
+
+def _with_generation_batches(scenario: Scenario) -> Scenario:
+    """Static generation in batches of halves, quarters, ... until the KV cache fits."""
+    if scenario.generation.continuous or scenario.generation.batch_samples is not None:
+        return scenario
+    memory = prepare(scenario).memory
+    stage = next(s for s in memory.graph.stages() if s.kind == "generate")
+    size = memory.samples_per_replica(stage)
+    while size > 1 and memory.fit().by_phase[stage.name].bytes.total > memory.capacity_bytes:
+        size = -(-size // 2)
+        generation = scenario.generation.model_copy(update={"batch_samples": size})
+        scenario = scenario.model_copy(update={"generation": generation})
+        memory = prepare(scenario).memory
+    return scenario
 
 
 def _tensor_parallel(best: Scenario, _given: Scenario) -> Iterable[Scenario]:

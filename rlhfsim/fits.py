@@ -120,7 +120,7 @@ class Memory:
     def during(self, stage: Stage, rank: int, tokens: tuple[int, int] | None = None) -> Bytes:
         """Bytes on a rank while `stage` runs there; tokens: prompt and response length (default: the longest)."""
         prompt, response = tokens or self.longest
-        if stage.kind == "swap":
+        if stage.kind in ("swap", "store"):
             return self.resting(rank)
         if stage.kind == "sync":
             return self._while_syncing(stage, rank)
@@ -143,7 +143,8 @@ class Memory:
         size = self.scenario.generation.tensor_parallel if stage.kind == "generate" else held.replica
         replicas = max(1, stage.size // size)
         lanes = len(stage.lanes_of(0)) / self.graph.lanes
-        return max(1, ceil(self.scenario.workload.samples * lanes / stage.chunks / replicas - 1e-9))
+        total = self.scenario.periodic.validation_prompts if stage.name == "testing" else self.scenario.workload.samples
+        return max(1, ceil(total * lanes / stage.chunks / replicas - 1e-9))
 
     def _while_syncing(self, stage: Stage, rank: int) -> Bytes:
         bucket = Bytes(buffers=self.scenario.weight_sync.bucket_bytes)
@@ -223,7 +224,7 @@ class Memory:
         for rank in self.rank_kinds:
             yield Instant(rank, "resting", self.resting(rank))
             for stage in self.graph.stages():
-                if rank in stage.ranks and stage.kind != "swap":
+                if rank in stage.ranks and stage.kind not in ("swap", "store"):
                     yield Instant(rank, stage.name, self.during(stage, rank, tokens))
 
     # -- the answer ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 
-Kind = Literal["generate", "score", "train", "sync", "swap"]
+Kind = Literal["generate", "score", "train", "sync", "swap", "store"]
 Spread = Literal["each", "robin", "first"]
 
 ANY_PLACE = -1  # of a firing whose place is decided while it runs (spread "first")
@@ -36,12 +36,14 @@ class Firing(NamedTuple):
 class Stage:
     """What runs where, how often.
 
-    kind: generate | score | train | sync (weights move to another copy) | swap (a hand-over without work).
+    kind: generate | score | train | sync (weights move to another copy) | swap (a hand-over without work) | store
+        (states go to storage).
     model: whose weights it uses (`actor`, `shadow_actor`, ...); target: whose weights a sync writes.
     ranks: every rank that the stage uses; size: ranks per place. serves: the lanes that it handles.
     chunks: pieces of the batch per epoch; epochs: passes over the batch.
     spread: each: every place fires every chunk, on its own lanes | robin: chunk k runs on place k mod places |
         first: the next chunk goes to whichever place is free.
+    every: has work only in every so many iterations, in the last of them.
     loop: alternates chunk by chunk with this stage (edges that stream imply it).
     order: the line of the strategy that named it: on a rank, stages run in this order.
     """
@@ -55,6 +57,7 @@ class Stage:
     chunks: int = 1
     epochs: int = 1
     spread: Spread = "each"
+    every: int = 1
     loop: str | None = None
     target: str | None = None
     order: int = 0
@@ -72,6 +75,9 @@ class Stage:
     def makers(self) -> int:
         """How many chunks of this stage may be at work at once: the place of chunk k fires k - makers before it."""
         return 1 if self.spread == "each" else self.places
+
+    def works_in(self, iteration: int) -> bool:
+        return (iteration + 1) % self.every == 0
 
     def ranks_of(self, place: int) -> tuple[int, ...]:
         return self.ranks[place * self.size : (place + 1) * self.size]
@@ -336,15 +342,12 @@ class StageGraph(nx.DiGraph):
                         yield g, lane, edge["carries"]
 
     def _chunks_reached(self, u: Stage, v: Stage, chunk: int) -> Iterable[int]:
-        """The chunks of v that use chunk `chunk` of u; later epochs of v find the data where it lies.
-
-        Where v's places do not depend on the chunk one message serves all; only round-robin needs each.
-        """
+        """Chunks of v that use chunk `chunk` of u, one for all that run on the same places: data are sent there once."""
         if u.epochs != v.epochs and chunk < u.firings - u.chunks:  # only the last epoch's result is used
             return ()
         if v.spread != "robin":
             return (0,)
-        return [c for c in range(v.firings if u.epochs == v.epochs else v.chunks) if chunk in self._chunks_used(u, v, c)]
+        return {c % v.places: c for c in range(v.firings) if chunk in self._chunks_used(u, v, c)}.values()
 
     # -- order --------------------------------------------------------------------------------------------
 

@@ -19,6 +19,9 @@ from .slots import place_slots
 from .spec.scenario import ModelUse, Scenario
 from .strategies import Devices
 
+# Kinds of stages that move or hand over what others hold: they run no model.
+IDLE_KINDS = ("sync", "swap", "store")
+
 Purpose = Literal["train", "frozen", "generate"]
 
 
@@ -100,9 +103,26 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
         raise InputError("zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
                          "(allowed: hybrid for plain batches, engine)", field="generation.engine")
     try:
-        return check(module.build(algorithm_of(scenario), devices, **options)), notes
+        graph = module.build(algorithm_of(scenario), devices, **options)
+        _add_periodic(graph, scenario)
+        return check(graph), notes
     except (ValueError, TypeError) as error:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
+
+
+def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
+    """Validation and checkpoints at the end of every so many iterations, in verl's names."""
+    periodic = scenario.periodic
+    updates = [s for s in graph.stages() if s.kind == "train"]
+    if periodic.validation_every:
+        gen = next(s for s in graph.stages() if s.kind == "generate")
+        size = gen.size if gen.spread == "each" else len(gen.ranks)
+        ready = [s.name for s in graph.stages() if s.kind == "sync" and s.target == gen.model] or [s.name for s in updates]
+        graph.stage("testing", "generate", gen.model, gen.ranks, size=size, after=ready, every=periodic.validation_every)
+    if periodic.checkpoint_every:
+        ranks = tuple(dict.fromkeys(r for s in updates for r in s.ranks))
+        graph.stage("save_checkpoint", "store", updates[0].model, ranks, after=[s.name for s in updates],
+                    every=periodic.checkpoint_every)
 
 
 def _with_slots(name: str, slots: object, options: dict, devices: Devices) -> tuple[dict, list[str]]:
@@ -132,7 +152,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
     models, found = scenario.models, {}
     training = {s.model for s in graph.stages() if s.kind == "train"}
     for stage in graph.stages():
-        if stage.kind in ("sync", "swap") or stage.model in found:
+        if stage.kind in IDLE_KINDS or stage.model in found:
             continue
         role = stage.model.removeprefix("shadow_")
         use: ModelUse = getattr(models, role)
@@ -141,11 +161,11 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
             purpose = "generate"
             use = use.model_copy(update={"zero_stage": 0, "pipeline_parallel": 1, "pipeline_chunks": 1, "offload_parameters": False,
                                          "tensor_parallel": scenario.generation.tensor_parallel})
-        ranks = tuple(dict.fromkeys(r for s in graph.stages() if s.model == stage.model and s.kind not in ("sync", "swap")
+        ranks = tuple(dict.fromkeys(r for s in graph.stages() if s.model == stage.model and s.kind not in IDLE_KINDS
                                     for r in s.ranks))
         found[stage.model] = Holding(stage.model, use, purpose, ranks)
     for stage in graph.stages():
-        if stage.model in found and stage.kind not in ("sync", "swap"):
+        if stage.kind not in IDLE_KINDS:
             _check_places(stage, found[stage.model], scenario)
     return found
 

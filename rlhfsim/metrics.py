@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +26,9 @@ PARTS = (*BUSY_PARTS, "idle")
 # How the causes on a critical path are called; compute is split by what bounds it.
 EXPOSED, PEERS, DATA, LINK, GAP = (
     "exposed communication", "waiting for peers", "waiting for data", "shared links", "dispatch")
+
+
+PERIODIC_STAGES = ("testing", "save_checkpoint")
 
 
 class Window(NamedTuple):
@@ -72,17 +76,28 @@ def measured_iterations(timeline: Timeline) -> list[int]:
 
 def step_intervals(timeline: Timeline) -> list[float]:
     """Seconds from each iteration's end to the next one's; the makespan alone if there is one iteration."""
+    return list(_intervals(timeline).values())
+
+
+def _intervals(timeline: Timeline) -> dict[int, float]:
+    """By the iteration that ends the interval."""
     ends = iteration_ends(timeline)
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)] or [whole(timeline).seconds]
+    if len(ends) < 2:
+        return {0: whole(timeline).seconds}
+    numbers = sorted({span.firing.iteration for span in timeline.spans})
+    return {i: b - a for i, a, b in zip(numbers[1:], ends, ends[1:], strict=False)}
 
 
 def step_seconds(timeline: Timeline) -> float:
     """Seconds per iteration in steady state: the median interval between the ends of consecutive iterations.
 
     Where iterations overlap, the first also fills the pipeline and the last few run while it drains; the first is in
-    no interval, and the median does not follow the last. With one iteration: its makespan.
+    no interval, and the median does not follow the last. With one iteration: its makespan. Iterations with a validation
+    or a checkpoint are left out where there are others.
     """
-    return median(step_intervals(timeline))
+    periodic = {s.firing.iteration for s in timeline.spans if s.seconds > 0 and s.firing.stage in PERIODIC_STAGES}
+    intervals = _intervals(timeline)
+    return median([seconds for i, seconds in intervals.items() if i not in periodic] or intervals.values())
 
 
 def stage_seconds(timeline: Timeline) -> dict[str, float]:
@@ -129,7 +144,7 @@ def overlap_share(timeline: Timeline) -> dict[str, float]:
     window = measured(timeline)
     changes: dict[float, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for span in timeline.spans:
-        start, end = max(span.start_seconds, window.start_seconds), min(span.end_seconds, window.end_seconds)
+        start, end = max(span.start_seconds, window.start_seconds), span.end_seconds
         if end > start:
             changes[start][base_stage(span.firing.stage)] += 1
             changes[end][base_stage(span.firing.stage)] -= 1
@@ -137,7 +152,7 @@ def overlap_share(timeline: Timeline) -> dict[str, float]:
     alone: dict[str, float] = defaultdict(float)
     shared: dict[str, float] = defaultdict(float)
     instants = sorted(changes)
-    for now, then in zip(instants, instants[1:], strict=False):
+    for now, then in pairwise(instants):
         for stage, change in changes[now].items():
             running[stage] += change
         active = [stage for stage, count in running.items() if count]
@@ -355,11 +370,11 @@ def slack_seconds(
 ) -> dict[str, float]:
     """How much longer each stage could take, anywhere in the measured iterations, without a later end.
 
-    A span delays the next one on each of its ranks, and those that it released. A timeline does not know which other
-    firings use its output: without `needs` (the firings that one waits for) this is an upper bound. Zero on the
-    critical path.
+    A span delays the next one on each of its ranks, and those that it released; one that waits for data inside itself
+    has that much room. A timeline does not know which other firings use an output: without `needs` (the firings that
+    one waits for) this is an upper bound. Zero on the critical path.
     """
-    spans = sorted(timeline.spans, key=lambda s: (s.start_seconds, s.end_seconds, s.firing))
+    spans = sorted(timeline.spans, key=lambda s: (s.end_seconds, s.start_seconds, s.firing))
     first_of: dict[FiringId, int] = {}
     last_of: dict[FiringId, int] = {}
     for index, span in enumerate(spans):
@@ -369,18 +384,18 @@ def slack_seconds(
     on_rank: dict[int, int] = {}
     for index, span in enumerate(spans):
         before = {on_rank[rank] for rank in span.ranks if rank in on_rank}
-        givers = {span.released_by} if span.released_by in last_of else set()
+        givers = {span.released_by} if span.released_by else set()
         if needs is not None and first_of[span.firing] == index:
-            givers |= {firing for firing in needs(span.firing) if firing in last_of}
-        # A giver that ends later than this span begins (it was interrupted, or this span waits for data) binds nothing.
-        before |= {last_of[f] for f in givers if f is not None and last_of[f] < index}
+            givers |= set(needs(span.firing))
+        # A giver that ends later was interrupted by this span: its end does not bind it.
+        before |= {last_of[giver] for giver in givers if last_of.get(giver, index) < index}
         for earlier in before:
             after[earlier].add(index)
         on_rank.update(dict.fromkeys(span.ranks, index))
     end = timeline.end_seconds
     slack = [0.0] * len(spans)
     for index in range(len(spans) - 1, -1, -1):
-        room = [spans[n].start_seconds + slack[n] for n in after[index]]
+        room = [spans[n].start_seconds + spans[n].data_seconds + slack[n] for n in after[index]]
         slack[index] = max(0.0, min(room, default=end) - spans[index].end_seconds)
     iterations = set(measured_iterations(timeline))
     least: dict[str, float] = {}

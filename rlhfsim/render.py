@@ -17,7 +17,7 @@ from .errors import InputError, nearest
 from .fits import Fit
 from .format import gib, human_seconds, three
 from .metrics import bound_by, idle_share, stage_seconds, step_seconds
-from .simulate import Setup, lengths_of
+from .simulate import Setup, lengths_of, periodic_seconds
 from .spec.data import data_dir
 from .spec.loader import load_scenario, scenario_sources
 from .spec.scenario import Scenario
@@ -112,7 +112,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
     }
     if timeline is not None:
         seconds = step_seconds(timeline)
-        found |= {"step_seconds": seconds, "stage_seconds": stage_seconds(timeline),
+        found |= {"step_seconds": seconds, "periodic_seconds": periodic_seconds(setup), "stage_seconds": stage_seconds(timeline),
                   "samples_per_second": scenario.workload.samples / seconds,
                   "tokens_per_second": tokens_per_iteration(scenario) / seconds,
                   "bound_by": bound_by(timeline), "idle_share": idle_share(timeline)}
@@ -133,6 +133,8 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     out.print(table)
     out.print(f"{three(scenario.workload.samples / seconds)} samples/s, {three(tokens_per_iteration(scenario) / seconds)} tokens/s, "
               f"{three(tokens_per_iteration(scenario) / seconds / scenario.cluster.gpus)} tokens/s per GPU.")
+    if (extra := periodic_seconds(setup)) > 0:
+        out.print(f"Validation and checkpoints add {human_seconds(extra)} per iteration on average.")
     out.print(f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle.")
     out.print(f"Peak memory {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)}, in {fit.limiting[0]}.")
     _print_unverified(out, scenario)
@@ -157,6 +159,11 @@ def comparison_table(comparison: Comparison) -> list[dict[str, Any]]:
                 entry |= {"low": interval[0], "high": interval[1]}
             table.append(entry)
     return table
+
+
+def comparison_title(comparison: Comparison) -> str:
+    scenario = comparison.base.scenario
+    return f"{scenario.name}: {scenario.workload.samples} samples per iteration on {_cluster(scenario)}"
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def print_comparison(comparison: Comparison) -> None:
     out = console()
     base = baseline_settings(comparison)
     scenario = comparison.base.scenario
-    out.print(f"{scenario.name}: {scenario.workload.samples} samples per iteration on {_cluster(scenario)}.")
+    out.print(comparison_title(comparison) + ".")
     table = Table(box=None, pad_edge=False)
     for name, justify in (("strategy", "left"), ("s/iteration", "right"), ("speedup", "right"), ("peak GiB", "right"),
                           ("bound by", "left"), ("uses", "left")):

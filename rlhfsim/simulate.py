@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from .batch import even
-from .cluster import ClusterTopology
+from .cluster import ClusterTopology, default_collectives
 from .costs.kernels import Kernels, load_kernels
 from .costs.model import CostModel
 from .costs.operators import Operators
@@ -61,15 +61,34 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
     """
     scenario, seed = setup.scenario, setup._seed(seed)
     lengths = lengths_of(scenario, seed)
-    cluster = scenario.cluster
-    operators = Operators(cluster.gpu, kernels_of(cluster.gpu.kernels), scenario.effects, scenario.overheads)
-    topology = ClusterTopology(cluster, effects=scenario.effects)
-    folded = folded_graph(setup, lengths)
-    cost = CostModel(scenario, folded, setup.holdings, operators, lengths, setup.memory.kv_capacity_tokens)
-    spans = run(folded, cost, topology, scenario.simulation.iterations)
-    info = {"scenario": scenario.name, "strategy": scenario.strategy.name, "cluster": cluster.name, "seed": seed,
+    spans = _run(setup, folded_graph(setup, lengths), lengths, scenario.simulation.iterations)
+    info = {"scenario": scenario.name, "strategy": scenario.strategy.name, "cluster": scenario.cluster.name, "seed": seed,
             "engine": scenario.generation.engine}
-    return Timeline(spans, cluster.gpus, scenario.simulation.iterations, memory=_memory_samples(setup.memory, spans), info=info)
+    return Timeline(spans, scenario.cluster.gpus, scenario.simulation.iterations,
+                    memory=_memory_samples(setup.memory, spans), info=info)
+
+
+def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], iterations: int) -> list[Span]:
+    scenario, cluster = setup.scenario, setup.scenario.cluster
+    kernels = kernels_of(cluster.gpu.kernels)
+    operators = Operators(cluster.gpu, kernels, scenario.effects, scenario.overheads)
+    collectives = default_collectives(cluster)
+    if cluster.node.gpu_link != "pcie":
+        collectives = collectives.updated(kernels)
+    topology = ClusterTopology(cluster, collectives, scenario.effects)
+    cost = CostModel(scenario, folded, setup.holdings, operators, lengths, setup.memory.kv_capacity_tokens)
+    return run(folded, cost, topology, iterations)
+
+
+def periodic_seconds(setup: Setup) -> float:
+    """What validation and checkpoints add to an iteration, on average over their periods (no part of the step time)."""
+    scenario, total = setup.scenario, 0.0
+    for stage in setup.graph.stages():
+        if stage.every > 1 or stage.name in ("testing", "save_checkpoint"):
+            alone = StageGraph(lanes=setup.graph.lanes)
+            alone.stage(stage.name, stage.kind, stage.model, stage.ranks, size=stage.size)
+            total += max(s.end_seconds for s in _run(setup, unfolded(alone), lengths_of(scenario, 0), 1)) / stage.every
+    return total
 
 
 def _memory_samples(memory: Memory, spans: list[Span]) -> list[MemorySample]:

@@ -152,6 +152,13 @@ def test_cables_of_a_mesh_help_only_their_two_ends() -> None:
     assert seconds(t, "all_reduce", [range(4)], 1e9) == pytest.approx(2 * 3 / 4 * 1e9 / 300e9)
 
 
+def test_broadcast_reaches_a_lone_rank_through_its_nic_only() -> None:
+    t = ClusterTopology(make_cluster(nodes=2), IDEAL)
+    usage = t.route("broadcast", ((0, 1, 8),)).usage
+    assert not [link for link in usage if link.startswith("gpu8 nvlink")]
+    assert usage["node1 nic0 in"] == usage["gpu1 nvlink in"] == 1.0
+
+
 def test_links_off_is_free() -> None:
     t = ClusterTopology(make_cluster(), effects=SimpleNamespace(links=False))  # type: ignore[arg-type]
     assert t.route("all_reduce", (tuple(range(16)),)) == ({}, 0.0, 1.0)

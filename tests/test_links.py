@@ -249,7 +249,8 @@ def test_the_pool_looks_at_few_links_and_finds_the_rates_of_all(jobs: list[list[
         env.step()
     flows = {f.number: f for running in pool._flows.values() for f in running.values()}.values()
     assert len(flows) == len(jobs)
-    expected = max_min_rates([f.usage(topology.capacities) for f in flows], topology.capacities, [f.demand for f in flows])
+    every = topology.capacities
+    expected = max_min_rates([f.usage(every) for f in flows], every, [f.demand for f in flows])
     assert [f.rate for f in flows] == pytest.approx(expected, rel=1e-9)
 
 

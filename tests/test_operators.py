@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhfsim.costs.kernels import load_kernels
+from rlhfsim.costs.kernels import Rates, gemm_time, load_kernels
 from rlhfsim.costs.operators import NO_TIME, Operators, OperatorTime, lora_gemms, total
 from rlhfsim.errors import InputError
 from rlhfsim.model import lora_parameters
@@ -163,6 +163,29 @@ def test_without_efficiency_time_is_proportional_to_work() -> None:
     assert ops.layer_forward(u, 32768, 1).flops == pytest.approx(2 * ops.layer_forward(u, 16384, 1).flops)
     assert ops.layer_forward(u, 32768, 2).flops == pytest.approx(ops.layer_forward(u, 32768, 1).flops / 2)
     assert ops.layer_forward(u, 32768, 1).launch == 0
+
+
+def test_streaming_kernels_of_a_layer_by_their_bytes() -> None:
+    """Per token: two norms of 4 h bytes, two residual additions of 6 h, rope 4 (q + kv), gated activation 6 ffn. The
+    products are compute-bound at this size, so all that memory limits is these."""
+    tokens, hidden, ffn = 32768, 4096, 11008
+    moved = {"rms_norm": 2 * 4 * hidden, "residual_add": 2 * 6 * hidden, "rope": 4 * 2 * hidden}
+    moved["gated_activation"] = 6 * ffn
+    bandwidth = A100.memory_bytes_per_second.value
+    expected = sum(tokens * n / (bandwidth * KERNELS.memory[k].memory_efficiency) for k, n in moved.items())
+    ops = operators(efficiency=False)
+    assert ops.layer_forward(use(), tokens, 1).hbm == pytest.approx(expected)
+    assert ops.layer_backward(use(), tokens, 1).hbm == pytest.approx(2 * expected)
+
+
+def test_weight_gradients_have_their_own_rate() -> None:
+    """The head's: (hidden, tokens) @ (tokens, vocabulary), slower than a forward product of that shape."""
+    tokens, ops, curve = 4096, operators(), KERNELS.gemm["bf16"]
+    trained, frozen = (ops.head_backward(use(), tokens, 1, trained=trained).seconds for trained in (True, False))
+    rates = Rates(A100.flops_per_second["bf16"].value, A100.memory_bytes_per_second.value, 108)
+    forward = gemm_time(curve, rates, 4096, 32000, tokens).seconds - curve.kernel_seconds
+    assert trained - frozen - curve.kernel_seconds == pytest.approx(curve.weight_gradient_ratio * forward)
+    assert curve.weight_gradient_ratio > 1
 
 
 def test_lora_trains_little_and_adds_little() -> None:

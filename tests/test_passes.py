@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_ranks_are_tensor_then_data_then_pipeline() -> None:
     assert grid.tensor_groups == tuple((r, r + 1) for r in range(0, 16, 2))
     assert sorted(grid.data_groups) == sorted([(0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 14), (13, 15)])
     pipelines = [(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)]
-    assert sorted(grid.hops) == sorted(pair for p in pipelines for pair in zip(p, p[1:], strict=False))
+    assert sorted(grid.hops) == sorted(pair for p in pipelines for pair in pairwise(p))
     with pytest.raises(InputError, match="6 ranks cannot be split"):
         Layout(tuple(range(6)), tensor_parallel=4)
 
@@ -128,7 +129,7 @@ def test_lora_reduces_only_its_factors(stage: int) -> None:
 def test_tensor_parallel_traffic() -> None:
     """Korthikanti et al. 2022, section 4.2: 4 all-reduces of the activations a layer (6 with full recomputation), or as
     many pairs of all-gather and reduce-scatter; here 2 more, for the embedding and the head's gradient."""
-    tokens, activations = 4 * 512, 4 * 512 * 4096 * 2
+    activations = 4 * 512 * 4096 * 2
     for recompute, count in (("none", 4), ("full", 6)):
         u = use(zero_stage=0, tensor_parallel=4, sequence_parallel=False, recompute=recompute)
         found = moved(train_program(u, equal(1, 4), layout(u, 4), OPS))
@@ -136,7 +137,6 @@ def test_tensor_parallel_traffic() -> None:
     u = use(zero_stage=0, tensor_parallel=4, recompute="none")
     found = moved(train_program(u, equal(1, 4), layout(u, 4), OPS))
     assert found["all_gather"] == found["reduce_scatter"] == pytest.approx((32 * 4 + 2) * activations)
-    assert tokens == 2048
 
 
 def test_offloaded_optimizer_moves_its_share_and_streams_host_memory() -> None:
@@ -285,7 +285,7 @@ def test_faster_links_are_never_slower(settings_: dict[str, object]) -> None:
     for program in (train_program(u, lengths, place, OPS, host=HOST), score_program(u, lengths, place, OPS)):
         times = [seconds(program, rate) for rate in (1e9, 2e9, 4e9, 64e9, FREE)]
         assert times == sorted(times, reverse=True)
-        assert times[0] > times[-1]
+        assert (times[0] > times[-1]) == bool(moved(program))
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_zero3_gathers_before_it_sends() -> None:
 
 
 def test_reshard_on_the_same_ranks() -> None:
-    """ZeRO-3: everything to everyone; Megatron tp 8 to tp 2: groups of 4 assemble halves; tp 2 to tp 2 or 4: nothing."""
+    """ZeRO-3: everything to everyone; Megatron tp 8 to tp 2: groups of 4 assemble halves; tp 2 to 2 or 4: nothing."""
     whole, engines = 2 * parameters(LLAMA), {t: Layout(tuple(range(8)), tensor_parallel=t) for t in (2, 4)}
 
     def reshard(u: ModelUse, t: int) -> list[Segment]:

@@ -130,6 +130,16 @@ def test_gantt_window_and_tiny_spans(tmp_path: Path, drawn: list[Any]) -> None:
     assert tiny.get_extents().width > 1e-3  # drawn a pixel wide, or it could not be seen
 
 
+def test_gantt_starts_at_zero_whatever_the_clock(tmp_path: Path, drawn: list[Any]) -> None:
+    late = check(Timeline([span("gen", (0,), 1000.0, 3.0), span("ref", (0,), 1003.0, 1.0)], 1, 1, source="real"))
+    plot.gantt({"x": late}, tmp_path / "g.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_xlim() == (0.0, pytest.approx(4.04))
+    assert [line.get_xdata()[0] for line in axes.lines] == [4.0]
+    extents = [path.get_extents() for bars in axes.collections for path in bars.get_paths()]
+    assert (min(e.x0 for e in extents), max(e.x1 for e in extents)) == (0.0, 4.0)
+
+
 def test_speedup_figure_and_its_csv(tmp_path: Path, drawn: list[Any]) -> None:
     path = tmp_path / "s.svg"
     plot.speedup_figure(CURVES, "colocated on 8 GPUs", "gpus", path, scaling="strong", ideal="linear", x_label="GPUs")
@@ -198,7 +208,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         plot.gantt({"a": colocated()}, tmp_path / "g.gif")
     with pytest.raises(InputError, match="no timeline"):
         plot.gantt({}, tmp_path / "g.png")
-    with pytest.raises(InputError, match="row 1 has no column 'gpu' .did you mean 'gpus'"):
+    with pytest.raises(InputError, match=r"row 1 has no column 'gpu' \(did you mean 'gpus'"):
         plot.speedup_figure(CURVES, "colocated", "gpu", tmp_path / "s.png")
     with pytest.raises(InputError, match="no rows"):
         plot.speedup_bars([], "colocated", tmp_path / "s.png")

@@ -89,7 +89,7 @@ def test_missing_and_unknown_fields_are_named(file: Path) -> None:
     row = json.loads(file.read_text().splitlines()[1])
     row["span"]["end_second"] = row["span"].pop("end_seconds")
     damage(file, 2, json.dumps(row))
-    with pytest.raises(InputError, match="span.end_second"):
+    with pytest.raises(InputError, match=r"span\.end_second"):
         read(file)
 
 

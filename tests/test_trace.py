@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from timelines import colocated, disaggregated, timelines
 
 from rlhfsim.errors import InputError
 from rlhfsim.metrics import BUSY_PARTS
-from rlhfsim.timeline import Timeline
+from rlhfsim.timeline import FiringId, Span, Timeline, check
 from rlhfsim.trace import write_trace
 
 
@@ -49,11 +50,18 @@ def test_a_span_is_a_complete_event_in_microseconds(tmp_path: Path) -> None:
     assert args["ranks"] == "2-4" and args["bound_seconds"] == {"flops": 2.0}
 
 
+def test_each_rank_shows_its_own_replica(tmp_path: Path) -> None:
+    both = Span(FiringId(0, "gen", 0, 0), "generate", "actor", (4, 5, 6, 7), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
+    events = by_kind(events_of(tmp_path / "t.json", {"a": check(Timeline([both], 8, 1))}, ranks=range(4, 8)), "X")
+    assert {e["tid"]: e["args"]["wait_peers_seconds"] for e in events} == {4: 2.0, 5: 2.0, 6: 0.0, 7: 0.0}
+
+
 def test_arrows_join_releaser_and_released(tmp_path: Path) -> None:
     events = events_of(tmp_path / "t.json", {"a": disaggregated()})
     starts = {event["id"]: event for event in by_kind(events, "s")}
     ends = {event["id"]: event for event in by_kind(events, "f")}
     assert starts.keys() == ends.keys() and len(starts) == len(by_kind(events, "s")) == 10
+    assert {event["bp"] for event in ends.values()} == {"e"}  # ends in the slice around it, not in the next one
     joined = {((s["tid"], s["ts"]), (ends[i]["tid"], ends[i]["ts"])) for i, s in starts.items()}
     assert ((0, 4e6 - 1e-3), (2, 4e6)) in joined  # gen on rank 0 releases ref on ranks 2-3
     for at, side in ((starts, "s"), (ends, "f")):
@@ -100,6 +108,6 @@ def test_tracks_hold_all_seconds_and_no_overlap(tmp_path_factory: pytest.TempPat
         assert parts * 1e6 == pytest.approx(event["dur"])
     for rank in range(timeline.ranks):
         slices = sorted(tracks[rank])
-        assert all(a[1] <= b[0] for a, b in zip(slices, slices[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(slices))
         held = sum(s.seconds for s in timeline.spans if rank in s.ranks)
         assert sum(end - start for start, end in slices) == pytest.approx(held * 1e6)

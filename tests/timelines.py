@@ -60,10 +60,10 @@ def colocated() -> Timeline:
 
 
 @st.composite
-def timelines(draw: st.DrawFn, max_ranks: int = 6, max_spans: int = 14, waits_inside: bool = True) -> Timeline:
+def timelines(draw: st.DrawFn, max_ranks: int = 6, max_spans: int = 14) -> Timeline:
     """Spans of whole seconds that start as soon as their ranks are free and an earlier firing has ended.
 
-    waits_inside: some take their ranks at once and wait for that firing inside the span, as real executors do.
+    Some take their ranks at once and wait for that firing inside the span, as real executors do.
     """
     ranks = draw(st.integers(1, max_ranks))
     free: list[tuple[int, Span | None]] = [(0, None)] * ranks
@@ -75,7 +75,7 @@ def timelines(draw: st.DrawFn, max_ranks: int = 6, max_spans: int = 14, waits_in
         ready = max((free[rank] for rank in chosen), key=lambda f: f[0])
         need = draw(st.sampled_from([None, *spans]))
         given_at = int(need.end_seconds) if need else 0
-        inside = waits_inside and draw(st.booleans())
+        inside = draw(st.booleans())
         start = ready[0] if inside else max(ready[0], given_at)
         data = max(0, given_at - start)
         releaser = need if given_at > ready[0] else ready[1]

@@ -30,7 +30,7 @@ from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
 from .engine import Runs, continuous_runs, static_runs
 from .operators import Operators, OperatorTime
-from .segment import Segment, Transfer
+from .segment import Op, Segment, Transfer
 
 # Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
 # for the forward passes over the samples at half of peak) / (32 batches x 1024 steps) / 32 layers; OpenRLHF branch
@@ -448,7 +448,10 @@ def _all_reduces(
         return ()
     groups = tuple(tuple(ranks[i : i + degree]) for i in range(0, len(ranks), degree))
     payload = 2.0 * layers * tokens * use.shape.hidden * use.bytes_per_parameter
-    return (Transfer("all_reduce", groups, payload, messages=2.0 * layers),)
+    # vLLM and SGLang replace NCCL by kernels of their own for small messages inside CUDA graphs (vLLM documentation,
+    # engine argument disable_custom_all_reduce); eager generation uses NCCL.
+    op: Op = "custom_all_reduce" if generation.continuous and generation.graphs else "all_reduce"
+    return (Transfer(op, groups, payload, messages=2.0 * layers),)
 
 
 def _gather(

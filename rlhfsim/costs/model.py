@@ -10,7 +10,8 @@ from rlhfsim.batch import per_replica, samples_of
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Firing, Message, Stage
 from rlhfsim.layout import Holding
-from rlhfsim.model import Head
+from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
+from rlhfsim.model import Head, parameters
 from rlhfsim.spec.scenario import Scenario
 
 from .generation import StepSeconds, generation_program, route_samples
@@ -48,16 +49,25 @@ class CostModel:
     def program(self, f: Firing) -> list[Segment]:
         places = self.fold.places(f)
         stage = self.fold.original.at(f.stage)
-        if stage.kind == "swap":
+        if stage.kind == "swap" or not stage.works_in(f.iteration):
             return []
+        if stage.kind == "store":
+            return self._remember((f.stage,), self._checkpoint)
         if stage.kind == "sync":
             return self._remember((f.stage,), lambda: self._sync(stage))
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
-        ids = samples_of(self.fold.original, first, self.scenario.workload.samples)
-        prompts, responses = (tokens[ids] for tokens in self.lengths[f.iteration % len(self.lengths)])
+        prompts, responses = self._samples(first)
         key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes())
         return self._remember(key, lambda: self._work(stage, places, prompts, responses))
+
+    def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and response tokens of the samples of a firing; validation has prompts of its own, as long as the others."""
+        lengths = self.lengths[f.iteration % len(self.lengths)]
+        if self.fold.original.at(f.stage).name == "testing":
+            lengths = tuple(np.resize(tokens, self.scenario.periodic.validation_prompts) for tokens in lengths)
+        ids = samples_of(self.fold.original, f, len(lengths[0]))
+        return lengths[0][ids], lengths[1][ids]
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
@@ -131,6 +141,14 @@ class CostModel:
         return sync_program(source.use, Layout.of(source.ranks, source.use), Layout.of(target.ranks, target.use), self.operators,
                             method="reshard" if same else choice.method, bucket_bytes=choice.bucket_bytes,
                             head=head_of(stage.model))
+
+    def _checkpoint(self) -> list[Segment]:
+        """Weights, master weights and moments of the trained models, written at the storage's rate."""
+        trained = [h for h in self.holdings.values() if h.purpose == "train"]
+        written = sum(parameters(h.use.shape, head_of(h.name)) * (h.use.bytes_per_parameter + MASTER_BYTES + MOMENT_BYTES)
+                      for h in trained)
+        seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
+        return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 
     def _controller_bytes(self, stage: Stage, samples: int) -> float:
         """Padded tokens and masks out to the workers of all places, one field back."""

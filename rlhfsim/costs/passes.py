@@ -11,13 +11,14 @@ A transfer has one payload for all replicas of a place; where their token counts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from rlhfsim.errors import InputError
+from rlhfsim.memory import trained_parameters
 from rlhfsim.model import (
     Head,
     embedding_parameters,
@@ -161,13 +162,12 @@ def train_program(
     elif use.zero_stage == 3:
         program.append(work.segment("forward_backward", work.passes_zero3(), overlapped=True, lockstep=True))
     elif use.ranks_per_replica > 1:
-        program += [work.segment("forward_backward", work.passes(reduced=None)), *work.reduction_after()]
+        program += [work.segment("forward_backward", work.passes("after")), *work.reduction_after()]
     elif use.zero_stage == 2:
-        program += [
-            one.segment("forward_backward", one.passes(reduced=0), overlapped=True) for one in work.one_by_one()
-        ]
+        every = work.segment("forward_backward", work.passes("each"), overlapped=True)
+        program += _by_micro_batch(every, work.batches.shape[1])
     else:
-        program.append(work.segment("forward_backward", work.passes(reduced=0), overlapped=True))
+        program.append(work.segment("forward_backward", work.passes("last"), overlapped=True))
     return program + _optimizer_program(use, work, host)
 
 
@@ -233,14 +233,14 @@ def sync_program(
     elif method == "broadcast":
         transfers = [_broadcast(source, destination, total, bucket_bytes)]
     else:
-        transfers = [_sends(source, replica, total, bucket_bytes) for replica in range_replicas(destination)]
+        transfers = [_sends(source, replica, total, bucket_bytes) for replica in _replicas(destination)]
     if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
         gather = Transfer("all_gather", (source.ranks,), total, _messages(total, bucket_bytes))
         transfers = [gather, *transfers]
     return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None]
 
 
-def range_replicas(layout: Layout) -> list[Layout]:
+def _replicas(layout: Layout) -> list[Layout]:
     """Each replica of a layout as one of its own."""
     return [
         Layout(tuple(map(int, layout.grid[:, r].ravel())), layout.tensor_parallel, layout.pipeline_parallel)
@@ -318,13 +318,6 @@ class _Work:
         self.trainable: Literal["all", "lora"] = "lora" if use.lora_rank else "all"
         self.trained_layers = use.trainable_layers or use.shape.layers
 
-    def one_by_one(self) -> list[_Work]:
-        """Each micro-batch alone."""
-        count = self.batches.shape[1]
-        return [
-            _Work(self.use, self.batches[:, k : k + 1], self.layout, self.operators, self.head) for k in range(count)
-        ]
-
     # Operator times.
 
     def layer_forward(self) -> OperatorTime:
@@ -377,8 +370,7 @@ class _Work:
 
     def trained_rank_parameters(self) -> float:
         """On the fullest pipeline stage."""
-        layers = min(self.trained_layers, self.use.shape.layers // self.use.pipeline_parallel)
-        return layers * self.trained_layer_parameters() + self.trained_end_parameters()
+        return max(trained_parameters(self.use, self.head, stage) for stage in (0, self.use.pipeline_parallel - 1))
 
     # Transfers.
 
@@ -436,22 +428,23 @@ class _Work:
 
     # Passes of training: parts in the order backward of layers, forward of layers, ends.
 
-    def passes(self, reduced: int | None) -> list[_Part]:
-        """Forward and backward with full weights; gradients are reduced in micro-batch `reduced` (None: not here).
+    def passes(self, reduced: Literal["each", "last", "after"]) -> list[_Part]:
+        """Forward and backward with full weights; gradients are reduced in each or the last micro-batch, or not here.
 
-        The micro-batch before the optimizer step may be taken to be the first one, which every replica has.
+        Order among the micro-batches of a step is free, so the first, which every replica has, is taken as the last.
         """
         layers, spec = self.trained_layers, self.use.shape
-        reduce_layer: tuple[Transfer, ...] = ()
-        reduce_ends: tuple[Transfer, ...] = ()
-        if reduced is not None:
-            reduce_layer = self._only_in(reduced, self.reduces(self.trained_layer_parameters()))
-            reduce_ends = self._only_in(reduced, self.reduces(self.trained_end_parameters()))
+        of_layer, of_ends = (
+            () if reduced == "after" else self.reduces(count)
+            for count in (self.trained_layer_parameters(), self.trained_end_parameters())
+        )
+        if reduced == "last":
+            of_layer, of_ends = self._only_in_first(of_layer), self._only_in_first(of_ends)
         return [
-            _Part(self.layer_backward(), layers, reduce_layer + self.tensor_backward()),
+            _Part(self.layer_backward(), layers, of_layer + self.tensor_backward()),
             _Part(self.layer_forward(), spec.layers, self.tensor_forward()),
             _Part(self.ends_forward(), 1, self.tensor_ends()),
-            _Part(self.ends_backward(), 1, reduce_ends + self.tensor_ends()),
+            _Part(self.ends_backward(), 1, of_ends + self.tensor_ends()),
         ]
 
     def passes_zero3(self) -> list[_Part]:
@@ -464,10 +457,10 @@ class _Work:
             _Part(self.ends_backward(), 1, self.reduces(self.trained_end_parameters())),
         ]
 
-    def _only_in(self, micro_batch: int, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
-        chosen = np.zeros(self.batches.shape[1])
-        chosen[micro_batch] = 1.0
-        return tuple(Transfer(t.op, t.groups, t.payload_bytes * chosen, t.messages * chosen) for t in transfers)
+    def _only_in_first(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+        first = np.zeros(self.batches.shape[1])
+        first[0] = 1.0
+        return tuple(_scaled(t, first) for t in transfers)
 
     def reduction_after(self) -> list[Segment]:
         """The reduction of all gradients once the last backward has ended."""
@@ -533,22 +526,42 @@ class _Work:
         for time, repeats in times:
             _add_bound(bound, time, repeats / stages, len(self.batches))
         per_stage = each * use.pipeline_chunks
-        forward_transfers = tuple(_scaled(t, per_stage) for t in self.tensor_forward())
-        back_transfers = tuple(_scaled(t, per_stage) for t in self.tensor_backward()) if backward else ()
+        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.tensor_forward()]
+        if backward:
+            collectives += [("backward", _scaled(t, per_stage)) for t in self.tensor_backward()]
         hop_bytes = self.tokens.mean(axis=0) * spec.hidden * use.bytes_per_parameter
         hop = Transfer("send", self.layout.hops, hop_bytes / (use.tensor_parallel if use.sequence_parallel else 1))
-        roles: list[Role] = ["forward"] * len(forward_transfers) + ["backward"] * len(back_transfers) + ["hop"]
+        roles, transfers = zip(*collectives, ("hop", hop), strict=True)
         return PipelineSegment(
             label,
             busy,
             np.ones(self.batches.shape[1]),
-            (*forward_transfers, *back_transfers, hop),
+            transfers,
             bound=bound,
             stages=stages,
             forward_seconds=forward,
             backward_seconds=back,
-            roles=tuple(roles),
+            roles=roles,
         )
+
+
+def _by_micro_batch(segment: Segment, count: int) -> list[Segment]:
+    """One segment for each micro-batch, after each of which the replicas meet."""
+    mean = segment.compute_seconds.mean(axis=0) * segment.repeats
+    pieces = []
+    for own in (slice(k, None, count) for k in range(count)):
+        share = float(mean[own].sum() / mean.sum()) if mean.sum() else 0.0
+        transfers = tuple(
+            Transfer(t.op, t.groups, np.asarray(t.payload_bytes)[own], np.asarray(t.messages)[own])
+            for t in segment.transfers
+        )
+        bound = {limit: seconds * share for limit, seconds in segment.bound.items()}
+        piece = replace(
+            segment, compute_seconds=segment.compute_seconds[:, own], repeats=segment.repeats[own], transfers=transfers,
+            bound=bound,
+        )  # fmt: skip
+        pieces.append(piece)
+    return pieces
 
 
 def _stack(times: list[OperatorTime], first: OperatorTime, last: OperatorTime) -> np.ndarray:
@@ -558,7 +571,7 @@ def _stack(times: list[OperatorTime], first: OperatorTime, last: OperatorTime) -
     return np.stack([np.asarray(t.seconds).T for t in times])
 
 
-def _scaled(transfer: Transfer, factor: float) -> Transfer:
+def _scaled(transfer: Transfer, factor: Numbers) -> Transfer:
     return Transfer(transfer.op, transfer.groups, transfer.payload_bytes * factor, transfer.messages * factor)
 
 
@@ -590,7 +603,7 @@ def _largest_stage(use: ModelUse, head: Head) -> int:
     p = use.pipeline_parallel
     return max(
         rank_parameters(use.shape, head, tensor_parallel=use.tensor_parallel, pipeline_parallel=p, stage=stage)
-        for stage in {0, p - 1}
+        for stage in (0, p - 1)
     )
 
 

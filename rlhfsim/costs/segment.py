@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Op = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "to_host", "from_host"]
+Op = Literal[
+    "all_gather", "reduce_scatter", "all_reduce", "custom_all_reduce", "all_to_all", "broadcast", "send", "to_host", "from_host"
+]
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,11 @@ class Transfer:
     """A collective or copy, run by every group of `groups` at the same time.
 
     op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks.
+    op `custom_all_reduce`: the one-shot kernel of an inference engine (peers' buffers read over NVLink, in a CUDA graph);
+        where a group has no NVLink between all its ranks it is an ordinary all_reduce.
     payload_bytes: of one group and one repeat: what every rank holds after an all_gather or all_reduce or broadcast,
-        the input of a reduce_scatter, what one rank gives away in an all_to_all, the message of a send or copy.
+        the input of a reduce_scatter, a rank's send buffer in an all_to_all (its own share included), the message of
+        a send or copy.
         A number, or an array over the kinds of repeats of its segment.
     messages: how many separate calls that payload is cut into (each pays the latency).
     """
@@ -35,7 +40,8 @@ class Transfer:
 class Route(NamedTuple):
     """How a transfer loads the cluster: made by `rlhfsim.cluster`.
 
-    usage: link name -> bytes on that link per payload byte (all groups together).
+    usage: link name -> link time per payload byte, all groups together: bytes on the link over the share of its nominal
+        rate that the operation reaches there (so that operations of different efficiency share a link correctly).
     latency_seconds: of one call. exponent: seconds = (latency^p + (bytes/rate)^p)^(1/p).
     """
 

@@ -136,7 +136,8 @@ def _message(error: Any, path: tuple[str, ...]) -> str:
         return f"is {kind_of(given)}, but must be one of {', '.join(names)}{only_a_near_name(str(given), names)}"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return f"is {shown(given)}, but must be {words} {context[key]:g}{_unit(path)}"
+        limit = context[key] if isinstance(context[key], int) else f"{context[key]:g}"
+        return f"is {shown(given)}, but must be {words} {limit}{_unit(path)}"
     if kind == "int_type" and isinstance(given, float) and abs(given) > EXACT_INTEGERS:
         return f"is {shown(given)}, but must be a whole number of at most 1e12"
     if kind in _EXPECTED:

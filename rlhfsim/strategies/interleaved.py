@@ -34,7 +34,7 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
             raise ValueError(f"ratio is {ratio}: it must lie between 0 and 1")
         units = {stage: devices.unit(stage, MODELS[stage]) for stage in ("ref", "reward")}
         owners = {s: list(r) for s, r in divide(devices.ranks, {"ref": ratio, "reward": 1 - ratio}, units).items()}
-    _check(owners, devices)
+    _check(owners, devices, [s.name for s in algorithm.of_kind("score") if s.name in MODELS])
     ranks = _ordered(owners, devices)
     # One lane a rank; more where all lanes must spread evenly over any number of owners.
     per_rank = lcm(len(ranks), *map(len, owners.values())) // len(ranks) if concat else 1
@@ -68,10 +68,10 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
     return graph
 
 
-def _check(owners: dict[str, list[int]], devices: Devices) -> None:
+def _check(owners: dict[str, list[int]], devices: Devices, allowed: list[str]) -> None:
     for stage, own in owners.items():
-        if stage not in MODELS:
-            raise ValueError(f"owners names {stage!r} (allowed: {', '.join(MODELS)})")
+        if stage not in allowed:
+            raise ValueError(f"owners names {stage!r} (allowed: {', '.join(allowed)})")
         if not own or not set(own) <= set(devices.ranks) or len(set(own)) != len(own):
             raise ValueError(f"owners.{stage} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
         if len(own) % (unit := devices.unit(stage, MODELS[stage])):
