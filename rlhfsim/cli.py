@@ -16,7 +16,6 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .compare import Comparison
-    from .fits import Fit
     from .simulate import Setup
 
 FITS_NOT, BAD_INPUT, FAILED = 3, 2, 1

@@ -29,7 +29,7 @@ KNOBS = {
     "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
     "activations": "a smaller micro_batch_samples, recompute: full, or flash_attention",
     "logits": "logits_chunk_tokens, or a smaller micro_batch_samples",
-    "gathered": "tensor_parallel instead of zero_stage 3",
+    "gathered": "generation.tensor_parallel while generating, else tensor_parallel instead of zero_stage 3",
     "engine": "tensor_parallel of the engine, or engine: hybrid",
     "buffers": "zero_stage 0, or lora_rank",
     "reserved": "overheads.reserved_bytes, if you know better",

@@ -17,19 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 
+from .firing import Firing
+
 Kind = Literal["generate", "score", "train", "sync", "swap", "store"]
 Spread = Literal["each", "robin", "first"]
 
 ANY_PLACE = -1  # of a firing whose place is decided while it runs (spread "first")
-
-
-class Firing(NamedTuple):
-    """One chunk of one stage on one place in one iteration; firings sort by iteration first."""
-
-    iteration: int
-    stage: str
-    chunk: int
-    place: int
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from .timeline import FiringId, MemorySample, Span, Timeline, per_replica
+from .firing import Firing
+from .timeline import MemorySample, Span, Timeline, per_replica
 
 T = TypeVar("T")
 BUSY_PARTS = ("compute", "communication", "wait_peers", "wait_data", "wait_link")
@@ -314,7 +315,7 @@ def critical_path(timeline: Timeline) -> CriticalPath:
     before its releaser ended, only the later part counts (its waiting for data goes first).
     """
     window = measured(timeline)
-    by_firing: dict[FiringId, list[Span]] = defaultdict(list)
+    by_firing: dict[Firing, list[Span]] = defaultdict(list)
     for one in timeline.spans:
         by_firing[one.firing].append(one)
     steps: list[PathStep] = []
@@ -329,7 +330,7 @@ def critical_path(timeline: Timeline) -> CriticalPath:
     return CriticalPath(tuple(reversed(steps)), window)
 
 
-def _releaser(span: Span, by_firing: Mapping[FiringId, list[Span]]) -> Span | None:
+def _releaser(span: Span, by_firing: Mapping[Firing, list[Span]]) -> Span | None:
     """The releasing firing's last span that ended by then (an interrupted firing has several)."""
     if span.released_by is None:
         return None
@@ -366,7 +367,7 @@ def bound_by(timeline: Timeline) -> str:
 
 
 def slack_seconds(
-    timeline: Timeline, needs: Callable[[FiringId], Iterable[FiringId]] | None = None
+    timeline: Timeline, needs: Callable[[Firing], Iterable[Firing]] | None = None
 ) -> dict[str, float]:
     """How much longer each stage could take, anywhere in the measured iterations, without a later end.
 
@@ -375,8 +376,8 @@ def slack_seconds(
     one waits for) this is an upper bound. Zero on the critical path.
     """
     spans = sorted(timeline.spans, key=lambda s: (s.end_seconds, s.start_seconds, s.firing))
-    first_of: dict[FiringId, int] = {}
-    last_of: dict[FiringId, int] = {}
+    first_of: dict[Firing, int] = {}
+    last_of: dict[Firing, int] = {}
     for index, span in enumerate(spans):
         first_of.setdefault(span.firing, index)
         last_of[span.firing] = index

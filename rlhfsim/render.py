@@ -17,10 +17,10 @@ from .errors import InputError, nearest
 from .fits import Fit
 from .format import gib, human_seconds, three
 from .metrics import bound_by, idle_share, stage_seconds, step_seconds
-from .simulate import Setup, lengths_of, periodic_seconds
+from .simulate import Setup, kernels_of, lengths_of, periodic_seconds
 from .spec.data import data_dir
 from .spec.loader import load_scenario, scenario_sources
-from .spec.scenario import Scenario
+from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
 
 
@@ -286,13 +286,33 @@ def print_shown(what: str, listing: Any) -> None:
 
 
 def unverified(scenario: Scenario) -> list[str]:
-    """Fields of the scenario whose numbers nobody has opened a document for."""
-    return [name for name, _, source in scenario_sources(scenario) if source == "unverified"]
+    """What this result rests on and nobody has opened a document or made a measurement for."""
+    names = [name for name, _, source in scenario_sources(scenario) if source == "unverified" and _is_used(name, scenario)]
+    overheads, continuous = scenario.overheads, scenario.generation.continuous
+    defaults = {"reserved_bytes": True, "decode_step_seconds": continuous, "decode_sequence_seconds": continuous,
+                "eager_layer_seconds": not scenario.generation.graphs}
+    names += [f"overheads.{name}" for name, used in defaults.items() if used and getattr(overheads, name) is None]
+    kernels = scenario.cluster.gpu.kernels
+    if not all(fit.measured for fit in kernels_of(kernels).fits().values()):
+        names.append(f"kernel curves {kernels} (some copied from another architecture)")
+    return names
+
+
+def _is_used(name: str, scenario: Scenario) -> bool:
+    """Whether a number of the cluster can change this scenario's result."""
+    uses = [getattr(scenario.models, role) for role in ROLES]
+    if name.startswith("cluster.gpu.flops_per_second."):
+        return name.rpartition(".")[2] in {use.precision for use in uses}
+    if name.startswith("cluster.node.host_memory"):
+        return any(use.offload_optimizer or use.offload_parameters for use in uses)
+    if name.startswith("cluster.network."):
+        return scenario.cluster.nodes > 1
+    return True
 
 
 def _print_unverified(out: Console, scenario: Scenario) -> None:
     if names := unverified(scenario):
-        out.print("Unverified numbers behind this result: " + ", ".join(names) + ".")
+        out.print("Unverified behind this result: " + ", ".join(names) + ".")
 
 
 def _cluster(scenario: Scenario) -> str:

@@ -13,21 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .errors import InputError
+from .firing import Firing
 
 VERSION = 1
 STRICT = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, when `read` checks what a file holds
-
-
-class FiringId(NamedTuple):
-    """One execution of a stage: the same four numbers in the graph, the scheduler and every executor."""
-
-    iteration: int
-    stage: str
-    chunk: int
-    place: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class Span:
     released_by: the firing whose end let this one start; None for the first.
     """
 
-    firing: FiringId
+    firing: Firing
     kind: str
     model: str
     ranks: tuple[int, ...]
@@ -56,7 +48,7 @@ class Span:
     link_seconds: float = 0.0
     detail: dict[str, float] = field(default_factory=dict)
     bound: dict[str, float] = field(default_factory=dict)
-    released_by: FiringId | None = None
+    released_by: Firing | None = None
 
     __pydantic_config__ = STRICT
 

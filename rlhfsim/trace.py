@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import InputError
+from .firing import Firing
 from .metrics import base_stage, evenly, rank_groups, rank_text, spans_by_rank
-from .timeline import FiringId, Span, Timeline, per_replica
+from .timeline import Span, Timeline, per_replica
 
 MAX_TRACKS = 64
 Event = dict[str, Any]
@@ -101,7 +102,7 @@ def _slice(track: _Track, span: Span) -> Event:
             "tid": track.rank, "ts": start / 1e3, "dur": (end - start) / 1e3, "args": args}
 
 
-def _text(firing: FiringId) -> str:
+def _text(firing: Firing) -> str:
     return f"{firing.stage}, iteration {firing.iteration}, chunk {firing.chunk}, place {firing.place}"
 
 
@@ -117,7 +118,7 @@ def _counters(track: _Track, timeline: Timeline) -> Iterator[Event]:
 
 def _flows(tracks: Sequence[_Track], arrows: Iterator[int]) -> Iterator[Event]:
     """An arrow from the end of a releaser to the start of what it released, if both are on a track."""
-    shown: dict[FiringId, tuple[_Track, Span]] = {}
+    shown: dict[Firing, tuple[_Track, Span]] = {}
     for track in tracks:
         for span in track.spans:
             if span.firing not in shown or shown[span.firing][1].end_seconds < span.end_seconds:

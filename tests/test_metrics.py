@@ -14,7 +14,8 @@ from timelines import colocated, disaggregated, scaled, span, timelines
 
 from rlhfsim import format as text
 from rlhfsim import metrics
-from rlhfsim.timeline import FiringId, MemorySample, Span, Timeline, check, per_replica
+from rlhfsim.firing import Firing
+from rlhfsim.timeline import MemorySample, Span, Timeline, check, per_replica
 
 approx = pytest.approx
 many = settings(max_examples=150, deadline=None)
@@ -94,8 +95,8 @@ def test_slack_is_how_much_longer_a_stage_may_take() -> None:
     values = span("values", (5,), 11.0, 1.0, iteration=1)
     timeline.spans.append(values)
 
-    def needs(firing: FiringId) -> list[FiringId]:
-        return [values.firing, FiringId(0, "absent", 0, 0)] if firing == FiringId(1, "update_actor", 0, 0) else []
+    def needs(firing: Firing) -> list[Firing]:
+        return [values.firing, Firing(0, "absent", 0, 0)] if firing == Firing(1, "update_actor", 0, 0) else []
 
     assert metrics.slack_seconds(timeline)["values"] == 8.0
     assert metrics.slack_seconds(timeline, needs) == {
@@ -139,7 +140,7 @@ def test_path_through_waits_inside_spans_gaps_and_interruptions() -> None:
 
 
 def test_path_follows_the_replica_that_does_not_wait() -> None:
-    both = Span(FiringId(0, "gen", 0, 0), "generate", "actor", (0, 1), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
+    both = Span(Firing(0, "gen", 0, 0), "generate", "actor", (0, 1), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
     assert metrics.critical_path(check(Timeline([both], 2, 1))).by_cause() == {
         "compute": 3.0, "exposed communication": 1.0}
 
@@ -320,7 +321,7 @@ def test_gib() -> None:
 
 def test_readers_of_timelines_know_nothing_else() -> None:
     package = Path(metrics.__file__).parent
-    allowed = {"timeline", "errors", "metrics", "format"}
+    allowed = {"timeline", "firing", "errors", "metrics", "format"}
     for name in ("timeline", "metrics", "trace", "plot", "format"):
         tree = ast.parse((package / f"{name}.py").read_text())
         own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}

@@ -178,6 +178,14 @@ def test_streaming_kernels_of_a_layer_by_their_bytes() -> None:
     assert ops.layer_backward(use(), tokens, 1).hbm == pytest.approx(2 * expected)
 
 
+def test_log_softmax_moves_14_bytes_a_logit() -> None:
+    """Eager: 16-bit read, fp32 written, read and written again; the product before it is compute-bound."""
+    rate = A100.memory_bytes_per_second.value * KERNELS.memory["cross_entropy"].memory_efficiency
+    for t in (1, 8):
+        head = operators(efficiency=False).head_forward(use(), 8192, t)
+        assert head.hbm == pytest.approx((2 + 4 + 4 + 4) * 8192 * 32000 / t / rate)
+
+
 def test_weight_gradients_have_their_own_rate() -> None:
     """The head's: (hidden, tokens) @ (tokens, vocabulary), slower than a forward product of that shape."""
     tokens, ops, curve = 4096, operators(), KERNELS.gemm["bf16"]

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfsim.errors import InputError
-from rlhfsim.timeline import FiringId, MemorySample, Span, Timeline, check, read, write
+from rlhfsim.firing import Firing
+from rlhfsim.timeline import MemorySample, Span, Timeline, check, read, write
 
-GEN, TRAIN = FiringId(0, "gen", 0, 0), FiringId(0, "update_actor", 0, 0)
+GEN, TRAIN = Firing(0, "gen", 0, 0), Firing(0, "update_actor", 0, 0)
 
 
 def two_spans() -> Timeline:
@@ -41,7 +42,7 @@ def test_round_trip(file: Path) -> None:
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
-firings = st.builds(FiringId, st.integers(0, 9), st.text(max_size=8), st.integers(0, 99), st.integers(0, 99))
+firings = st.builds(Firing, st.integers(0, 9), st.text(max_size=8), st.integers(0, 99), st.integers(0, 99))
 seconds = st.lists(finite, min_size=1, max_size=3).map(tuple)
 spans = st.builds(Span, firings, st.text(max_size=5), st.text(max_size=5), st.lists(st.integers(0, 9)).map(tuple),
                   finite, finite, seconds, seconds, seconds, finite, finite, st.dictionaries(st.text(), finite),
@@ -125,9 +126,9 @@ def test_no_file_holds_what_json_does_not(tmp_path: Path) -> None:
     ({"ranks": ()}, "no ranks"),
     ({"ranks": (0, 0)}, "twice"),
     ({"ranks": (3, 4)}, "of 4 ranks"),
-    ({"firing": FiringId(1, "update_actor", 0, 0)}, "of 1 iterations"),
+    ({"firing": Firing(1, "update_actor", 0, 0)}, "of 1 iterations"),
     ({"bound": {"flops": -1.0}}, "negative detail"),
-    ({"released_by": FiringId(0, "ref", 0, 0)}, "no span"),
+    ({"released_by": Firing(0, "ref", 0, 0)}, "no span"),
     ({"released_by": TRAIN}, "itself"),
     ({"start_seconds": 1.0, "end_seconds": 4.0}, "before .* ends"),
     ({"start_seconds": 1.75, "end_seconds": 4.75}, "rank 0 is still held"),  # its wait for data covers the release

@@ -14,7 +14,8 @@ from timelines import colocated, disaggregated, timelines
 
 from rlhfsim.errors import InputError
 from rlhfsim.metrics import BUSY_PARTS
-from rlhfsim.timeline import FiringId, Span, Timeline, check
+from rlhfsim.firing import Firing
+from rlhfsim.timeline import Span, Timeline, check
 from rlhfsim.trace import write_trace
 
 
@@ -51,7 +52,7 @@ def test_a_span_is_a_complete_event_in_microseconds(tmp_path: Path) -> None:
 
 
 def test_each_rank_shows_its_own_replica(tmp_path: Path) -> None:
-    both = Span(FiringId(0, "gen", 0, 0), "generate", "actor", (4, 5, 6, 7), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
+    both = Span(Firing(0, "gen", 0, 0), "generate", "actor", (4, 5, 6, 7), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
     events = by_kind(events_of(tmp_path / "t.json", {"a": check(Timeline([both], 8, 1))}, ranks=range(4, 8)), "X")
     assert {e["tid"]: e["args"]["wait_peers_seconds"] for e in events} == {4: 2.0, 5: 2.0, 6: 0.0, 7: 0.0}
 

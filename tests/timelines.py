@@ -7,7 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from rlhfsim.timeline import FiringId, MemorySample, Span, Timeline, check
+from rlhfsim.firing import Firing
+from rlhfsim.timeline import MemorySample, Span, Timeline, check
 
 STAGES = ("gen", "ref.0", "ref.1", "reward", "update_actor")
 
@@ -17,7 +18,7 @@ def span(stage: str, ranks: range | tuple[int, ...], start: float, compute: floa
          after: Span | None = None, **more: Any) -> Span:
     """A span of one replica that ends when its parts have passed."""
     end = start + compute + communication + data + link
-    return Span(FiringId(iteration, stage, chunk, place), "train", "actor", tuple(ranks), start, end, (compute,),
+    return Span(Firing(iteration, stage, chunk, place), "train", "actor", tuple(ranks), start, end, (compute,),
                 (communication,), (0.0,), data, link, released_by=after and after.firing, **more)
 
 
@@ -82,7 +83,7 @@ def timelines(draw: st.DrawFn, max_ranks: int = 6, max_spans: int = 14) -> Timel
         replicas = draw(st.sampled_from([n for n in (1, 2, 3) if len(chosen) % n == 0]))
         work = [(draw(st.integers(0, 4)), draw(st.integers(0, 4))) for _ in range(replicas)]
         longest, link = max(map(sum, work)), draw(st.integers(0, 2))
-        firing = FiringId(iteration, draw(st.sampled_from(STAGES)), number, 0)
+        firing = Firing(iteration, draw(st.sampled_from(STAGES)), number, 0)
         one = Span(firing, "train", "actor", tuple(chosen), float(start), float(start + data + longest + link),
                    tuple(float(c) for c, _ in work), tuple(float(m) for _, m in work),
                    tuple(float(longest - c - m) for c, m in work), float(data), float(link),

@@ -138,7 +138,10 @@ class CostModel:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
         same = set(source.ranks) == set(target.ranks)
         choice = self.scenario.weight_sync
-        return sync_program(source.use, Layout.of(source.ranks, source.use), Layout.of(target.ranks, target.use), self.operators,
+        # ZeRO-3 ranks hold one copy together, each a shard of it; other layouts one copy a replica.
+        held = (Layout(target.ranks, len(target.ranks)) if target.use.zero_stage == 3 and not same
+                else Layout.of(target.ranks, target.use))
+        return sync_program(source.use, Layout.of(source.ranks, source.use), held, self.operators,
                             method="reshard" if same else choice.method, bucket_bytes=choice.bucket_bytes,
                             head=head_of(stage.model))
 

@@ -28,13 +28,13 @@ class Transfer:
         the input of a reduce_scatter, a rank's send buffer in an all_to_all (its own share included), the message of
         a send or copy.
         A number, or an array over the kinds of repeats of its segment.
-    messages: how many separate calls that payload is cut into (each pays the latency).
+    messages: how many separate calls that payload is cut into (each pays the latency); likewise.
     """
 
     op: Op
     groups: tuple[tuple[int, ...], ...]
     payload_bytes: float | np.ndarray
-    messages: float = 1.0
+    messages: float | np.ndarray = 1.0
 
 
 class Route(NamedTuple):
@@ -103,4 +103,5 @@ def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarra
     wire = np.atleast_1d(np.asarray(transfer.payload_bytes, dtype=float)) / rate
     latency = route.latency_seconds * transfer.messages
     p = route.exponent
-    return (latency**p + wire**p) ** (1 / p)
+    seconds: np.ndarray = (latency**p + wire**p) ** (1 / p)
+    return seconds

@@ -111,7 +111,7 @@ def _add(parts: _Parts, segment: Segment, elapsed: Any, alone_seconds: float) ->
     # Extra time through sharing shows up in the replica's transfers first, else in its wait for the others.
     in_transfers = np.minimum(shared, elapsed.communication)
     parts.communication = parts.communication + elapsed.communication - in_transfers
-    parts.peers = parts.peers + elapsed.peers - (shared - in_transfers)
+    parts.peers = parts.peers + np.maximum(elapsed.peers - (shared - in_transfers), 0.0)  # never below, by rounding
     parts.detail[segment.label] = parts.detail.get(segment.label, 0.0) + elapsed.seconds
     for cause, seconds in segment.bound.items():
         parts.bound[cause] = parts.bound.get(cause, 0.0) + seconds

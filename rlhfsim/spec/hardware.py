@@ -51,7 +51,7 @@ class Gpu(Sources):
     kernels: efficiency curves, a file of `hw_specs/kernels/`.
     """
 
-    name: str
+    name: str = "custom"
     description: str = ""
     architecture: str
     kernels: str
@@ -71,7 +71,7 @@ class Node(Sources):
     host_memory_bytes_per_second: what CPU Adam can stream, all sockets together.
     """
 
-    name: str
+    name: str = "custom"
     description: str = ""
     gpu: str
     gpus_per_node: Count
@@ -100,7 +100,7 @@ class Network(Sources):
 class Cluster(Record):
     """Nodes of one kind and their network. `node` and `gpu` are filled in by name when a file is loaded."""
 
-    name: str
+    name: str = "custom"
     description: str = ""
     node: Node
     gpu: Gpu
