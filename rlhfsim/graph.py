@@ -255,7 +255,8 @@ class StageGraph(nx.DiGraph):
 
     @_memo
     def _taken(self, u: str, v: str, g: Firing) -> tuple[Firing, ...]:
-        """What is done when v has come for g: v's firing before, and what v receives earlier in the same firing."""
+        """What is done when v has come for g: v's firing before, what v receives earlier in the same firing, and
+        what it needs of earlier iterations (it takes nothing while it waits for weights)."""
         producer, consumer = self.at(u), self.at(v)
         chunk = g.chunk * consumer.chunks // producer.chunks
         if g.iteration < -self._reach() or chunk >= consumer.chunks:  # later epochs take nothing
@@ -264,10 +265,12 @@ class StageGraph(nx.DiGraph):
         for place in consumer.places_for(producer.lanes_of(g.place), chunk):
             f = Firing(g.iteration, v, chunk, place)
             done += self._handed(earlier(f, consumer.makers, consumer))
+            earlier_line = True
             for w, _, edge in self.in_edges(v, data=True):
-                if w == u:
-                    break
-                if edge["capacity"] is not None:
+                earlier_line = earlier_line and w != u
+                if edge["lag"] and edge["capacity"] is None:
+                    done += self._sources(f, w, edge)
+                elif earlier_line and edge["capacity"] is not None:
                     for source in self._sources(f, w, edge):
                         done += self._handed(source)
         return latest(done)

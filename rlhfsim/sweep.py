@@ -1,4 +1,4 @@
-"""A table over swept values that survives being killed, and speedup curves from it.
+"""A table over swept values that survives being killed.
 
 One line per point and row of `compare` (or the scenario's own strategy). Columns: the swept keys; `strategy`, the
 row's label; `gpus`, `samples` per iteration; `fits` (empty: the point is invalid), `reason`; `step_seconds`, the mean
@@ -16,38 +16,33 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO
 
-import numpy as np
 from joblib import Parallel, delayed
 
 from . import __version__
 from .compare import DEFAULT_BASELINE, DEFAULT_ROWS, compare, default_rows
 from .errors import DoesNotFit, InputError, nearest
 from .metrics import base_stage, bound_by, stage_seconds
-from .plot import STAGE_COLOURS, speedup_figure
+from .plot import STAGE_COLOURS
 from .render import progress, tokens_per_iteration
 from .simulate import prepare
 from .spec.loader import expand_sweep, load_scenario
 from .spec.overrides import parse_override, single_overrides
 from .spec.scenario import Compare, Scenario
+from .speedups import Table, default_x, draw, interval, read_measured, scales, speedups
 
 TABLE_VERSION = 1
-FITS_NOT, INTERRUPTED = 3, 130
+BAD_INPUT, FITS_NOT, INTERRUPTED = 2, 3, 130
 
-Table = Sequence[Mapping[str, Any]]
 Point = dict[str, Any]  # overrides by dotted key
-Scaling = Literal["strong", "weak", "mixed"]
 
-INTERVAL = (0.05, 0.95)
 BEFORE_STAGES = ("strategy", "gpus", "samples", "fits", "reason", "step_seconds", "step_seconds_low",
                  "step_seconds_high", "draw_seconds", "samples_per_second", "tokens_per_second")
 AFTER_STAGES = ("peak_memory_bytes", "bound_by", "used", "key")
@@ -102,8 +97,7 @@ def points_of(overrides: Sequence[str], zipped: bool = False) -> tuple[list[Poin
         lengths = ", ".join(f"{key} has {count}" for key, count in counts.items())
         raise InputError(f"pairs values, so all lists must have the same length, but {lengths}", field="--zip")
     points = max(counts.values(), default=1)
-    if len({key for key, _ in parsed}) < len(parsed):
-        single_overrides(f"{key}=0" for key, _ in parsed)  # says which key is overridden twice
+    single_overrides(f"{key}=0" for key, _ in parsed)  # raises where a key is given twice
     return [{key: values[i % len(values)] for key, values in parsed} for i in range(points)], swept
 
 
@@ -115,14 +109,15 @@ def plan(path: str, overrides: Sequence[str], *, strategies: bool = False, tune:
     """
     points, swept = points_of(overrides, zipped)
     rows = _compared(path, points) if strategies else None
-    found = Parallel(n_jobs=jobs or -1)(delayed(_tasks)(path, point, swept, strategies, rows, tune) for point in points)
+    resolve = delayed(_tasks)
+    found = Parallel(n_jobs=jobs or -1)(resolve(path, point, swept, strategies, rows, tune) for point in points)
     tasks = list({task.key: task for of_point in found for task in of_point}.values())  # a=1,1 is one point
     valid = [task for task in tasks if task.scenario]
     if not valid:
         raise InputError(tasks[0].reason)
     labels = list(dict.fromkeys(task.label for task in valid))
     if rows is None and len(labels) == 1:  # an invalid point has no strategy of its own to name it after
-        tasks = [Task(t.key, labels[0], t.swept, t.scenario, t.reason, t.stages) for t in tasks]
+        tasks = [replace(task, label=labels[0]) for task in tasks]
     stages = {stage for task in valid for stage in task.stages}
     ordered = [s for s in STAGE_COLOURS if s in stages] + sorted(stages - set(STAGE_COLOURS))
     columns = (*dict.fromkeys(map(_column, swept)), *BEFORE_STAGES, *(f"timing_s/{s}" for s in ordered), *AFTER_STAGES)
@@ -141,8 +136,10 @@ def _compared(path: str, points: Sequence[Point]) -> Compare | None:
     raise first or InputError("there are no points")
 
 
-def _tasks(path: str, point: Point, swept: Sequence[str], strategies: bool, rows: Compare | None, tune: bool) -> list[Task]:
-    return [_task(row, scenario, point, swept, tune) for row, scenario in _scenarios(path, point, strategies, rows).items()]
+def _tasks(path: str, point: Point, swept: Sequence[str], strategies: bool, rows: Compare | None,
+           tune: bool) -> list[Task]:
+    scenarios = _scenarios(path, point, strategies, rows)
+    return [_task(row, scenario, point, swept, tune) for row, scenario in scenarios.items()]
 
 
 def _scenarios(path: str, point: Point, strategies: bool, rows: Compare | None) -> dict[str, Scenario | InputError]:
@@ -163,23 +160,21 @@ def _loaded(path: str, overrides: Point) -> Scenario | InputError:
         return error
 
 
-def _task(row: str, scenario: Scenario | InputError, point: Point, swept: Sequence[str], tune: bool) -> Task:
+def _task(row: str, found: Scenario | InputError, point: Point, swept: Sequence[str], tune: bool) -> Task:
     texts = {_column(key): _cell(point[key]) for key in swept}
-    label, stages, reason = row, tuple[str, ...](), ""
-    if isinstance(scenario, Scenario):
-        try:
-            setup = prepare(scenario)
-            label, stages = row or setup.label, tuple(base_stage(s.name) for s in setup.graph.stages())
-        except DoesNotFit:
-            label = row or scenario.strategy.name
-        except InputError as error:
-            scenario = error
-    if isinstance(scenario, InputError):
-        scenario, reason = None, str(scenario)  # type: ignore[assignment]
-    resolved = scenario.model_dump_json() if isinstance(scenario, Scenario) else [reason, str(point)]
-    asked = json.dumps([TABLE_VERSION, __version__, tune, row, texts, resolved], sort_keys=True)
+    scenario, label, stages, reason = None, row, tuple[str, ...](), ""
+    try:
+        if isinstance(found, InputError):
+            raise found
+        setup = prepare(found)
+        scenario, label = found, row or setup.label
+        stages = tuple(dict.fromkeys(base_stage(stage.name) for stage in setup.graph.stages()))
+    except InputError as error:
+        reason = _one_line(str(error))
+    resolved = scenario.model_dump_json() if scenario else f"{point}: {reason}"
+    asked = json.dumps([TABLE_VERSION, __version__, tune, row, texts, resolved])
     key = hashlib.sha256(asked.encode()).hexdigest()[:24]
-    return Task(key, _one_line(label), texts, scenario if isinstance(scenario, Scenario) else None, _one_line(reason), stages)
+    return Task(key, _one_line(label), texts, scenario, reason, stages)
 
 
 def _column(key: str) -> str:
@@ -201,7 +196,8 @@ def run(sweep: Sweep, out: str | Path, jobs: int | None = None) -> Table:
         done = _lines_in(file, path, sweep)
         todo = [task for task in sweep.tasks if task.key not in done]
         _append(file, b"" if file.tell() else _line(sweep.columns))
-        results = Parallel(n_jobs=jobs or -1, return_as="generator_unordered")(delayed(_simulated)(t, sweep.tune) for t in todo)
+        workers = Parallel(n_jobs=jobs or -1, return_as="generator_unordered")
+        results = workers(delayed(_simulated)(task, sweep.tune) for task in todo)
         try:
             with closing(results), progress(len(todo)) as show:
                 show(f"{len(todo)} rows to simulate, {len(done)} done before")
@@ -234,9 +230,9 @@ def _simulated(task: Task, tune: bool) -> tuple[Task, dict[str, Any]]:
                "peak_memory_bytes": row.fit and float(row.fit.worst.bytes.total)}
     if row.timeline is None or row.step_seconds is None:
         return name, values
-    low, high = np.quantile(row.draws, INTERVAL)
+    low, high = interval(row.draws, row.step_seconds)
     return name, values | {
-        "step_seconds": row.step_seconds, "step_seconds_low": float(low), "step_seconds_high": float(high),
+        "step_seconds": row.step_seconds, "step_seconds_low": low, "step_seconds_high": high,
         "draw_seconds": json.dumps([float(s) for s in row.draws]),
         "samples_per_second": row.scenario.workload.samples / row.step_seconds,
         "tokens_per_second": tokens_per_iteration(row.scenario) / row.step_seconds,
@@ -254,7 +250,7 @@ def csv_path(out: str | Path) -> Path:
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise InputError("a Parquet table needs pyarrow (pip install pyarrow); a .csv does not", where=str(out)) from None
+            raise InputError("a Parquet table needs pyarrow (pip install pyarrow)", where=str(out)) from None
         return path.with_suffix(".csv")
     if path.suffix.lower() != ".csv":
         raise InputError(f"tables are .csv or .parquet files, not {path.suffix!r}", where=str(out))
@@ -313,8 +309,8 @@ def _lines_in(file: BinaryIO, path: Path, sweep: Sweep) -> dict[str, list[str]]:
 
 
 def _foreign(path: Path, line: int, found: str) -> InputError:
-    return InputError(f"is no table of this sweep ({found}: the scenario, the values, the rows, the columns or the version "
-                      "of rlhfsim differ) and stays as it is; name another --out", where=f"{path}:{line}")
+    return InputError(f"is not this sweep's table ({found}; the scenario, the values, the rows or the version of "
+                      "rlhfsim differ) and stays as it is: name another --out", where=f"{path}:{line}")
 
 
 def _line(cells: Sequence[str]) -> bytes:
@@ -381,7 +377,8 @@ def _write_parquet(source: Path, out: Path, columns: Sequence[str]) -> None:
 
     numbers = [name for name in columns if "second" in name or "bytes" in name or name.startswith("timing_s/")]
     types = dict.fromkeys(numbers, float64()) | dict.fromkeys(TEXTS, string())
-    table = arrow_csv.read_csv(source, arrow_csv.ReadOptions(use_threads=False), None, arrow_csv.ConvertOptions(column_types=types))
+    table = arrow_csv.read_csv(source, arrow_csv.ReadOptions(use_threads=False),
+                               convert_options=arrow_csv.ConvertOptions(column_types=types))
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         parquet.write_table(table, temporary)
@@ -395,7 +392,8 @@ def _write_parquet(source: Path, out: Path, columns: Sequence[str]) -> None:
 
 def main(scenario: str, overrides: Sequence[str], *, out: str = "sweep.csv", strategies: bool = False,
          baseline: str | None = None, as_given: bool = False, zipped: bool = False, plot_path: str | None = None,
-         x: str | None = None, measured: str | None = None, jobs: int | None = None, same_point: bool | None = None) -> int:
+         x: str | None = None, measured: str | None = None, jobs: int | None = None,
+         same_point: bool | None = None) -> int:
     """Run a sweep and draw its curves; the exit code. Everything given is checked before anything is simulated.
 
     same_point: speedups over the baseline at the same x; default: over the baseline at its smallest x where x counts
@@ -422,11 +420,12 @@ def main(scenario: str, overrides: Sequence[str], *, out: str = "sweep.csv", str
         return INTERRUPTED
     timed = sum(row["step_seconds"] is not None for row in table)
     invalid = sum(row["fits"] is None for row in table)
-    print(f"{out}: {len(table)} rows, {len(table) - timed - invalid} of them do not fit, {invalid} are invalid", file=sys.stderr)
+    print(f"{out}: {len(table)} rows, {len(table) - timed - invalid} of them do not fit, {invalid} are invalid",
+          file=sys.stderr)
     if plot_path and x and timed:
         draw(table, baseline, x, plot_path, same_point=bool(same_point), measured=points, title=Path(scenario).stem)
         print(f"{plot_path}, {Path(plot_path).with_suffix('.csv')}", file=sys.stderr)
-    return 0 if timed else FITS_NOT
+    return 0 if timed else BAD_INPUT if invalid == len(table) else FITS_NOT
 
 
 def _without_times(table: Table) -> Table:
@@ -438,7 +437,8 @@ def _check_plot_path(plot_path: str, table_path: Path) -> None:
     if path.suffix.lower() not in (".png", ".svg"):
         raise InputError(f"figures are .png or .svg files, not {path.suffix!r}", field="--plot", where=plot_path)
     for target in (path, path.with_suffix(".csv")):
-        if not target.parent.is_dir() or target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
+        place = target if target.exists() else target.parent
+        if target.is_dir() or not target.parent.is_dir() or not os.access(place, os.W_OK):
             raise InputError("cannot be written", field="--plot", where=str(target))
     if path.with_suffix(".csv").resolve() == table_path.resolve():
         raise InputError(f"the figure's numbers would go to {table_path}, which is the table: give one another name",
