@@ -82,7 +82,8 @@ def simulate(scenario: str, overrides: tuple[str, ...], json_output: bool, timel
     from .simulate import simulate as run
     from .spec.loader import load_scenario
 
-    _writable(timeline_path, plot_path, trace_path)
+    _writable(timeline_path, trace_path)
+    _drawable(plot_path)
     setup = prepare(load_scenario(scenario, overrides))
     fit = setup.fit()
     _warn(setup)
@@ -161,7 +162,7 @@ def trace(timelines: tuple[str, ...], out: str) -> None:
     from .trace import write_trace
 
     _writable(out)
-    write_trace({Path(path).stem: reader.read(path) for path in timelines}, out)
+    write_trace({name: reader.read(path) for name, path in _named(timelines).items()}, out)
     click.echo(f"{out}: open it at https://ui.perfetto.dev", err=True)
 
 
@@ -173,8 +174,8 @@ def plot(timelines: tuple[str, ...], out: str) -> None:
     from . import timeline as reader
     from .plot import gantt
 
-    _writable(out)
-    gantt({Path(path).stem: reader.read(path) for path in timelines}, out)
+    _drawable(out)
+    gantt({name: reader.read(path) for name, path in _named(timelines).items()}, out)
 
 
 @cli.command("show")
@@ -184,13 +185,19 @@ def plot(timelines: tuple[str, ...], out: str) -> None:
 def show(what: str, overrides: tuple[str, ...], json_output: bool) -> None:
     """What there is: show models, gpus, nodes, clusters, strategies, algorithms, fields; or, for a scenario file, where
     each of its numbers comes from."""
-    from .render import print_shown, shown
+    from .show import shown
 
     listing = shown(what, overrides)
     if json_output:
         _print_json(listing)
+    elif isinstance(listing, dict):
+        click.echo("\n\n".join(f"{name}: {text}" for name, text in listing.items()))
+    elif listing and isinstance(listing[0], dict):
+        from .render import print_sources
+
+        print_sources(listing)
     else:
-        print_shown(what, listing)
+        click.echo("\n".join(listing))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -212,9 +219,6 @@ def main(argv: list[str] | None = None) -> None:
         _fail(str(error), FITS_NOT)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except BrokenPipeError:  # `rlhfsim ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 # -- helpers ------------------------------------------------------------------------------------------------------
@@ -248,6 +252,21 @@ def _writable(*paths: str | None) -> None:
             raise InputError("is not writable", where=path)
 
 
+def _drawable(path: str | None) -> None:
+    """`_writable`, for a figure."""
+    from .errors import InputError
+
+    if path and Path(path).suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"figures are .png or .svg files, not {Path(path).suffix!r}", where=path)
+    _writable(path)
+
+
+def _named(paths: tuple[str, ...]) -> dict[str, str]:
+    """Files by their stems, or by their whole paths where stems are equal."""
+    stems = [Path(path).stem for path in paths]
+    return {stem if stems.count(stem) == 1 else path: path for stem, path in zip(stems, paths, strict=True)}
+
+
 def _folder(path: str | None) -> Path | None:
     from .errors import InputError
 
@@ -265,13 +284,16 @@ def _draw_comparison(comparison: Comparison, folder: Path) -> None:
     from .plot import gantt, speedup_bars
     from .render import comparison_table, comparison_title
 
-    table = comparison_table(comparison)
-    if table:
-        speedup_bars(table, comparison.baseline, folder / "speedup.png", title=comparison_title(comparison))
+    drawn = []
+    if table := comparison_table(comparison):
+        drawn.append(folder / "speedup.png")
+        speedup_bars(table, comparison.baseline, drawn[-1], title=comparison_title(comparison))
     timed = {row.label: row.timeline for row in comparison.rows if row.timeline is not None}
     if timed:  # one iteration in steady state says it all
-        gantt(timed, folder / "timeline.png", window=(0.0, 1.02 * max(t.end_seconds / t.iterations for t in timed.values())))
-    click.echo(f"{folder / 'speedup.png'}, {folder / 'timeline.png'}", err=True)
+        drawn.append(folder / "timeline.png")
+        gantt(timed, drawn[-1], window=(0.0, 1.02 * max(t.end_seconds / t.iterations for t in timed.values())))
+    if drawn:
+        click.echo(", ".join(map(str, drawn)), err=True)
 
 
 if __name__ == "__main__":

@@ -93,13 +93,22 @@ class Comparison:
 
 def compare(scenarios: dict[str, Scenario], baseline: str, *, tune: bool = True,
             progress: Callable[[str], None] = lambda label: None) -> Comparison:
-    """Simulate every row, each with the settings that suit it best unless `tune` is off. Raises InputError."""
+    """Simulate every row, each with the settings that suit it best unless `tune` is off.
+
+    Raises InputError where the baseline is unknown or cannot be built; another row that cannot (a cluster too small for
+    its strategy) has a reason instead of a time.
+    """
     if baseline not in scenarios:
         raise InputError(f"there is no row {baseline!r}{nearest(baseline, scenarios)}", field="baseline")
     rows = []
     for label, scenario in scenarios.items():
         progress(label)
-        rows.append(_row(label, tuned(scenario) if tune else scenario))
+        try:
+            rows.append(_row(label, tuned(scenario) if tune else scenario))
+        except InputError as error:
+            if label == baseline:
+                raise
+            rows.append(Row(label, scenario, reason=str(error)))
     return Comparison(baseline, tuple(rows), tune)
 
 
@@ -168,6 +177,8 @@ def tuned(scenario: Scenario) -> Scenario:
     for candidates in (_splits, _tensor_parallel, _batches, _replicas):
         for candidate in candidates(best, scenario):
             candidate = _with_micro_batches(candidate)
+            if candidate == best and seconds is not None:
+                continue
             found = _seconds(candidate)
             if found is not None and (seconds is None or found < seconds):
                 best, seconds = candidate, found

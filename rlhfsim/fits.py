@@ -7,6 +7,7 @@ beside the training states when it wakes up.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -81,18 +82,22 @@ class Memory:
         self.capacity_bytes = scenario.cluster.gpu.memory_bytes.value
         workload = scenario.workload
         self.longest = workload.prompt_tokens.longest, workload.response_tokens.longest
+        self._resting: dict[tuple[int, str], Bytes] = {}
 
     # -- ranks --------------------------------------------------------------------------------------------
 
     @cached_property
     def rank_kinds(self) -> list[int]:
         """One rank of every kind: those that hold the same shards and run the same stages."""
-        kinds: dict[tuple, int] = {}
-        for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            held = tuple((name, self._stage_of(h, rank)) for name, h in self.holdings.items() if rank in h.ranks)
-            runs = tuple(s.name for s in self.graph.stages() if rank in s.ranks)
-            kinds.setdefault((held, runs), rank)
-        return list(kinds.values())
+        kinds: dict[int, list[object]] = defaultdict(list)  # rank -> what it holds and runs
+        for name, held in self.holdings.items():
+            for position, rank in enumerate(held.ranks):
+                kinds[rank].append((name, position * held.use.pipeline_parallel // len(held.ranks)))
+        for stage in self.graph.stages():
+            for rank in stage.ranks:
+                kinds[rank].append(stage.name)
+        firsts = {tuple(kinds[rank]): rank for rank in sorted(kinds, reverse=True)}
+        return sorted(firsts.values())
 
     @staticmethod
     def _stage_of(holding: Holding, rank: int) -> int:
@@ -101,6 +106,11 @@ class Memory:
 
     def resting(self, rank: int, running: str = "") -> Bytes:
         """What lies on a rank whatever runs; `running`: the copy whose offloaded weights are on the device."""
+        if (rank, running) not in self._resting:
+            self._resting[rank, running] = self._rest(rank, running)
+        return self._resting[rank, running]
+
+    def _rest(self, rank: int, running: str) -> Bytes:
         found = reserved_bytes(self.scenario.overheads)
         for name, held in self.holdings.items():
             if rank in held.ranks and name != "shadow_actor":
@@ -127,15 +137,18 @@ class Memory:
         resting = self.resting(rank, running=stage.model)
         if stage.kind == "generate":
             return resting + self._generating(stage, rank, prompt, response)
+        use = self.holdings[stage.model].use
+        micro = use.micro_batch_samples if stage.kind == "train" else use.score_micro_batch_samples
+        return resting + self._passing(stage, rank, min(micro, self.samples_per_replica(stage)), prompt + response)
+
+    def _passing(self, stage: Stage, rank: int, samples: int, sequence: int) -> Bytes:
+        """What scoring or training micro-batches of so many samples adds."""
         held = self.holdings[stage.model]
-        sequence = prompt + response
-        micro = held.use.micro_batch_samples if stage.kind == "train" else held.use.score_micro_batch_samples
-        samples = min(micro, self.samples_per_replica(stage))
         where = {"head": head_of(stage.model), "stage": self._stage_of(held, rank)}
         if stage.kind == "score":
-            return resting + scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, **where)
+            return scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, **where)
         count = ceil(self.samples_per_replica(stage) / samples)
-        return resting + training_bytes(held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, **where)
+        return training_bytes(held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, **where)
 
     def samples_per_replica(self, stage: Stage) -> int:
         """The most samples that one replica handles in one firing."""
@@ -302,21 +315,16 @@ class Memory:
 
     def _largest(self, stage: Stage) -> int:
         """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
+        free = {rank: self.capacity_bytes - self.resting(rank, running=stage.model).total
+                for rank in self.rank_kinds if rank in stage.ranks}
         low, high = 0, self.samples_per_replica(stage)
         while low < high:
             middle = (low + high + 1) // 2
-            if self._with_micro_batch(stage, middle).total <= self.capacity_bytes:
+            if all(self._passing(stage, rank, middle, sum(self.longest)).total <= room for rank, room in free.items()):
                 low = middle
             else:
                 high = middle - 1
         return low
-
-    def _with_micro_batch(self, stage: Stage, samples: int) -> Bytes:
-        held = self.holdings[stage.model]
-        sizes = {"micro_batch_samples": samples, "score_micro_batch_samples": samples}
-        changed = replace(held, use=held.use.model_copy(update=sizes))
-        other = Memory(self.scenario, self.graph, {**self.holdings, stage.model: changed})
-        return max((other.during(stage, rank) for rank in self.rank_kinds if rank in stage.ranks), key=lambda b: b.total)
 
 
 def p99_tokens(lengths: list[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:

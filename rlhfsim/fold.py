@@ -7,6 +7,7 @@ with partners in the same blocks. It holds only for equal work: ranks whose leng
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from .graph import Firing, Stage, StageGraph
 
@@ -32,7 +33,8 @@ class Fold:
 def unfolded(graph: StageGraph) -> Fold:
     """Every rank for itself."""
     highest = max(r for s in graph.stages() for r in s.ranks)
-    return Fold(graph, graph, tuple((r,) for r in range(highest + 1)), tuple(range(k, k + 1) for k in range(graph.lanes)))
+    return Fold(graph, graph, tuple((r,) for r in range(highest + 1)),
+                tuple(range(k, k + 1) for k in range(graph.lanes)))
 
 
 def fold(graph: StageGraph) -> Fold:
@@ -65,19 +67,19 @@ def fold(graph: StageGraph) -> Fold:
         serves = range(lane_at[s.serves.start], lane_at[s.serves.stop])
         small.add_node(s.name, stage=replace(s, ranks=blocks, size=size, serves=serves))
     small.add_edges_from(graph.edges(data=True))
-    rank_counts = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
-    lane_counts = [b - a for a, b in zip(lanes, lanes[1:], strict=False)]
+    rank_counts = [b - a for a, b in pairwise(cuts)]
+    lane_counts = [b - a for a, b in pairwise(lanes)]
     if not all(_alike(s, small.at(s.name), rank_counts, lane_counts) for s in stages):
         return unfolded(graph)
-    return Fold(graph, small, tuple(tuple(axis[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)),
-                tuple(range(a, b) for a, b in zip(lanes, lanes[1:], strict=False)))
+    return Fold(graph, small, tuple(tuple(axis[a:b]) for a, b in pairwise(cuts)),
+                tuple(range(a, b) for a, b in pairwise(lanes)))
 
 
 def _alike(stage: Stage, folded: Stage, rank_counts: list[int], lane_counts: list[int]) -> bool:
     """Whether each place of the folded stage stands for whole places of the stage, with their lanes."""
     if stage.places == 1:
         return True
-    if len(folded.serves) % folded.places:
+    if stage.spread == "each" and len(folded.serves) % folded.places:
         return False
     for place in range(folded.places):
         whole, inside = divmod(sum(rank_counts[block] for block in folded.ranks_of(place)), stage.size)

@@ -338,7 +338,7 @@ class StageGraph(nx.DiGraph):
                         yield g, lane, edge["carries"]
 
     def _chunks_reached(self, u: Stage, v: Stage, chunk: int) -> Iterable[int]:
-        """Chunks of v that use chunk `chunk` of u, one for all that run on the same places: data are sent there once."""
+        """Chunks of v that use chunk `chunk` of u, one for all that run on the same places: data go there once."""
         if u.epochs != v.epochs and chunk < u.firings - u.chunks:  # only the last epoch's result is used
             return ()
         if v.spread != "robin":

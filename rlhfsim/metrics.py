@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -81,11 +81,12 @@ def step_intervals(timeline: Timeline) -> list[float]:
 
 
 def _intervals(timeline: Timeline) -> dict[int, float]:
-    """By the iteration that ends the interval."""
-    ends = iteration_ends(timeline)
+    """By the iteration that ends the interval. An iteration ends with its last stage that is in every iteration."""
+    regular = replace(timeline, spans=[s for s in timeline.spans if s.firing.stage not in PERIODIC_STAGES])
+    ends = iteration_ends(regular)
     if len(ends) < 2:
         return {0: whole(timeline).seconds}
-    numbers = sorted({span.firing.iteration for span in timeline.spans})
+    numbers = sorted({span.firing.iteration for span in regular.spans})
     return {i: b - a for i, a, b in zip(numbers[1:], ends, ends[1:], strict=False)}
 
 
@@ -93,12 +94,16 @@ def step_seconds(timeline: Timeline) -> float:
     """Seconds per iteration in steady state: the median interval between the ends of consecutive iterations.
 
     Where iterations overlap, the first also fills the pipeline and the last few run while it drains; the first is in
-    no interval, and the median does not follow the last. With one iteration: its makespan. Iterations with a validation
-    or a checkpoint are left out where there are others.
+    no interval, and the median does not follow the last. With one iteration: its makespan. Intervals that begin with a
+    validation or a checkpoint, of the iteration before, are left out where there are others.
     """
-    periodic = {s.firing.iteration for s in timeline.spans if s.seconds > 0 and s.firing.stage in PERIODIC_STAGES}
+    extra: dict[int, set[str]] = defaultdict(set)
+    for span in timeline.spans:
+        if span.seconds > 0 and span.firing.stage in PERIODIC_STAGES:
+            extra[span.firing.iteration + 1].add(span.firing.stage)
     intervals = _intervals(timeline)
-    return median([seconds for i, seconds in intervals.items() if i not in periodic] or intervals.values())
+    fewest = min(len(extra[i]) for i in intervals)
+    return median(seconds for i, seconds in intervals.items() if len(extra[i]) == fewest)
 
 
 def stage_seconds(timeline: Timeline) -> dict[str, float]:

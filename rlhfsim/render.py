@@ -13,21 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from .compare import Comparison, Row, why
-from .errors import InputError, nearest
 from .fits import Fit
 from .format import gib, human_seconds, three
 from .metrics import bound_by, idle_share, stage_seconds, step_seconds
 from .simulate import Setup, kernels_of, lengths_of, periodic_seconds
-from .spec.data import data_dir
-from .spec.loader import load_scenario, scenario_sources
+from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
 
 
 def console() -> Console:
-    """Plain text of the terminal's width; 120 columns where the output is a file or a pipe."""
+    """Plain text of the terminal's width; 120 columns where the output is a file or a pipe. `[x]` and `:x:` stay."""
     width = None if sys.stdout.isatty() else max(120, shutil.get_terminal_size().columns)
-    return Console(width=width, highlight=False)
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -213,7 +211,7 @@ def print_comparison(comparison: Comparison) -> None:
 def _comparison_cells(comparison: Comparison, row: Row) -> tuple[str, ...]:
     peak = three(row.fit.worst.bytes.total / 2**30) if row.fit else "-"
     if row.timeline is None:
-        return row.label, "-", "-", peak, f"does not fit: {row.reason}", ""
+        return row.label, "-", "-", peak, f"{'does not fit' if row.fit else 'impossible'}: {row.reason}", ""
     speedup = comparison.speedup(row)
     text = f"{three(speedup)}x" if speedup is not None else "-"
     if interval := comparison.speedup_interval(row):
@@ -238,51 +236,13 @@ def _short_settings(row: Row) -> str:
 # -- show ---------------------------------------------------------------------------------------------------------
 
 
-def shown(what: str, overrides: tuple[str, ...]) -> Any:
-    """A listing by name, or the sources of a scenario's numbers."""
-    from .layout import algorithm_names, strategy_names
-
-    folders = {"models", "gpus", "nodes", "clusters", "kernels"}
-    if what in folders:
-        return sorted(path.stem for path in (data_dir("hw_specs") / what).glob("*.yaml"))
-    if what == "strategies":
-        return strategy_names()
-    if what == "algorithms":
-        return algorithm_names()
-    if what == "fields":
-        return _field_docs()
-    if not what.endswith((".yaml", ".yml")):
-        names = [*folders, "strategies", "algorithms", "fields"]
-        raise InputError(f"{what!r} is neither a listing nor a scenario file (.yaml){nearest(what, names)}", field="show")
-    return [{"field": f, "value": v, "source": s} for f, v, s in scenario_sources(load_scenario(what, overrides))]
-
-
-def _field_docs() -> dict[str, str]:
-    """Every section of a scenario file and what its fields mean."""
-    from .spec import scenario as records
-
-    sections = {"models.<role>": records.ModelUse, "models": records.Models, "workload": records.Workload,
-                "workload.*_tokens": records.Lengths, "algorithm": records.Algorithm, "generation": records.Generation,
-                "strategy": records.StrategyChoice, "weight_sync": records.WeightSync, "overheads": records.Overheads,
-                "effects": records.Effects, "simulation": records.Simulation, "compare": records.Compare}
-    return {name: (record.__doc__ or "").strip() for name, record in sections.items()}
-
-
-def print_shown(what: str, listing: Any) -> None:
-    out = console()
-    if isinstance(listing, dict):
-        for name, text in listing.items():
-            out.print(f"{name}: {text}\n", markup=False)
-    elif listing and isinstance(listing[0], dict):
-        table = Table(box=None, pad_edge=False)
-        for name in ("field", "value", "source"):
-            table.add_column(name, overflow="fold")
-        for entry in listing:
-            table.add_row(entry["field"], f"{entry['value']:g}", entry["source"])
-        out.print(table)
-    else:
-        for name in listing:
-            out.print(name, markup=False)
+def print_sources(sources: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("field", "value", "source"):
+        table.add_column(name, overflow="fold")
+    for entry in sources:
+        table.add_row(entry["field"], f"{entry['value']:g}", entry["source"])
+    console().print(table)
 
 
 def unverified(scenario: Scenario) -> list[str]:
@@ -317,4 +277,4 @@ def _print_unverified(out: Console, scenario: Scenario) -> None:
 
 def _cluster(scenario: Scenario) -> str:
     cluster = scenario.cluster
-    return f"{cluster.gpus} x {cluster.gpu.name} ({cluster.nodes} nodes)"
+    return f"{cluster.gpus} x {cluster.gpu.name} ({cluster.nodes} node{'s' if cluster.nodes > 1 else ''})"

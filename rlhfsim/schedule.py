@@ -8,6 +8,7 @@ each rank in program order.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 from .graph import ANY_PLACE, Firing, StageGraph, earlier
 
@@ -24,6 +25,7 @@ class Scheduler:
         self._position = dict.fromkeys(self._program, 0)  # rank -> firings it has finished
         self.log: set[Firing] = set()
         self._busy: dict[int, Firing] = {}
+        self._met: dict[Firing, int] = defaultdict(int)  # firing -> ranks that have come to it
         self._ready: list[Firing] = []
         self._waiting: dict[Firing, list[Firing]] = defaultdict(list)  # unmet need -> who waits for it
         self._completed = {}  # stage of spread "first" -> how many have ended
@@ -34,8 +36,7 @@ class Scheduler:
                 per_iteration += stage.firings
                 self._offer(Firing(0, stage.name, 0, ANY_PLACE))
         self.left = per_iteration * iterations
-        for f in dict.fromkeys(map(self._next_of, self._program)):
-            self._offer_if_all_meet(f)
+        self._arrive(self._program)
 
     def step(self) -> list[Firing]:
         """Firings that start now. Call it when everything that happens at this instant has been reported."""
@@ -72,8 +73,7 @@ class Scheduler:
         for waiting in self._waiting.pop(f, ()):
             self._offer(waiting)
         if stage.spread != "first":
-            for after in dict.fromkeys(map(self._next_of, ranks)):
-                self._offer_if_all_meet(after)
+            self._arrive(ranks)
         return f
 
     def stuck(self) -> str:
@@ -87,9 +87,14 @@ class Scheduler:
             return None
         return program[position % len(program)]._replace(iteration=position // len(program))
 
-    def _offer_if_all_meet(self, f: Firing | None) -> None:
-        if f is not None and all(self._next_of(rank) == f for rank in self.graph.ranks(f)):
-            self._offer(f)
+    def _arrive(self, ranks: Iterable[int]) -> None:
+        """Ranks that have come to their next firing; the last one of its place makes it an offer."""
+        for f in map(self._next_of, ranks):
+            if f is not None:
+                self._met[f] += 1
+                if self._met[f] == len(self.graph.ranks(f)):
+                    del self._met[f]
+                    self._offer(f)
 
     def _offer(self, f: Firing) -> None:
         """Make f ready, or let it wait for one unmet need at a time: a blocked firing costs nothing until that is met."""

@@ -16,7 +16,6 @@ from .fits import Fit, Memory, p99_tokens
 from .fold import Fold, fold, unfolded
 from .graph import StageGraph
 from .layout import Holding, graph_of, holdings_of
-from .sim.run import run
 from .spec.data import data_dir
 from .spec.lengths import draw_lengths
 from .spec.loader import length_dir
@@ -69,6 +68,8 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
 
 
 def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], iterations: int) -> list[Span]:
+    from .sim.run import run  # SimPy is not needed by those who only ask what fits
+
     scenario, cluster = setup.scenario, setup.scenario.cluster
     kernels = kernels_of(cluster.gpu.kernels)
     operators = Operators(cluster.gpu, kernels, scenario.effects, scenario.overheads)
@@ -81,10 +82,13 @@ def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]
 
 
 def periodic_seconds(setup: Setup) -> float:
-    """What validation and checkpoints add to an iteration, on average over their periods (no part of the step time)."""
+    """What validation and checkpoints add to an iteration, on average over their periods (no part of the step time).
+
+    What comes in every iteration is in the step time already.
+    """
     scenario, total = setup.scenario, 0.0
     for stage in setup.graph.stages():
-        if stage.every > 1 or stage.name in ("testing", "save_checkpoint"):
+        if stage.every > 1:
             alone = StageGraph(lanes=setup.graph.lanes)
             alone.stage(stage.name, stage.kind, stage.model, stage.ranks, size=stage.size)
             total += max(s.end_seconds for s in _run(setup, unfolded(alone), lengths_of(scenario, 0), 1)) / stage.every

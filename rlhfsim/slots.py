@@ -19,13 +19,15 @@ NAMES = {"actor": "actor", "critic": "critic", "initial": "reference", "referenc
 def place_slots(slots: dict[str, float], ranks: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Ranks per model, and notes on what the authors' arithmetic would have done instead.
 
-    Raises InputError for unknown models, ratios outside (0, 1], and ratios below one rank.
+    Raises InputError for unknown models, models named twice, ratios outside (0, 1], and ratios below one rank.
     """
     ratios: dict[str, Fraction] = {}
     for name, ratio in slots.items():
         field = f"strategy.slots.{name}"
         if name not in NAMES:
             raise InputError(f"there is no model {name!r}{nearest(name, NAMES)}", field=field)
+        if NAMES[name] in ratios:
+            raise InputError(f"{NAMES[name]} is named twice (initial and reference are the same model)", field=field)
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float, str)):
             raise InputError(f"{ratio!r} is no ratio; a number above 0 and up to 1 is needed", field=field)
         try:

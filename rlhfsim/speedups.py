@@ -38,9 +38,7 @@ class Curve(NamedTuple):
 
 def curves(table: Table, x: str) -> dict[Curve, list[Row]]:
     """The valid rows by curve, along ascending `x` (names: in the order of the table). Raises InputError."""
-    columns = [*swept_columns(table), "gpus", "samples"]
-    if x not in columns:
-        raise InputError(f"there is no such column{nearest(x, columns)}", field=f"x {x!r}")
+    _check_column(table, x)
     valid = [row for row in table if row["gpus"] is not None]
     others = [c for c in swept_columns(table) if c != x and not _determined(valid, c, (x, "strategy"))]
     found: dict[Curve, list[Row]] = defaultdict(list)
@@ -48,6 +46,12 @@ def curves(table: Table, x: str) -> dict[Curve, list[Row]]:
         found[Curve(row["strategy"], tuple((c, row[c]) for c in others))].append(row)
     place = {value: number for number, value in enumerate(_values(valid, x))}
     return {curve: sorted(rows, key=lambda row: place[row[x]]) for curve, rows in found.items()}
+
+
+def _check_column(table: Table, x: str) -> None:
+    columns = [*swept_columns(table), "gpus", "samples"]
+    if x not in columns:
+        raise InputError(f"there is no such column{nearest(x, columns)}", field=f"x {x!r}")
 
 
 def swept_columns(table: Table) -> list[str]:
@@ -97,6 +101,7 @@ def default_x(table: Table) -> str:
 
 def scales(table: Table, x: str) -> bool:
     """Whether `x` is a number of GPUs or in proportion to it, so that one can ask what more of them bring."""
+    _check_column(table, x)
     valid = [row for row in table if row["gpus"] is not None]
     numbers = all(isinstance(row[x], (int, float)) and row[x] > 0 for row in valid)
     return numbers and len({row[x] for row in valid}) > 1 and len({row["gpus"] / row[x] for row in valid}) == 1

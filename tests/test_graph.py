@@ -31,7 +31,8 @@ def pair(u: dict[str, object], v: dict[str, object], lanes: int = 4, **edge: obj
 
 def needs(graph: StageGraph, chunk: int = 0, place: int = 0, iteration: int = 0) -> set[tuple[int, int, int]]:
     """(iteration, chunk, place) of u that v needs."""
-    return {(n.iteration, n.chunk, n.place) for n in graph.needs(Firing(iteration, "v", chunk, place)) if n.stage == "u"}
+    return {(n.iteration, n.chunk, n.place) for n in graph.needs(Firing(iteration, "v", chunk, place))
+            if n.stage == "u"}
 
 
 # ---------------------------------------------------------------- needs
@@ -136,8 +137,8 @@ def test_a_barrier_receives_every_chunk() -> None:
     assert same(graph) == 2 * 3 * 4
 
 
-stages = st.fixed_dictionaries({"size": st.sampled_from((1, 2, 4)), "chunks": st.integers(1, 4), "epochs": st.integers(1, 3),
-                                "spread": st.sampled_from(("each", "robin")),
+stages = st.fixed_dictionaries({"size": st.sampled_from((1, 2, 4)), "chunks": st.integers(1, 4),
+                                "epochs": st.integers(1, 3), "spread": st.sampled_from(("each", "robin")),
                                 "serves": st.sampled_from((range(8), range(4), range(2, 6)))})
 
 
@@ -153,7 +154,7 @@ def test_any_edge_sends_what_is_received(u: dict[str, object], v: dict[str, obje
 @settings(max_examples=100, deadline=None)
 @given(strategy_graphs(), st.integers(1, 40))
 def test_samples_are_handled_once_and_made_before(graph: StageGraph, samples: int) -> None:
-    """Every epoch of a stage (all turns together) handles each sample once; what it reads was made by what it needs."""
+    """Every epoch of a stage (all turns together) handles each sample once; what it reads, its needs have made."""
     handled: dict[tuple[str, int], list[int]] = defaultdict(list)
     for f in firings(graph):
         stage, ids = graph.at(f.stage), samples_of(graph, f, samples).tolist()
@@ -222,6 +223,14 @@ def test_colocated_program() -> None:
         "gen", "ref", "reward", "old_log_prob", "update_actor", "update_weights"]
 
 
+def test_a_loop_of_unequal_pieces_alternates_in_proportion() -> None:
+    graph = StageGraph()
+    graph.stage("fine", "score", "m", (0,), chunks=4)
+    graph.stage("coarse", "train", "m", (0,), chunks=2, epochs=2, loop="fine")
+    names = "".join(f.stage[0] + str(f.chunk) for f in graph.program())
+    assert names == "f0f1c0f2f3c1c2c3"
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -266,6 +275,9 @@ def test_what_was_remembered_goes_when_the_graph_changes() -> None:
     assert [n.stage for n in graph.needs(Firing(0, "w", 0, 0))] == ["v"]
     graph.link("u", "w")
     assert [n.stage for n in graph.needs(Firing(0, "w", 0, 0))] == ["v", "u"]
+    assert len(graph.program()) == 3
+    graph.stage("x", "score", "m", (9,))
+    assert len(graph.program()) == 4
 
 
 def test_many_batches() -> None:

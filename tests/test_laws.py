@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenarios import OFF, PLACEMENTS, TAIL, scenario, timeline_of
 
@@ -23,7 +23,7 @@ from rlhfsim.errors import DoesNotFit, InputError
 from rlhfsim.fold import unfolded
 from rlhfsim.metrics import critical_path, rank_seconds, stage_seconds, step_seconds, total_seconds, whole
 from rlhfsim.sim.links import LinkPool
-from rlhfsim.timeline import Timeline, write
+from rlhfsim.timeline import Timeline, check, write
 
 approx = pytest.approx
 few = settings(max_examples=25, deadline=None)
@@ -56,8 +56,9 @@ def placements(draw: st.DrawFn, *, equal_work: bool = False) -> dict[str, Any]:
         chosen |= {"ratio": draw(st.sampled_from((0.25, 0.4, 0.5, 0.75))), "mode": draw(st.sampled_from(("sync", "async"))),
                    "concat": draw(st.booleans())}
     if strategy == "disaggregated":
+        shadow = draw(st.booleans())  # with a shadow critic two of eight ranks generate
         chosen |= {"batches": draw(st.sampled_from((2, 4, 8))), "capacity": draw(st.integers(1, 2)),
-                   "shadow_critic": draw(st.booleans()), "replicas": draw(st.sampled_from((1, 2))),
+                   "shadow_critic": shadow, "replicas": draw(st.sampled_from((1, 2))) if shadow else 1,
                    "spread": draw(st.sampled_from(("robin", "first"))),
                    "recompute_log_probs": equal_work or draw(st.booleans())}
     return {"strategy": strategy, "engine": engine, **options(**chosen)}
@@ -115,23 +116,26 @@ def test_colocated_depth_is_the_sum_of_its_stages(effects: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("batches", [1, 4])
 def test_disaggregated_depth(batches: int) -> None:
-    """Fill once, then the slowest stage sets the pace; the last update ends the iteration."""
-    stages = stage_seconds(timeline_of(scenario("disaggregated", "engine", algorithm__minibatches=batches, **EQUAL,
-                                                **options(batches=batches))))
+    """Fill once, then the slowest stage sets the pace; the last update ends the iteration.
+
+    One iteration: in the next, generation waits for the actor only and can overlap the critic's last update.
+    """
+    timeline = timeline_of(scenario("disaggregated", "engine", algorithm__minibatches=batches, simulation__iterations=1,
+                                    **EQUAL, **options(batches=batches)))
+    stages = stage_seconds(timeline)
     one = {name: seconds / batches for name, seconds in stages.items()}
     update = max(one["update_actor"], one["update_critic"])
     score = max(one["ref"], one["values"])
     pace = max(one["gen"], score, one["reward"], update)
     expected = one["gen"] + score + one["reward"] + update + (batches - 1) * pace
-    found = steps_of("disaggregated", "engine", algorithm__minibatches=batches, **EQUAL, **options(batches=batches))
-    assert found == approx(expected, rel=1e-9)
+    assert step_seconds(timeline) == approx(expected, rel=1e-9)
 
 
 # ---------------------------------------------------------------- five effects
 
 EFFECTS = ("decode", "links", "memory", "sync", "efficiency")
 # Little memory for the engine, lengths with a tail, offloaded Adam: every effect has something to take away.
-TIGHT = TAIL | {"models.actor.offload_optimizer": True, "generation.memory_fraction": 0.0025,
+TIGHT = TAIL | {"models.actor.offload_optimizer": True, "generation.memory_fraction": 0.0013,
                 "overheads.reserved_bytes": 0.0, "workload.prompts": 256}
 
 
@@ -261,9 +265,7 @@ def test_model_states_of_disaggregation_are_of_one_model_each() -> None:
     layout = {f"models.{m}.tensor_parallel": 4 for m in ("actor", "critic", "reference", "reward")}
     found = static_bytes_of("disaggregated", 1, generation__engine="engine", generation__tensor_parallel=2,
                             **layout, **options(split=split))
-    engine = simulation.prepare  # the engine's own copy counts as `engine`, not as model states
-    del engine
-    assert found[0] == 0
+    assert found[0] == 0  # the engine's own copy counts as `engine`
     order = list(split)
     first = {m: sum(split[o] for o in order[:k]) for k, m in enumerate(order)}
     tied = {"reference": 2, "shadow_critic": 2, "reward": 2}
@@ -272,3 +274,326 @@ def test_model_states_of_disaggregation_are_of_one_model_each() -> None:
         assert found[first[model]] == approx(width * size / 4, rel=1e-3)  # norms are whole on every rank
     assert found[first["actor"]] == approx(PARAMETERS["actor"] / 4 * (2 + 2 + 12 / 2), rel=1e-3)
     assert found[first["critic"]] == approx(PARAMETERS["critic"] / 4 * 16, rel=1e-3)
+
+
+# ---------------------------------------------------------------- where time goes
+
+
+@few
+@given(placements(), st.integers(0, 3), st.sampled_from(({}, TAIL)))
+def test_every_rank_second_is_counted_once(placement: dict[str, Any], seed: int, lengths: dict[str, Any]) -> None:
+    timeline = timeline_of(scenario(**placement, **lengths), seed)  # its spans are checked
+    account = rank_seconds(timeline)
+    assert all((seconds >= 0).all() for seconds in account.values())
+    np.testing.assert_allclose(sum(account.values()), whole(timeline).seconds, rtol=1e-9)
+    stages = sum(stage_seconds(timeline).values())
+    path = critical_path(timeline)
+    assert path.seconds <= path.window.seconds * (1 + 1e-9)
+    # Data on their way between stages take time in no stage: they are waited for or hidden.
+    waits = sum(s.data_seconds for s in timeline.spans) / max(1, timeline.iterations - 1)
+    assert step_seconds(timeline) <= stages + waits + 1e-9
+
+
+FASTER = {"compute": "gpu.flops_per_second.bf16", "memory": "gpu.memory_bytes_per_second",
+          "nvlink": "gpu.nvlink_bytes_per_second", "pcie": "gpu.pcie_bytes_per_second",
+          "nic": "network.nic_bytes_per_second", "host": "node.host_memory_bytes_per_second"}
+
+
+def with_faster(part: str, factor: float, **placement: Any) -> float:
+    """Step time with one rate of the cluster times `factor`."""
+    found = scenario(**placement)
+    if factor == 1:
+        return step_seconds(timeline_of(found))
+    value: Any = found.cluster
+    for name in FASTER[part].split("."):
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
+    return step_seconds(timeline_of(scenario(**placement, **{f"cluster.{FASTER[part]}": {
+        "value": factor * value.value, "source": "unverified"}})))
+
+
+@few
+@given(st.sampled_from(PLACEMENTS), st.sampled_from(sorted(FASTER)), st.floats(1.1, 10), st.sampled_from(({}, TAIL)),
+       st.sampled_from((0, 1, 2, 3)))
+def test_faster_hardware_is_never_slower(
+    placement: tuple[str, str], part: str, factor: float, lengths: dict[str, Any], zero_stage: int
+) -> None:
+    changes = {"strategy": placement[0], "engine": placement[1], "models.actor.offload_optimizer": part in ("pcie", "host"),
+               "models.actor.zero_stage": zero_stage, **lengths}
+    assert with_faster(part, factor, **changes) <= with_faster(part, 1, **changes) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("part", sorted(FASTER))
+def test_every_rate_matters_somewhere(part: str) -> None:
+    changes = {"strategy": "disaggregated", "engine": "engine", "models.actor.offload_optimizer": True,
+               "models.critic.offload_optimizer": True, "models.actor.spec": "qwen2.5-0.5b"}
+    assert with_faster(part, 1, **changes) < with_faster(part, 0.25, **changes)
+
+
+# ---------------------------------------------------------------- no more than the hardware gives
+
+PEAK_FLOPS, HBM, NVLINK, NIC = 312e12, 2039e9, 300e9, 25e9  # of an A100-SXM 80 GB and its cluster, one direction
+
+
+@everywhere
+@pytest.mark.parametrize("effects", [OFF, {}])
+def test_no_stage_computes_faster_than_the_peak(strategy: str, engine: str, effects: dict[str, Any]) -> None:
+    """Products alone: 2 operations a weight and token forward; training 6 and 2 more of layers that are recomputed."""
+    timeline = timeline_of(scenario(strategy, engine, simulation__iterations=1, **effects))
+    layers, head, tokens = 8 * LAYER, 4096 * 512, 64 * (64 + 128)
+    work = {"gen": 2 * layers, "old_log_prob": 2 * (layers + head), "ref": 2 * (layers + head), "reward": 2 * layers,
+            "values": 2 * layers, "update_actor": 8 * layers + 6 * head, "update_critic": 8 * layers}
+    spent: dict[str, float] = dict.fromkeys(work, 0.0)
+    for span in timeline.spans:
+        if span.kind in ("generate", "score", "train"):
+            stage = span.firing.stage.partition(".")[0]
+            spent[stage] += sum(span.compute_seconds) / len(span.compute_seconds) * len(span.ranks)
+    for stage, seconds in spent.items():
+        if seconds > 0:
+            share = work[stage] * tokens / seconds / PEAK_FLOPS
+            assert share <= 1, stage
+            assert share > 0.25 or not effects, stage  # ideal kernels come near it, so that the law can fail
+
+
+@pytest.mark.parametrize(("engine", "tensor_parallel"), [("zero3_per_token", 1), ("hybrid", 1), ("hybrid", 2), ("engine", 2)])
+def test_decoding_reads_weights_no_faster_than_the_memory(engine: str, tensor_parallel: int) -> None:
+    """One sequence per engine, no host time: a step reads all weights but the embedding, little else, and launches."""
+    weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096) / tensor_parallel
+    timeline = timeline_of(scenario(
+        "colocated", engine, cluster__nodes=1, workload__prompts=4 // tensor_parallel, generation__tensor_parallel=tensor_parallel,
+        generation__cuda_graphs=True, overheads__decode_step_seconds=0.0, algorithm__minibatches=1, simulation__iterations=1,
+        **{"models.actor.spec": "llama-7b"}))
+    for span in timeline.of(stage="gen"):
+        read_seconds = 127 * weights / HBM
+        assert read_seconds < span.bound["hbm"] < 1.35 * read_seconds
+        assert all(seconds > span.bound["hbm"] for seconds in span.compute_seconds)
+
+
+@everywhere
+def test_no_link_carries_more_than_its_rate(ran: list[Ran], strategy: str, engine: str) -> None:
+    timeline = timeline_of(scenario(strategy, engine, **TAIL))
+    carried: dict[str, float] = {}
+    for one in ran:
+        topology = one.pool.topology
+        for t in one.segment.transfers:
+            payload = float(np.broadcast_to(np.asarray(t.payload_bytes, float), one.segment.repeats.shape) @ one.segment.repeats)
+            for link, per_byte in topology.route(t.op, t.groups).usage.items():
+                assert payload * per_byte <= topology.capacities[link] * one.elapsed.seconds * (1 + 1e-9)
+                carried[link] = carried.get(link, 0.0) + payload * per_byte
+    assert carried
+    for link, byte_count in carried.items():
+        assert byte_count <= ran[0].pool.topology.capacities[link] * timeline.end_seconds * (1 + 1e-9)
+
+
+def test_weights_cross_nodes_no_faster_than_the_network() -> None:
+    """Into each of 4 engines of one GPU in turn; a GPU has two NICs in a node of four GPUs and eight NICs."""
+    ranks = {"shadow_actor": [0, 1, 2, 3], "reference": [8], "reward": [9], "shadow_critic": [10], "actor": [4, 5, 6, 7],
+             "critic": [11]}
+    found = scenario("disaggregated", "engine", cluster__nodes=3, **options(ranks=ranks), **{"models.actor.spec": "qwen2.5-0.5b"})
+    weights = 2 * 494_032_768  # huggingface.co/Qwen/Qwen2.5-0.5B, number of parameters, tied embeddings
+    seconds = stage_seconds(timeline_of(found))["update_weights"]
+    assert 4 * weights / (2 * NIC) < seconds < 4 * weights / (0.2 * NIC)
+
+
+# ---------------------------------------------------------------- the tail of response lengths
+
+UNPADDED = {"workload.padded": False, "effects.links": False, "models.actor.micro_batch_samples": 2}
+
+
+def update_seconds(zero_stage: int, **lengths: Any) -> tuple[float, float]:
+    """Of the actor's updates in all iterations: seconds, and mean seconds of waiting for peers."""
+    spans = timeline_of(scenario("colocated", "hybrid", models__actor={"spec": "small-8x512", "zero_stage": zero_stage},
+                                 **UNPADDED, **lengths)).of(stage="update_actor")
+    return sum(s.seconds for s in spans), sum(float(np.mean(s.peer_seconds)) for s in spans)
+
+
+def test_ranks_wait_for_the_slowest_where_the_framework_lets_them_meet() -> None:
+    """ZeRO-3: at every layer. ZeRO-2: at every backward. ZeRO-1: at the accumulation boundary."""
+    (three, waits3), (two, waits2), (one, waits1) = (update_seconds(stage, **TAIL) for stage in (3, 2, 1))
+    assert three >= two * (1 - 1e-9) and two > one * 1.001
+    assert waits3 >= waits2 * (1 - 1e-9) and waits2 > waits1 * 1.001 and waits1 > 0
+
+
+def test_equal_lengths_leave_nothing_to_wait_for() -> None:
+    found = [update_seconds(stage) for stage in (3, 2, 1)]
+    assert [waits for _, waits in found] == approx([0, 0, 0], abs=1e-12)
+    assert len({round(seconds, 9) for seconds, _ in found}) == 1
+
+
+@pytest.mark.parametrize("engine", ["hybrid", "engine"])
+def test_a_tail_of_lengths_makes_ranks_differ(engine: str) -> None:
+    """Every replica generates until its own longest response; the place waits for the last."""
+    spans = timeline_of(scenario("colocated", engine, **TAIL)).of(stage="gen")
+    longest = {s.firing.iteration: max(t.end_seconds for t in spans if t.firing.iteration == s.firing.iteration) for s in spans}
+    computing = {(s.firing.iteration, seconds) for s in spans for seconds in s.compute_seconds}
+    assert len(computing) > len(longest)
+
+
+# ---------------------------------------------------------------- periods
+
+PERIODS = {"periodic.checkpoint_every": 2, "periodic.validation_every": 3, "periodic.validation_prompts": 64}
+
+
+@everywhere
+def test_steps_are_without_validation_and_checkpoints(strategy: str, engine: str) -> None:
+    plain = steps_of(strategy, engine, simulation__iterations=6)
+    assert steps_of(strategy, engine, simulation__iterations=6, **PERIODS) == approx(plain, rel=1e-9)
+
+
+def test_periodic_seconds_are_amortised() -> None:
+    """Weights, master weights and two moments over the storage's rate, every 2nd iteration; generation, every 3rd."""
+    found = scenario("colocated", "engine", periodic__checkpoint_bytes_per_second=1e9, **PERIODS)
+    generation = stage_seconds(timeline_of(scenario("colocated", "engine")))["gen"]  # of 64 prompts, too
+    expected = (ACTOR + CRITIC) * (2 + 4 + 8) / 1e9 / 2 + generation / 3
+    assert simulation.periodic_seconds(simulation.prepare(found)) == approx(expected, rel=1e-9)
+
+
+def test_what_comes_in_every_iteration_is_part_of_the_step() -> None:
+    plain = steps_of("colocated", "engine")
+    found = scenario("colocated", "engine", periodic__checkpoint_every=1, periodic__checkpoint_bytes_per_second=1e9)
+    assert step_seconds(timeline_of(found)) == approx(plain + (ACTOR + CRITIC) * 14 / 1e9, rel=1e-9)
+    assert simulation.periodic_seconds(simulation.prepare(found)) == 0
+
+
+# ---------------------------------------------------------------- the same again
+
+
+def written(timeline: Timeline, path: Path) -> bytes:
+    write(timeline, path)
+    return path.read_bytes()
+
+
+AGAIN = """
+import sys
+from scenarios import TAIL, scenario, timeline_of
+from rlhfsim.timeline import write
+write(timeline_of(scenario("disaggregated", "engine", **TAIL), int(sys.argv[2])), sys.argv[1])
+"""
+
+
+def test_same_seed_same_bytes_in_any_process(tmp_path: Path) -> None:
+    here = written(timeline_of(scenario("disaggregated", "engine", **TAIL), 7), tmp_path / "here")
+    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    for hash_seed in ("1", "2"):
+        there = tmp_path / hash_seed
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(folders)}
+        subprocess.run([sys.executable, "-c", AGAIN, str(there), "7"], env=environment, check=True, timeout=60)
+        assert there.read_bytes() == here
+    assert written(timeline_of(scenario("disaggregated", "engine", **TAIL), 8), tmp_path / "other") != here
+
+
+@everywhere
+@pytest.mark.parametrize("changes", [
+    {}, {"models.actor.zero_stage": 1}, {"algorithm.epochs": 2, "workload.padded": False}, {"models.share_actor_critic": True},
+    {"models.actor.zero_stage": 1, "models.actor.tensor_parallel": 2}, {"weight_sync.method": "broadcast"}, OFF])
+def test_folding_symmetric_ranks_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, engine: str, changes: dict[str, Any]
+) -> None:
+    placed = {"generation.tensor_parallel": 2} if engine != "zero3_per_token" and "models.actor.tensor_parallel" in changes else {}
+    if "models.actor.tensor_parallel" in changes and strategy == "disaggregated":
+        placed |= {"cluster.nodes": 4}
+    found = scenario(strategy, engine, **changes, **placed)
+    folded = timeline_of(found)
+    monkeypatch.setattr(simulation, "folded_graph", lambda setup, lengths: unfolded(setup.graph))
+    plain = timeline_of(found)
+    assert len(folded.spans) <= len(plain.spans)
+    assert step_seconds(folded) == approx(step_seconds(plain), rel=1e-9)
+    for ours, theirs in ((stage_seconds(folded), stage_seconds(plain)),
+                         (total_seconds(rank_seconds(folded)), total_seconds(rank_seconds(plain)))):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == approx([theirs[key] for key in ours], rel=1e-9, abs=1e-9 * step_seconds(plain))
+
+
+# ---------------------------------------------------------------- options
+
+HOLDERS = ("actor", "critic", "reference", "reward")
+
+
+def everyone(**fields: Any) -> dict[str, Any]:
+    """The same for all four models."""
+    return {f"models.{role}.{name}": value for role in HOLDERS for name, value in fields.items()}
+
+
+def trained(**fields: Any) -> dict[str, Any]:
+    return {f"models.{role}.{name}": value for role in ("actor", "critic") for name, value in fields.items()}
+
+
+def seconds_and_bytes(strategy: str, engine: str, changes: dict[str, Any]) -> tuple[float, float]:
+    """Of a step, and on a rank that trains the actor; of models that are large enough to be bound by products."""
+    setup = simulation.prepare(scenario(strategy, engine, cluster__nodes=4, effects__memory=False, workload__prompts=128,
+                                        **{"models.actor.spec": "llama-7b"}, **changes))
+    return step_seconds(check(simulation.simulate(setup))), setup.fit().by_phase["update_actor"].bytes.total
+
+
+@pytest.mark.parametrize(("strategy", "engine"), [("colocated", "hybrid"), ("interleaved", "engine"), ("disaggregated", "engine")])
+@pytest.mark.parametrize(("base", "change", "slower", "fuller"), [
+    # What each option does to the step's time and to the bytes: +1 more, -1 less, 0 either.
+    ({}, {"models.share_actor_critic": True}, -1, 0),
+    ({}, trained(lora_rank=8), 0, -1),
+    ({}, trained(trainable_layers=2), -1, -1),
+    ({}, trained(offload_optimizer=True), 1, -1),
+    ({}, everyone(offload_parameters=True), 1, -1),
+    ({"effects.links": False}, everyone(recompute="none"), -1, 1),  # else it may hide behind ZeRO-3's gathers
+    ({"effects.links": False}, everyone(recompute="selective"), -1, 1),
+    ({}, everyone(precision="fp32"), 1, 1),
+    ({}, everyone(micro_batch_samples=1, score_micro_batch_samples=1), 1, -1),
+    ({}, everyone(flash_attention=False), 1, 1),
+    ({}, {"workload.padded": False} | TAIL, -1, 0),
+    (everyone(zero_stage=0), everyone(zero_stage=1), 0, -1),
+    (everyone(zero_stage=1), everyone(zero_stage=2), 0, -1),
+    (everyone(zero_stage=2), everyone(zero_stage=3), 1, -1),
+])
+def test_options_change_what_they_should(
+    strategy: str, engine: str, base: dict[str, Any], change: dict[str, Any], slower: int, fuller: int
+) -> None:
+    if "workload.padded" in change:
+        base = base | TAIL
+    (before, bytes_before), (after, bytes_after) = (seconds_and_bytes(strategy, engine, c) for c in (base, base | change))
+    if strategy == "disaggregated" and "models.share_actor_critic" in change:
+        slower = 0  # the ranks are divided anew
+    if slower:
+        assert slower * (after - before) > 0
+    if fuller:
+        assert fuller * (bytes_after - bytes_before) > 0
+
+
+SIZES = (1, 2, 4)
+CHANGES: dict[str, st.SearchStrategy[Any]] = {
+    "models.share_actor_critic": st.booleans(), "models.actor.lora_rank": st.sampled_from((0, 4)),
+    "models.critic.trainable_layers": st.sampled_from((None, 1, 5)), "models.actor.offload_optimizer": st.booleans(),
+    "models.reference.offload_parameters": st.booleans(), "models.actor.offload_parameters": st.booleans(),
+    "models.actor.zero_stage": st.integers(0, 3), "models.critic.zero_stage": st.integers(0, 3),
+    "models.actor.tensor_parallel": st.sampled_from(SIZES), "models.actor.pipeline_parallel": st.sampled_from(SIZES),
+    "models.reward.tensor_parallel": st.sampled_from(SIZES), "models.actor.pipeline_chunks": st.sampled_from((1, 2)),
+    "models.actor.precision": st.sampled_from(("bf16", "fp16", "fp32")), "models.actor.sequence_parallel": st.booleans(),
+    "models.actor.recompute": st.sampled_from(("none", "selective", "full")), "models.actor.micro_batch_samples": st.integers(1, 40),
+    "models.actor.logits_chunk_tokens": st.sampled_from((None, 100)), "models.actor.flash_attention": st.booleans(),
+    "workload.padded": st.booleans(), "workload.prompts": st.integers(1, 70), "workload.responses_per_prompt": st.integers(1, 3),
+    "workload.response_tokens": st.sampled_from((1, 128, TAIL["workload.response_tokens"])),
+    "algorithm.epochs": st.integers(1, 2), "algorithm.minibatches": st.integers(1, 3),
+    "generation.tensor_parallel": st.sampled_from(SIZES), "generation.batching": st.sampled_from((None, "static", "continuous")),
+    "generation.batch_samples": st.sampled_from((None, 1, 3)), "generation.max_sequences": st.sampled_from((1, 5, 256)),
+    "generation.memory_fraction": st.sampled_from((None, 0.002, 0.5)), "generation.routing": st.sampled_from(("static", "least_loaded")),
+    "generation.prefill_tokens": st.sampled_from((16, 8192)), "weight_sync.method": st.sampled_from(("p2p", "broadcast")),
+    "weight_sync.bucket_bytes": st.sampled_from((1e6, 1e9)), "overheads.controller_bytes_per_second": st.sampled_from((None, 1e9)),
+    "cluster.nodes": st.integers(1, 4), "cluster.gpus_per_node": st.sampled_from((1, 3, 4)),
+    "cluster.spec": st.sampled_from(("a100-80g-sxm", "h100-80g-pcie", "v100-32g-sxm", "h100-80g-sxm-oversubscribed")),
+    "periodic.validation_every": st.integers(0, 2), "periodic.checkpoint_every": st.integers(0, 2),
+    **{f"effects.{name}": st.booleans() for name in EFFECTS},
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(placements(), st.data())
+def test_any_options_simulate_or_are_refused(placement: dict[str, Any], data: st.DataObject) -> None:
+    """Nothing but InputError and DoesNotFit comes out, and every timeline keeps its promises."""
+    names = data.draw(st.lists(st.sampled_from(sorted(CHANGES)), max_size=6, unique=True))
+    changes = {name: data.draw(CHANGES[name], label=name) for name in names}
+    try:
+        setup = simulation.prepare(scenario(**placement, **{"simulation.iterations": 2} | changes))
+        fit = setup.fit()
+        timeline = check(simulation.simulate(setup))
+    except (InputError, DoesNotFit) as error:
+        assert str(error)
+        return
+    assert step_seconds(timeline) >= 0 and fit.worst.bytes.total > 0
+    assert {s.firing.iteration for s in timeline.spans} == {0, 1}

@@ -160,6 +160,13 @@ def test_first_numbers_results_as_they_complete() -> None:
     assert sorted(scheduler.step()) == [Firing(0, "gen", 2, 1), Firing(0, "ref", 0, 0)]
 
 
+def test_what_has_its_place_goes_before_what_takes_any() -> None:
+    graph = StageGraph()
+    graph.stage("any", "generate", "m", (0, 1), size=1, chunks=1, spread="first")
+    graph.stage("fixed", "score", "m", (0,))
+    assert Scheduler(check(graph), 1).step() == [Firing(0, "fixed", 0, 0), Firing(0, "any", 0, 1)]
+
+
 def test_stuck_says_who_waits_for_whom() -> None:
     graph = StageGraph()
     graph.stage("a", "score", "m", (0,), chunks=4)
@@ -171,7 +178,7 @@ def test_stuck_says_who_waits_for_whom() -> None:
 
 
 def test_check_names_the_circle_that_capacity_makes() -> None:
-    """w begins when all four chunks of u are done: one in w's hands, one in u's, and the others must fit the channel."""
+    """w begins when all four chunks of u are done: one in w's hands, one in u's, the others must fit the channel."""
     def graph(capacity: int) -> StageGraph:
         graph = StageGraph()
         graph.stage("u", "score", "m", (0,), chunks=4)

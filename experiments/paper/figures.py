@@ -1,4 +1,4 @@
-"""Figures of the paper's comparison from its tables: speedup curves, who wins where, and where a factor of 11 comes from."""
+"""Figures of the paper's comparison: speedup curves, who wins where, and where a factor of 11 comes from."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def draw(folder: Path) -> None:
 
 def typed(line: dict[str, str]) -> Line:
     """Numbers as numbers, empty cells as None."""
+
     def value(text: str) -> Any:
         try:
             return float(text) if text else None
@@ -83,13 +84,23 @@ def strong(cells: list[Line], network: float, path: Path) -> None:
     """Speedup over each baseline against GPUs, a column per model."""
     lines = pick(cells, study="strong", network_gb_per_second=network)
     columns = {f"LLaMA {short(m)} x 4 models": pick(lines, model=m) for m in distinct(lines, "model")}
-    curves(columns, path, f"Strong scaling: 1024 samples per iteration, 256 + 256 tokens, {network:g} GB/s per node of 8 A100-80G")
+    curves(
+        columns,
+        path,
+        f"Strong scaling: 1024 samples per iteration, 256 + 256 tokens, {network:g} GB/s per node of 8 A100-80G",
+    )
 
 
 def weak(cells: list[Line], path: Path) -> None:
     lines = pick(cells, study="weak", samples_per_gpu=4.0)
-    columns = {f"{n:g} GB/s per node": pick(lines, network_gb_per_second=n) for n in distinct(lines, "network_gb_per_second")}
-    curves(columns, path, "Weak scaling: LLaMA 13B x 4 models, 4 samples per GPU and iteration, 256 + 256 tokens, nodes of 8 A100-80G")
+    columns = {
+        f"{n:g} GB/s per node": pick(lines, network_gb_per_second=n) for n in distinct(lines, "network_gb_per_second")
+    }
+    curves(
+        columns,
+        path,
+        "Weak scaling: LLaMA 13B x 4 models, 4 samples per GPU and iteration, 256 + 256 tokens, nodes of 8 A100-80G",
+    )
 
 
 def curves(columns: dict[str, list[Line]], path: Path, title: str) -> None:
@@ -106,14 +117,30 @@ def curves(columns: dict[str, list[Line]], path: Path, title: str) -> None:
         made.suptitle(title, fontsize=11)
         strategies = distinct([line for lines in columns.values() for line in lines], "strategy")
         handles = [Line2D([], [], label=s, **style(s)) for s in strategies]
-        handles.append(Line2D([], [], color="black", linewidth=0, marker="|", markersize=9, label="tick at the bottom: does not fit, or fits no layout"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color="black",
+                linewidth=0,
+                marker="|",
+                markersize=9,
+                label="tick at the bottom: does not fit, or fits no layout",
+            )
+        )
         made.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def style(strategy: str) -> dict[str, Any]:
     placement, engine = parts(strategy)
-    return {"color": COLOURS[placement], "marker": MARKERS[placement], "linestyle": DASHES[engine], "markersize": 5,
-            "markerfacecolor": "none", "linewidth": 1.4}
+    return {
+        "color": COLOURS[placement],
+        "marker": MARKERS[placement],
+        "linestyle": DASHES[engine],
+        "markersize": 5,
+        "markerfacecolor": "none",
+        "linewidth": 1.4,
+    }
 
 
 def speedup_curves(axes: Axes, lines: list[Line], baseline: str) -> None:
@@ -127,8 +154,15 @@ def speedup_curves(axes: Axes, lines: list[Line], baseline: str) -> None:
             axes.plot(*zip(*drawn, strict=True), **style(strategy))
         absent = [line["gpus"] for line in own if line["step_seconds"] is None]
         if absent:  # the colour says who, each a step to the right of the one before
-            axes.plot([g * 1.07 ** (missing - 2) for g in absent], [0.025] * len(absent), "|", color=COLOURS[parts(strategy)[0]], markersize=9,
-                      transform=axes.get_xaxis_transform(), clip_on=False)
+            axes.plot(
+                [g * 1.07 ** (missing - 2) for g in absent],
+                [0.025] * len(absent),
+                "|",
+                color=COLOURS[parts(strategy)[0]],
+                markersize=9,
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+            )
             missing += 1
     axes.axhline(1.0, color="black", linewidth=0.8)
     if baseline == BASELINES[0]:
@@ -136,7 +170,15 @@ def speedup_curves(axes: Axes, lines: list[Line], baseline: str) -> None:
         axes.text(gpus[0], 11.4, "11x", fontsize=8, va="bottom")
     if any(not line["step_seconds"] for line in pick(lines, strategy=baseline)):
         none = [f"{line['gpus']:g}" for line in pick(lines, strategy=baseline) if not line["step_seconds"]]
-        axes.text(0.98, 0.97, f"baseline does not fit on {', '.join(none)} GPUs", transform=axes.transAxes, fontsize=7.5, ha="right", va="top")
+        axes.text(
+            0.98,
+            0.97,
+            f"baseline does not fit on {', '.join(none)} GPUs",
+            transform=axes.transAxes,
+            fontsize=7.5,
+            ha="right",
+            va="top",
+        )
     log_axes(axes, gpus)
 
 
@@ -163,11 +205,21 @@ def winners(cells: list[Line], path: Path) -> None:
             row[0].set_ylabel(f"co-located and interleaved\ngenerate with\n{parts(baseline)[1]}", fontsize=9)
         for axes in panels[-1]:
             axes.set_xlabel("GPUs")
-        made.suptitle("Fastest placement at 1024 samples per iteration (A100-80G). Number: speedup of the best other placement over "
-                      "co-located, same row's engine;\ndisaggregated always has an engine of its own", fontsize=11)
-        handles = [Patch(color=light(p), label={"colocated": f"co-located (or within {100 * (TIE - 1):.0f} % of the fastest)"}.get(p, p))
-                   for p in COLOURS] + [Patch(color="#DDDDDD", label="nothing fits"),
-                                        Line2D([], [], linewidth=0, label="'only': co-located does not fit")]
+        made.suptitle(
+            "Fastest placement at 1024 samples per iteration (A100-80G). Number: speedup of the best other placement\n"
+            "over co-located with the row's way to generate; disaggregated always has an engine of its own",
+            fontsize=11,
+        )
+        handles = [
+            Patch(
+                color=light(p),
+                label={"colocated": f"co-located (or within {100 * (TIE - 1):.0f} % of the fastest)"}.get(p, p),
+            )
+            for p in COLOURS
+        ] + [
+            Patch(color="#DDDDDD", label="nothing fits"),
+            Line2D([], [], linewidth=0, label="'only': co-located does not fit"),
+        ]
         made.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 
 
@@ -198,7 +250,11 @@ def Patch_of(x: int, y: int, colour: Any) -> Any:
 def winner(cell: list[Line], engine: str) -> tuple[str | None, str]:
     """(placement, what to write): the fastest of the three; co-located where it is as good as the fastest."""
     allowed = {f"colocated, {engine}", f"interleaved, {engine}", DISAGGREGATED}
-    seconds = {parts(line["strategy"])[0]: line["step_seconds"] for line in cell if line["strategy"] in allowed and line["step_seconds"]}
+    seconds = {
+        parts(line["strategy"])[0]: line["step_seconds"]
+        for line in cell
+        if line["strategy"] in allowed and line["step_seconds"]
+    }
     if not seconds:
         return None, ""
     fastest = min(seconds, key=lambda p: seconds[p])
@@ -218,10 +274,20 @@ def eleven(cells: list[Line], effects: list[Line], path: Path) -> None:
         for axes, baseline in ((left, BASELINES[0]), (middle, BASELINES[1])):
             for colour, network in zip(NETWORK_COLOURS, networks, strict=False):
                 for name, dash in ((baseline, "-"),) if axes is left else ((BASELINES[1], "--"), (BASELINES[2], "-")):
-                    drawn = [(line["gpus"], line[f"speedup_over {name}"]) for line in pick(lines, network_gb_per_second=network)
-                             if line[f"speedup_over {name}"]]
+                    drawn = [
+                        (line["gpus"], line[f"speedup_over {name}"])
+                        for line in pick(lines, network_gb_per_second=network)
+                        if line[f"speedup_over {name}"]
+                    ]
                     engine = "" if axes is left else f" over {parts(name)[1]}"
-                    axes.plot(*zip(*drawn, strict=True), color=colour, linestyle=dash, marker="s", markersize=4, label=f"{network:g} GB/s{engine}")
+                    axes.plot(
+                        *zip(*drawn, strict=True),
+                        color=colour,
+                        linestyle=dash,
+                        marker="s",
+                        markersize=4,
+                        label=f"{network:g} GB/s{engine}",
+                    )
             log_axes(axes, gpus)
             axes.axhline(1.0, color="black", linewidth=0.8)
             axes.axhline(11.0, color="black", linewidth=0.8, linestyle=(0, (6, 3)))
@@ -230,19 +296,30 @@ def eleven(cells: list[Line], effects: list[Line], path: Path) -> None:
             axes.set_xlabel("GPUs")
             axes.set_ylabel("speedup of disaggregated")
             axes.legend(fontsize=7.5, frameon=False, ncols=2, loc="upper left" if axes is middle else "lower right")
-        left.set_title("over co-located, zero3_per_token\n(LLaMA 13B, 4 samples per GPU, by network per node)", fontsize=10)
+        left.set_title(
+            "over co-located, zero3_per_token\n(LLaMA 13B, 4 samples per GPU, by network per node)", fontsize=10
+        )
         middle.set_title("the same runs over co-located with\nhybrid (dashed) or with an engine (solid)", fontsize=10)
         effect_bars(right, effects)
 
 
 def effect_bars(axes: Axes, effects: list[Line]) -> None:
     """Speedup over zero3_per_token with all effects, and with one of the five off."""
-    names = {"none": "all effects", "decode": "decode off:\nno gather per token", "links": "links off:\ntransfers free",
-             "memory": "memory off:\nunlimited", "sync": "sync off:\nweight sync free", "efficiency": "efficiency off:\nno overheads"}
+    names = {
+        "none": "all effects",
+        "decode": "decode off:\nno gather per token",
+        "links": "links off:\ntransfers free",
+        "memory": "memory off:\nunlimited",
+        "sync": "sync off:\nweight sync free",
+        "efficiency": "efficiency off:\nno overheads",
+    }
     shown = (DISAGGREGATED, BASELINES[2], BASELINES[1])
     width = 0.8 / len(shown)
     for number, strategy in enumerate(shown):
-        values = [pick(effects, effect_off=e, strategy=strategy)[0][f"speedup_over {BASELINES[0]}"] for e in ("none", *EFFECTS)]
+        values = [
+            pick(effects, effect_off=e, strategy=strategy)[0][f"speedup_over {BASELINES[0]}"]
+            for e in ("none", *EFFECTS)
+        ]
         places = [y + (number - 1) * width for y in range(len(values))]
         placement, engine = parts(strategy)
         colour = COLOURS[placement] if engine == "engine" else "#AACCEE"
@@ -257,6 +334,9 @@ def effect_bars(axes: Axes, effects: list[Line]) -> None:
     axes.set_xlim(0, max(line[f"speedup_over {BASELINES[0]}"] for line in effects) * 1.12)
     axes.set_xlabel(f"speedup over {BASELINES[0]}, dashed: 11x")
     one = effects[0]
-    axes.set_title(f"which effect makes it: LLaMA {short(one['model'])}, {one['gpus']:g} GPUs,\n"
-                   f"{one['network_gb_per_second']:g} GB/s per node, {one['samples_per_gpu']:g} samples per GPU", fontsize=10)
+    axes.set_title(
+        f"which effect makes it: LLaMA {short(one['model'])}, {one['gpus']:g} GPUs,\n"
+        f"{one['network_gb_per_second']:g} GB/s per node, {one['samples_per_gpu']:g} samples per GPU",
+        fontsize=10,
+    )
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False, fontsize=8)

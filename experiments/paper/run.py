@@ -1,4 +1,4 @@
-"""The paper's comparison: strategies x models x GPUs x networks, as CSV files and figures. See README.md beside this file.
+"""The paper's comparison: strategies x models x GPUs x networks, as CSV files and figures. README.md explains it.
 
 python experiments/paper/run.py [--quick] [--jobs N] [--out DIR]
 """
@@ -31,8 +31,20 @@ DISAGGREGATED = "disaggregated, engine"
 STRATEGIES = (*GRID["candidates"], DISAGGREGATED)
 NIC_GB_PER_SECOND = 25
 CELL = ("study", "model", "gpus", "network_gb_per_second", "samples_per_gpu")
-COLUMNS = (*CELL, "strategy", "step_seconds", *(f"speedup_over {b}" for b in BASELINES), "gen_seconds", "score_seconds",
-           "train_seconds", "sync_seconds", "peak_gib", "bound_by", "settings", "reason")
+COLUMNS = (
+    *CELL,
+    "strategy",
+    "step_seconds",
+    *(f"speedup_over {b}" for b in BASELINES),
+    "gen_seconds",
+    "score_seconds",
+    "train_seconds",
+    "sync_seconds",
+    "peak_gib",
+    "bound_by",
+    "settings",
+    "reason",
+)
 Overrides = dict[str, Any]
 
 
@@ -41,9 +53,13 @@ Overrides = dict[str, Any]
 
 def overrides_of(cell: dict[str, Any]) -> Overrides:
     """What makes scenario.yaml the scenario of a cell."""
-    return {"cluster.nodes": cell["gpus"] // 8, "cluster.network.nics_per_node": cell["network_gb_per_second"] // NIC_GB_PER_SECOND,
-            "workload.prompts": round(cell["gpus"] * cell["samples_per_gpu"]),
-            "models.actor.spec": cell["model"], "models.critic.spec": cell["model"]}
+    return {
+        "cluster.nodes": cell["gpus"] // 8,
+        "cluster.network.nics_per_node": cell["network_gb_per_second"] // NIC_GB_PER_SECOND,
+        "workload.prompts": round(cell["gpus"] * cell["samples_per_gpu"]),
+        "models.actor.spec": cell["model"],
+        "models.critic.spec": cell["model"],
+    }
 
 
 def with_micro_batches(scenario: Scenario) -> Scenario:
@@ -60,17 +76,30 @@ def disaggregated(layout: dict[str, Any], split: list[float]) -> Overrides:
     """A layout and a split of grid.yaml as overrides."""
     generate, score, train = split
     scoring = ["reference", "reward"] + ["shadow_critic"] * layout["shadow_critic"]
-    shares = {"shadow_actor": generate, **{m: score / len(scoring) for m in scoring}, "actor": train / 2, "critic": train / 2}
-    found = {"strategy.name": "disaggregated", "generation.engine": "engine", "generation.tensor_parallel": layout["generate"],
-             "strategy.shadow_critic": layout["shadow_critic"], "strategy.split": shares}
+    shares = {
+        "shadow_actor": generate,
+        **{m: score / len(scoring) for m in scoring},
+        "actor": train / 2,
+        "critic": train / 2,
+    }
+    found = {
+        "strategy.name": "disaggregated",
+        "generation.engine": "engine",
+        "generation.tensor_parallel": layout["generate"],
+        "strategy.shadow_critic": layout["shadow_critic"],
+        "strategy.split": shares,
+    }
     for role in ROLES:
         tensor = layout["train"] if role in ("actor", "critic") else layout["frozen"]
-        found |= {f"models.{role}.tensor_parallel": tensor, f"models.{role}.zero_stage": 3 if layout["train"] == 1 else 1}
+        found |= {
+            f"models.{role}.tensor_parallel": tensor,
+            f"models.{role}.zero_stage": 3 if layout["train"] == 1 else 1,
+        }
     return found
 
 
 def best(base: Overrides, candidates: Iterable[Overrides]) -> tuple[Row | None, Overrides, str]:
-    """The fastest candidate that fits, with its overrides; where none does, the reason of the first that can be built."""
+    """The fastest candidate that fits, with its overrides; where none does, the reason the first one gives."""
     scenarios, given, problem = {}, {}, ""
     for number, own in enumerate(candidates):
         try:
@@ -139,8 +168,12 @@ def result(row: Row | None) -> dict[str, Any]:
     if row.timeline is None or row.step_seconds is None:
         return line
     stages = stage_seconds(row.timeline)
-    kinds = {"gen": ("gen",), "score": ("old_log_prob", "ref", "reward", "values"), "train": ("update_actor", "update_critic"),
-             "sync": ("update_weights",)}
+    kinds = {
+        "gen": ("gen",),
+        "score": ("old_log_prob", "ref", "reward", "values"),
+        "train": ("update_actor", "update_critic"),
+        "sync": ("update_weights",),
+    }
     line |= {f"{kind}_seconds": three(sum(stages.get(s, 0.0) for s in names)) for kind, names in kinds.items()}
     return line | {"step_seconds": three(row.step_seconds), "bound_by": bound_by(row.timeline), "settings": words(row)}
 
@@ -151,10 +184,17 @@ def words(row: Row) -> str:
     text = [f"engine TP {used['generation.tensor_parallel']}"]
     if ranks := used.get("ranks"):
         actor = row.scenario.models.actor
-        text += [f"trained TP {actor.tensor_parallel} ZeRO-{actor.zero_stage}",
-                 *(f"{name} {count}" for name, count in ranks.items()),
-                 f"batches {used['strategy.batches']}", f"replicas {used['strategy.replicas']}"]
-    text += [f"micro-batch {used['models.actor.micro_batch_samples']}"] if "models.actor.micro_batch_samples" in used else []
+        text += [
+            f"trained TP {actor.tensor_parallel} ZeRO-{actor.zero_stage}",
+            *(f"{name} {count}" for name, count in ranks.items()),
+            f"batches {used['strategy.batches']}",
+            f"replicas {used['strategy.replicas']}",
+        ]
+    text += (
+        [f"micro-batch {used['models.actor.micro_batch_samples']}"]
+        if "models.actor.micro_batch_samples" in used
+        else []
+    )
     return " ".join(text)
 
 
@@ -173,8 +213,11 @@ VARIANTS: tuple[tuple[str, str, Overrides], ...] = (
     ("colocated, engine", "LoRA 128", {"models.actor.lora_rank": 128, "models.critic.lora_rank": 128}),
     ("colocated, engine", "one optimizer step", {"algorithm.minibatches": 1}),
     ("colocated, engine", "four optimizer steps", {"algorithm.minibatches": 4}),
-    ("colocated, engine", "Megatron layout: all models TP 4, ZeRO-1",
-     {f"models.{role}.{key}": value for role in ROLES for key, value in (("tensor_parallel", 4), ("zero_stage", 1))}),
+    (
+        "colocated, engine",
+        "Megatron layout: all models TP 4, ZeRO-1",
+        {f"models.{role}.{key}": value for role in ROLES for key, value in (("tensor_parallel", 4), ("zero_stage", 1))},
+    ),
     ("interleaved, hybrid", "synchronous", {"strategy.mode": "sync"}),
     ("interleaved, hybrid", "concatenated batches", {"strategy.concat": True}),
     ("interleaved, hybrid", "ZeRO-2", {f"models.{role}.zero_stage": 2 for role in ROLES}),
@@ -185,12 +228,22 @@ VARIANTS: tuple[tuple[str, str, Overrides], ...] = (
     (DISAGGREGATED, "one optimizer step", {"algorithm.minibatches": 1}),
     (DISAGGREGATED, "four optimizer steps, four batches", {"algorithm.minibatches": 4, "strategy.batches": 4}),
     (DISAGGREGATED, "LoRA 128", {"models.actor.lora_rank": 128, "models.critic.lora_rank": 128}),
-    (DISAGGREGATED, "LoRA 128, point-to-point weight sync",
-     {"models.actor.lora_rank": 128, "models.critic.lora_rank": 128, "weight_sync.method": "p2p"}),
+    (
+        DISAGGREGATED,
+        "LoRA 128, point-to-point weight sync",
+        {"models.actor.lora_rank": 128, "models.critic.lora_rank": 128, "weight_sync.method": "p2p"},
+    ),
 )
 VARIANT_COLUMNS = (*CELL[1:], "strategy", "variant", "step_seconds", "speedup_over_without", "reason")
 EFFECTS = ("decode", "links", "memory", "sync", "efficiency")
-EFFECT_COLUMNS = (*CELL[1:], "effect_off", "strategy", "step_seconds", "gen_seconds", "speedup_over colocated, zero3_per_token")
+EFFECT_COLUMNS = (
+    *CELL[1:],
+    "effect_off",
+    "strategy",
+    "step_seconds",
+    "gen_seconds",
+    "speedup_over colocated, zero3_per_token",
+)
 
 
 def variant_rows(cell: dict[str, Any]) -> list[dict[str, Any]]:
@@ -204,8 +257,11 @@ def variant_rows(cell: dict[str, Any]) -> list[dict[str, Any]]:
         if own and row is not None:
             found, _, reason = best(base, [own | change])
             seconds = found.step_seconds if found else None
-            line |= {"reason": reason, "step_seconds": seconds and three(seconds),
-                     "speedup_over_without": seconds and three(row.step_seconds / seconds)}
+            line |= {
+                "reason": reason,
+                "step_seconds": seconds and three(seconds),
+                "speedup_over_without": seconds and three(row.step_seconds / seconds),
+            }
         lines.append(line)
     return lines + long_rollouts(cell, chosen)
 
@@ -217,12 +273,22 @@ def long_rollouts(cell: dict[str, Any], chosen: dict[str, Any]) -> list[dict[str
         row, own, reason = chosen[strategy]
         line = cell | {"strategy": strategy, "variant": f"rollout of {factor} times the samples", "reason": reason}
         if own and row is not None:
-            longer = {"workload.prompts": round(cell["gpus"] * cell["samples_per_gpu"] * factor), "algorithm.minibatches": 2 * factor}
-            calls = {"strategy.calls": factor} if strategy != DISAGGREGATED else {"strategy.batches": own["strategy.batches"] * factor}
+            longer = {
+                "workload.prompts": round(cell["gpus"] * cell["samples_per_gpu"] * factor),
+                "algorithm.minibatches": 2 * factor,
+            }
+            calls = (
+                {"strategy.calls": factor}
+                if strategy != DISAGGREGATED
+                else {"strategy.batches": own["strategy.batches"] * factor}
+            )
             found, _, reason = best(overrides_of(cell) | longer, [own | calls])
             seconds = found.step_seconds if found else None
-            line |= {"reason": reason, "step_seconds": seconds and three(seconds),
-                     "speedup_over_without": seconds and three(factor * row.step_seconds / seconds)}
+            line |= {
+                "reason": reason,
+                "step_seconds": seconds and three(seconds),
+                "speedup_over_without": seconds and three(factor * row.step_seconds / seconds),
+            }
         lines.append(line)
     return lines
 
@@ -230,22 +296,34 @@ def long_rollouts(cell: dict[str, Any], chosen: dict[str, Any]) -> list[dict[str
 def effect_rows(cell: dict[str, Any]) -> list[dict[str, Any]]:
     """The strategies of one cell with all effects, then with each of the five taken away, at unchanged settings."""
     base = overrides_of(cell)
-    chosen = {strategy: best_of(strategy, base)[1] for strategy in (*BASELINES, "interleaved, zero3_per_token", DISAGGREGATED)}
+    chosen = {
+        strategy: best_of(strategy, base)[1] for strategy in (*BASELINES, "interleaved, zero3_per_token", DISAGGREGATED)
+    }
     lines = []
     for effect in ("none", *EFFECTS):
         off = {f"effects.{effect}": False} if effect != "none" else {}
         rows = {s: best(base | off, [own])[0] for s, own in chosen.items()}
         reference = rows[BASELINES[0]]
         for strategy, row in rows.items():
-            lines.append(cell | {"effect_off": effect, "strategy": strategy} | result(row) |
-                         {f"speedup_over {BASELINES[0]}": three(reference.step_seconds / row.step_seconds)})
+            lines.append(
+                cell
+                | {"effect_off": effect, "strategy": strategy}
+                | result(row)
+                | {f"speedup_over {BASELINES[0]}": three(reference.step_seconds / row.step_seconds)}
+            )
     return lines
 
 
 def special_cells() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The cells of the variants and of the effects."""
-    as_cell = [{**{k: c[k] for k in ("model", "gpus")}, "network_gb_per_second": c["network"],
-                "samples_per_gpu": float(c["samples_per_gpu"])} for c in (*GRID["variant_cells"], GRID["effects_cell"])]
+    as_cell = [
+        {
+            **{k: c[k] for k in ("model", "gpus")},
+            "network_gb_per_second": c["network"],
+            "samples_per_gpu": float(c["samples_per_gpu"]),
+        }
+        for c in (*GRID["variant_cells"], GRID["effects_cell"])
+    ]
     return as_cell[:-1], as_cell[-1]
 
 
@@ -283,14 +361,23 @@ def main() -> int:
 def compute(out: Path, quick: bool, jobs: int) -> None:
     """Simulate everything and write the three tables."""
     started, (several, one) = time.perf_counter(), special_cells()
-    wanted = list(cells(quick))
-    parallel = Parallel(n_jobs=jobs, batch_size=1)
-    tables = {"cells.csv": (COLUMNS, parallel(delayed(cell_rows)(cell) for cell in wanted)),
-              "variants.csv": (VARIANT_COLUMNS, parallel(delayed(variant_rows)(cell) for cell in several[:1 if quick else None])),
-              "effects.csv": (EFFECT_COLUMNS, [effect_rows(one)])}
-    for name, (columns, groups) in tables.items():
-        write_csv(out / name, columns, (row for group in groups for row in group))
-    print(f"{len(wanted)} cells in {time.perf_counter() - started:.0f} s: {out}", file=sys.stderr)
+    work = [
+        ("cells.csv", COLUMNS, cell_rows, list(cells(quick))),
+        ("variants.csv", VARIANT_COLUMNS, variant_rows, several[:1] if quick else several),
+        ("effects.csv", EFFECT_COLUMNS, effect_rows, [one]),
+    ]
+    for name, columns, function, wanted in work:
+        lines: list[dict[str, Any]] = []
+        groups = Parallel(n_jobs=jobs, batch_size=1, return_as="generator")(delayed(function)(cell) for cell in wanted)
+        for done, group in enumerate(groups, 1):
+            lines += group
+            print(
+                f"\r{name}: {done} of {len(wanted)} cells, {time.perf_counter() - started:.0f} s",
+                end="",
+                file=sys.stderr,
+            )
+        print(file=sys.stderr)
+        write_csv(out / name, columns, lines)
 
 
 if __name__ == "__main__":

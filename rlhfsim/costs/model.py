@@ -73,11 +73,12 @@ class CostModel:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
         original = self.fold.original
         producer, consumer = original.at(messages[0].producer.stage), original.at(messages[0].consumer)
-        pairs = [(source, destination) for m in messages for source, destination in self._pairs(producer, consumer, m)]
-        moving = tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
-        if not moving:
+        pairs = [pair for m in messages for pair in self._pairs(producer, consumer, m) if pair[0] != pair[1]]
+        if not pairs:
             return None
-        samples = self.scenario.workload.samples / original.lanes / producer.chunks
+        moving = tuple(dict.fromkeys(pairs))
+        lanes_per_pair = len(pairs) / len(moving)
+        samples = self.scenario.workload.samples / original.lanes / producer.chunks * lanes_per_pair
         per_sample = sum(FIELD_BYTES_PER_TOKEN.get(name, 0) * self.padded_tokens + FIELD_BYTES_PER_SAMPLE.get(name, 0)
                          for name in messages[0].fields)
         return Transfer("send", moving, samples * per_sample)

@@ -49,12 +49,14 @@ class Gpu(Sources):
     nvlink_bytes_per_second: all NVLink ports of the GPU together, one direction; absent without NVLink.
     pcie_bytes_per_second: the GPU's own PCIe slot, one direction.
     kernels: efficiency curves, a file of `hw_specs/kernels/`.
+    fitted_on: SHA-256 of the files that a calibration used; they are no predictions of this spec.
     """
 
     name: str = "custom"
     description: str = ""
     architecture: str
     kernels: str
+    fitted_on: tuple[str, ...] = ()
     memory_bytes: Sourced
     memory_bytes_per_second: Sourced
     flops_per_second: dict[Precision, Sourced]

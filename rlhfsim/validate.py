@@ -1,0 +1,233 @@
+"""Predicted against measured, case by case: what is off, by how much, and whether that was within the tolerance.
+
+A case is a YAML file:
+
+    id: quickstart-2-ranks
+    role: prediction            # or calibration: what something was fitted on is never counted as a prediction
+    group: real_cpu/loopback    # cases that may be ranked against each other
+    scenario: {...}             # inline, or the path of a scenario file
+    overrides: {...}            # optional, dotted keys
+    timeline: run.jsonl         # a measured timeline, and / or
+    measured: {step_seconds: 12.3, gen: {value: 4.5, low: 4.3, high: 4.8}}
+    tolerance: {step_seconds: 0.1, stages: 0.1}
+    source: where the measurement is from
+
+Quantities are `step_seconds` and stages in verl's names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from . import metrics, timeline
+from .errors import InputError
+from .simulate import prepare, simulate
+from .spec.base import Record
+from .spec.loader import load_scenario, scenario_from_dict
+from .spec.problems import validate as validated
+from .spec.scenario import Scenario
+from .spec.yaml_file import read_yaml
+
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+
+
+class Measured(Record):
+    """A measured value in seconds and, where the measurement was repeated, its spread."""
+
+    value: Positive
+    low: Positive | None = None
+    high: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_number(cls, data: Any) -> Any:
+        return {"value": data} if isinstance(data, (int, float)) and not isinstance(data, bool) else data
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Measured:
+        if not (self.low or self.value) <= self.value <= (self.high or self.value):
+            raise ValueError(f"low {self.low}, value {self.value}, high {self.high} are not in order")
+        return self
+
+    @property
+    def spread(self) -> float:
+        """Half the measured range over the value: errors below it say nothing."""
+        return ((self.high or self.value) - (self.low or self.value)) / 2 / self.value
+
+
+class Tolerance(Record):
+    """Largest allowed |predicted / measured - 1|."""
+
+    step_seconds: Annotated[float, Field(gt=0, le=100)] = 0.1
+    stages: Annotated[float, Field(gt=0, le=100)] = 0.1
+
+
+class Case(Record):
+    """One measured run and the scenario that describes it (see the module's text)."""
+
+    id: str
+    role: Literal["prediction", "calibration"]
+    group: str = ""
+    scenario: dict[str, Any] | str
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    timeline: str | None = None
+    measured: dict[str, Measured] = Field(default_factory=dict)
+    tolerance: Tolerance = Tolerance()
+    source: str = ""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _has_a_measurement(self) -> Case:
+        if self.timeline is None and not self.measured:
+            raise ValueError("a case needs a timeline or measured values")
+        return self
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantity of one case. excess_seconds: measured minus predicted, what the model does not explain."""
+
+    id: str
+    quantity: str
+    predicted: float
+    measured: float
+    role: str
+    group: str
+    spread: float
+    tolerance: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+    @property
+    def excess_seconds(self) -> float:
+        return self.measured - self.predicted
+
+    @property
+    def ok(self) -> bool:
+        """Within the tolerance beyond the measurement's own spread; calibration cases cannot fail."""
+        return self.role == "calibration" or abs(self.error) <= self.tolerance + self.spread
+
+    def as_json(self) -> dict[str, Any]:
+        return {"id": self.id, "quantity": self.quantity, "predicted": self.predicted, "measured": self.measured,
+                "error": self.error, "excess_seconds": self.excess_seconds, "role": self.role, "group": self.group,
+                "spread": self.spread, "low": self.low, "high": self.high, "tolerance": self.tolerance, "ok": self.ok}
+
+
+def find_cases(paths: Iterable[str | Path]) -> list[Path]:
+    """Case files among paths: files as they are, folders searched for `*.case.yaml`. Raises InputError if none."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(path.rglob("*.case.yaml"))
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError("does not exist", where=str(path))
+    if not found:
+        raise InputError("there are no case files (*.case.yaml)", where=", ".join(map(str, paths)))
+    return found
+
+
+def run_case(path: Path) -> list[Result]:
+    """Predict one case and set it beside its measurement. Raises InputError for a broken case or a wrong role."""
+    document = read_yaml(path)
+    case = validated(Case, document.data, document.where)
+    scenario = _scenario(case, path.parent)
+    measured = _measured(case, path)
+    _check_role(case, scenario, path)
+    setup = prepare(scenario)
+    draws = [simulate(setup, seed=scenario.simulation.seed + k) for k in range(scenario.simulation.draws)]
+    predictions = [_quantities(t) for t in draws]
+    results = []
+    for quantity, value in measured.items():
+        values = [p[quantity] for p in predictions if quantity in p]
+        if not values:
+            raise InputError(f"the simulation has no {quantity!r} (it has {', '.join(predictions[0])})", where=str(path),
+                             field=f"measured.{quantity}")
+        tolerance = case.tolerance.step_seconds if quantity == "step_seconds" else case.tolerance.stages
+        interval = (float(np.quantile(values, 0.05)), float(np.quantile(values, 0.95))) if len(values) > 1 else (None, None)
+        results.append(Result(case.id, quantity, float(np.median(values)), value.value, case.role, case.group,
+                              value.spread, tolerance, *interval))
+    return results
+
+
+def _scenario(case: Case, folder: Path) -> Scenario:
+    if isinstance(case.scenario, str):
+        return load_scenario(folder / case.scenario, case.overrides)
+    data = dict(case.scenario)
+    if case.overrides:
+        raise InputError("go with a scenario file; write them into the inline scenario", field="overrides")
+    return scenario_from_dict(data, folder)
+
+
+def _measured(case: Case, path: Path) -> dict[str, Measured]:
+    """From the timeline (medians over iterations, with their range), overridden by what the case states."""
+    found: dict[str, Measured] = {}
+    if case.timeline is not None:
+        run = timeline.read(path.parent / case.timeline)
+        intervals = metrics.step_intervals(run)
+        found["step_seconds"] = Measured(value=metrics.step_seconds(run), low=min(intervals), high=max(intervals))
+        found |= {stage: Measured(value=seconds) for stage, seconds in metrics.stage_seconds(run).items() if seconds > 0}
+    return found | case.measured
+
+
+def _quantities(run: timeline.Timeline) -> dict[str, float]:
+    return {"step_seconds": metrics.step_seconds(run), **metrics.stage_seconds(run)}
+
+
+def digest(path: Path) -> str:
+    """What a calibrated spec remembers of a file that it was fitted on."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_role(case: Case, scenario: Scenario, path: Path) -> None:
+    """A spec remembers what it was fitted on; such a case is no prediction."""
+    fitted_on = set(scenario.cluster.gpu.fitted_on)
+    files = [path] + ([path.parent / case.timeline] if case.timeline else [])
+    if case.role == "prediction" and (used := [f.name for f in files if digest(f) in fitted_on]):
+        raise InputError(f"is 'prediction', but {scenario.cluster.gpu.name} was fitted on {', '.join(used)}",
+                         field="role", where=str(path))
+
+
+def summary(results: list[Result]) -> dict[str, Any]:
+    """Over predictions only: errors of iterations and of stages, ranking of comparable pairs, coverage of intervals."""
+    predictions = [r for r in results if r.role == "prediction"]
+    steps = [r for r in predictions if r.quantity == "step_seconds"] or predictions
+    errors = np.array([r.error for r in steps])
+    with_interval = [r for r in predictions if r.low is not None and r.high is not None]
+    worst = max(steps, key=lambda r: abs(r.error), default=None)
+    return {
+        "predictions": len(steps), "groups": len({r.group for r in steps}),
+        "mean_abs_error": float(np.abs(errors).mean()) if len(errors) else None,
+        "bias": float(errors.mean()) if len(errors) else None,
+        "worst": {"id": worst.id, "quantity": worst.quantity, "error": worst.error} if worst else None,
+        "ranking": _ranking(steps),
+        "coverage": float(np.mean([r.low <= r.measured <= r.high for r in with_interval])) if with_interval else None,  # type: ignore[operator]
+        "failed": [f"{r.id}: {r.quantity}" for r in results if not r.ok],
+    }
+
+
+def _ranking(steps: list[Result]) -> float | None:
+    """Share of pairs of one group, measured further apart than their spread, that are predicted in the right order."""
+    by_group: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for r in steps:
+        by_group[r.group, r.quantity].append(r)
+    right = []
+    for members in by_group.values():
+        for a, b in combinations(members, 2):
+            if abs(a.measured - b.measured) > a.spread * a.measured + b.spread * b.measured:
+                right.append((a.measured < b.measured) == (a.predicted < b.predicted))
+    return float(np.mean(right)) if right else None
