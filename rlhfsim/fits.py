@@ -269,8 +269,9 @@ class Memory:
         if host > host_capacity:
             return (f"offloaded states need {host / 2**30:.3g} GiB of host memory per node, there are "
                     f"{host_capacity / 2**30:.3g}: try more nodes or less offload")
-        kv, sequence = self.kv_capacity_tokens, sum(self.longest)
-        if kv is not None and kv < sequence:
+        kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
+        # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
+        if kv is not None and kv // block < ceil((sequence - 1) / block):
             return (f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
                     "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths")
         return ""

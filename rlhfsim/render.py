@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -68,7 +69,9 @@ def print_fit(setup: Setup, fit: Fit) -> None:
     out.print(("Fits" if fit.fits else "Does not fit") + f": {setup.label} on {_cluster(setup.scenario)}.")
     if not fit.fits:
         out.print(fit.reason[0].upper() + fit.reason[1:] + ".")
-    out.print(_memory_table(fit))
+    table = _memory_table(fit)
+    narrow = Measurement.get(out, out.options.update(width=1000), table).maximum > out.width
+    out.print(_short_memory_table(fit) if narrow else table)
     phase, component = fit.limiting
     out.print(f"Worst instant: {phase} on rank {fit.worst.rank}, {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)} "
               f"(largest part: {component}); at the 99th percentile of lengths {gib(fit.p99_bytes)}.")
@@ -94,6 +97,20 @@ def _memory_table(fit: Fit) -> Table:
         parts = [three(instant.bytes.components[c] / 2**30) for c in components]
         free = (fit.capacity_bytes - instant.bytes.total) / 2**30
         table.add_row(phase, *parts, three(instant.bytes.total / 2**30), three(free))
+    return table
+
+
+def _short_memory_table(fit: Fit) -> Table:
+    """For terminals that are too narrow for all components; cropped numbers would be wrong ones."""
+    table = Table(title="GiB on the fullest rank of each phase", title_justify="left", box=None, pad_edge=False)
+    table.add_column("phase")
+    for name in ("total", "free", "largest part"):
+        table.add_column(name, justify="right")
+    for phase, instant in fit.by_phase.items():
+        components = instant.bytes.components
+        largest = max(components, key=lambda name: components[name])
+        table.add_row(phase, three(instant.bytes.total / 2**30), three((fit.capacity_bytes - instant.bytes.total) / 2**30),
+                      f"{largest} {three(components[largest] / 2**30)}")
     return table
 
 
@@ -195,11 +212,12 @@ def print_comparison(comparison: Comparison) -> None:
     scenario = comparison.base.scenario
     out.print(comparison_title(comparison) + ".")
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("strategy", "left"), ("s/iteration", "right"), ("speedup", "right"), ("peak GiB", "right"),
-                          ("bound by", "left"), ("uses", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    columns = (("strategy", "left"), ("s/iteration", "right"), ("speedup", "right"), ("peak GiB", "right"),
+               ("bound by", "left"), ("uses", "left"))[: 6 if out.width >= 80 else 5]  # `--json` has what is left out
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
     for row in comparison.rows:
-        table.add_row(*_comparison_cells(comparison, row))
+        table.add_row(*_comparison_cells(comparison, row)[: len(columns)])
     out.print(table)
     out.print(f"Speedup over {comparison.baseline} (engine {base['engine']}, {three(base['samples_per_gpu'])} samples per GPU, "
               f"{three(base['network_bytes_per_second_per_node'] / 1e9)} GB/s per node); "

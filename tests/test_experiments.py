@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import re
+import importlib.util
 import subprocess
 import sys
 from itertools import product
@@ -16,7 +16,6 @@ PAPER = Path(__file__).parents[1] / "experiments" / "paper"
 GRID = YAML(typ="safe").load((PAPER / "grid.yaml").read_text(encoding="utf-8"))
 BASELINES = ("colocated, zero3_per_token", "colocated, hybrid", "colocated, engine")
 STRATEGIES = {*GRID["candidates"], "disaggregated, engine"}
-QUOTE = re.compile(r"(\d+(?:\.\d+)?)(?:x| s| GiB)?<!--\s*([^>]+?)\s*-->")
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -113,30 +112,14 @@ def test_the_factor_of_eleven_needs_gathers_per_token_over_a_network() -> None:
     assert all(found[effect] > 0.8 * found["none"] for effect in ("memory", "sync"))
 
 
-def quotes() -> list[tuple[str, str]]:
-    """(number, where it comes from) of every quoted number in the README."""
-    return QUOTE.findall((PAPER / "README.md").read_text(encoding="utf-8"))
-
-
-def test_the_readme_quotes_numbers_at_all() -> None:
-    assert len(quotes()) >= 30
-
-
-@pytest.mark.parametrize(("number", "source"), quotes())
-def test_the_readme_quotes_the_committed_tables(number: str, source: str) -> None:
-    """`<!-- file | column=value; ... | column -->`: exactly one line, whose value rounds to what is written."""
-    file, where, column = (part.strip() for part in source.split("|"))
-    wanted = dict(part.strip().split("=", 1) for part in where.split(";"))
-    lines = [
-        line for line in table(PAPER / "results" / f"{file}.csv") if all(same(line[k], v) for k, v in wanted.items())
-    ]
-    assert len(lines) == 1, f"{source}: {len(lines)} lines"
-    digits = len(number.partition(".")[2])
-    assert float(lines[0][column]) == pytest.approx(float(number), abs=0.5000001 * 10**-digits), source
-
-
-def same(value: str, wanted: str) -> bool:
-    try:
-        return float(value) == float(wanted)
-    except ValueError:
-        return value == wanted
+def test_the_readme_quotes_the_committed_tables() -> None:
+    """Every number with a source behind it is what that line of the table says, rounded to the decimals shown."""
+    spec = importlib.util.spec_from_file_location("paper_run", PAPER / "run.py")
+    assert spec and spec.loader
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    tables, found = run.read_tables(PAPER / "results"), run.QUOTE.findall((PAPER / "README.md").read_text("utf-8"))
+    assert len(found) >= 30
+    for number, _, source in found:
+        decimals = len(number.partition(".")[2])
+        assert float(number) == pytest.approx(run.quoted(tables, source), abs=0.5000001 * 10**-decimals), source

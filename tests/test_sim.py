@@ -119,7 +119,7 @@ def test_released_by_a_replica(spread: str) -> None:
 
 
 def test_all_that_ends_at_an_instant_ends_before_anyone_decides() -> None:
-    """Both places are free at 2 s; the next chunk goes to the first of them, although the other's end was known first."""
+    """Both places are free at 2 s; the next chunk goes to the first, although the other's end was known earlier."""
     graph = StageGraph()
     graph.stage("gen", "generate", "m", (0, 1), size=1, chunks=5, spread="first")
     seconds = {0: 1.0, 1: 2.0, 2: 1.0}

@@ -12,17 +12,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from run import BASELINES, DISAGGREGATED, EFFECTS, read_csv
 
 # Placement by colour (Paul Tol, "Colour Schemes", bright), engine by line.
 COLOURS = {"colocated": "#4477AA", "interleaved": "#228833", "disaggregated": "#EE6677"}
 MARKERS = {"colocated": "o", "interleaved": "x", "disaggregated": "s"}
-DASHES = {"zero3_per_token": ":", "hybrid": "--", "engine": "-"}
+DASHES = {"zero3_per_token": ":", "hybrid": "--", "engine": "-", "megatron": "-."}
 NETWORK_COLOURS = ("#332288", "#88CCEE", "#DDCC77", "#CC6677")
 TIE = 1.02  # closer than this nobody wins: the simpler placement is taken
 Line = dict[str, Any]
+# Rows of the map of winners: what co-located and interleaved may use.
+ALLOWED = {
+    "zero3_per_token": ("colocated, zero3_per_token", "interleaved, zero3_per_token"),
+    "hybrid": ("colocated, hybrid", "interleaved, hybrid"),
+    "engine": ("colocated, engine", "interleaved, engine"),
+    "engine, and training\nlaid out as Megatron's": ("colocated, engine", "colocated, megatron", "interleaved, engine"),
+}
 
 
 def draw(folder: Path) -> None:
@@ -111,6 +118,7 @@ def curves(columns: dict[str, list[Line]], path: Path, title: str) -> None:
                 speedup_curves(axes, lines, baseline)
                 axes.set_title(name if baseline == BASELINES[0] else "", fontsize=10)
                 axes.label_outer()
+            row[0].set_ylim(top=row[0].get_ylim()[1] * 1.5)  # room for a note above the curves
             row[0].set_ylabel(f"speedup over\n{baseline}")
         for axes in panels[-1]:
             axes.set_xlabel("GPUs")
@@ -128,7 +136,7 @@ def curves(columns: dict[str, list[Line]], path: Path, title: str) -> None:
                 label="tick at the bottom: does not fit, or fits no layout",
             )
         )
-        made.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        made.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 
 
 def style(strategy: str) -> dict[str, Any]:
@@ -196,18 +204,18 @@ def winners(cells: list[Line], path: Path) -> None:
     """The placement that wins, by what the placements on all ranks may generate with."""
     lines = pick(cells, study="strong")
     networks = distinct(lines, "network_gb_per_second")
-    with figure(path, 4.1 * len(networks) + 0.6, 8.6) as made:
-        panels = made.subplots(len(BASELINES), len(networks), squeeze=False, sharex=True, sharey=True)
-        for row, baseline in zip(panels, BASELINES, strict=True):
+    with figure(path, 3.7 * len(networks) + 0.6, 10.4) as made:
+        panels = made.subplots(len(ALLOWED), len(networks), squeeze=False, sharex=True, sharey=True)
+        for row, (name, allowed) in zip(panels, ALLOWED.items(), strict=True):
             for axes, network in zip(row, networks, strict=True):
-                winner_map(axes, pick(lines, network_gb_per_second=network), parts(baseline)[1])
-                axes.set_title(f"{network:g} GB/s per node" if baseline == BASELINES[0] else "", fontsize=10)
-            row[0].set_ylabel(f"co-located and interleaved\ngenerate with\n{parts(baseline)[1]}", fontsize=9)
+                winner_map(axes, pick(lines, network_gb_per_second=network), allowed)
+                axes.set_title(f"{network:g} GB/s per node" if name == next(iter(ALLOWED)) else "", fontsize=10)
+            row[0].set_ylabel(name, fontsize=9)
         for axes in panels[-1]:
             axes.set_xlabel("GPUs")
         made.suptitle(
-            "Fastest placement at 1024 samples per iteration (A100-80G). Number: speedup of the best other placement\n"
-            "over co-located with the row's way to generate; disaggregated always has an engine of its own",
+            "Fastest placement at 1024 samples per iteration, nodes of 8 A100-80G. Number: speedup of disaggregated\n"
+            "over co-located. Co-located and interleaved generate as the row says, disaggregated always with an engine",
             fontsize=11,
         )
         handles = [
@@ -218,7 +226,7 @@ def winners(cells: list[Line], path: Path) -> None:
             for p in COLOURS
         ] + [
             Patch(color="#DDDDDD", label="nothing fits"),
-            Line2D([], [], linewidth=0, label="'only': co-located does not fit"),
+            Line2D([], [], linewidth=0, label="'only': the other of the two does not fit"),
         ]
         made.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 
@@ -227,12 +235,13 @@ def light(placement: str) -> Any:
     return (*to_rgba(COLOURS[placement])[:3], 0.55)
 
 
-def winner_map(axes: Axes, lines: list[Line], engine: str) -> None:
+def winner_map(axes: Axes, lines: list[Line], allowed: tuple[str, ...]) -> None:
     models, gpus = distinct(lines, "model"), distinct(lines, "gpus")
     for y, model in enumerate(models):
         for x, count in enumerate(gpus):
-            placement, text = winner(pick(lines, model=model, gpus=count), engine)
-            axes.add_patch(Patch_of(x, y, light(placement) if placement else "#DDDDDD"))
+            placement, text = winner(pick(lines, model=model, gpus=count), allowed)
+            colour = light(placement) if placement else "#DDDDDD"
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.5))
             axes.text(x, y, text, ha="center", va="center", fontsize=8)
     axes.set_xlim(-0.5, len(gpus) - 0.5)
     axes.set_ylim(-0.5, len(models) - 0.5)
@@ -241,28 +250,24 @@ def winner_map(axes: Axes, lines: list[Line], engine: str) -> None:
     axes.tick_params(length=0)
 
 
-def Patch_of(x: int, y: int, colour: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.5)
-
-
-def winner(cell: list[Line], engine: str) -> tuple[str | None, str]:
-    """(placement, what to write): the fastest of the three; co-located where it is as good as the fastest."""
-    allowed = {f"colocated, {engine}", f"interleaved, {engine}", DISAGGREGATED}
-    seconds = {
-        parts(line["strategy"])[0]: line["step_seconds"]
-        for line in cell
-        if line["strategy"] in allowed and line["step_seconds"]
-    }
+def winner(cell: list[Line], allowed: tuple[str, ...]) -> tuple[str | None, str]:
+    """(placement, speedup of disaggregated): the fastest; co-located where it is as good as the fastest."""
+    seconds: dict[str, float] = {}
+    for line in cell:
+        if line["strategy"] in (*allowed, DISAGGREGATED) and line["step_seconds"]:
+            placement = parts(line["strategy"])[0]
+            seconds[placement] = min(line["step_seconds"], seconds.get(placement, float("inf")))
     if not seconds:
         return None, ""
     fastest = min(seconds, key=lambda p: seconds[p])
     if "colocated" not in seconds:
         return fastest, "only"
-    others = [s for p, s in seconds.items() if p != "colocated"]
-    ratio = seconds["colocated"] / min(others) if others else 0.0
-    return (fastest if ratio > TIE else "colocated"), f"{ratio:.2g}x" if others else ""
+    if seconds["colocated"] <= TIE * seconds[fastest]:
+        fastest = "colocated"
+    if "disaggregated" not in seconds:
+        return fastest, "only"
+    ratio = seconds["colocated"] / seconds["disaggregated"]
+    return fastest, f"{ratio:.0f}x" if ratio > 9.95 else f"{ratio:.1f}x"
 
 
 def eleven(cells: list[Line], effects: list[Line], path: Path) -> None:
@@ -325,12 +330,19 @@ def effect_bars(axes: Axes, effects: list[Line]) -> None:
         colour = COLOURS[placement] if engine == "engine" else "#AACCEE"
         axes.barh(places, values, width * 0.92, color=colour, label=strategy)
         for place, value in zip(places, values, strict=True):
-            axes.text(value + 0.1, place, f"{value:.3g}x", va="center", fontsize=8)
+            axes.text(
+                value + 0.08,
+                place,
+                f"{value:.3g}x",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.5},
+            )
     axes.set_yticks(range(len(names)), list(names.values()), fontsize=8.5)
     axes.invert_yaxis()
     axes.set_ylim(len(names) - 0.3, -0.6)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.axvline(11.0, color="black", linewidth=0.8, linestyle=(0, (6, 3)))
+    axes.axvline(1.0, color="black", linewidth=0.8, zorder=0)
+    axes.axvline(11.0, zorder=0, color="black", linewidth=0.8, linestyle=(0, (6, 3)))
     axes.set_xlim(0, max(line[f"speedup_over {BASELINES[0]}"] for line in effects) * 1.12)
     axes.set_xlabel(f"speedup over {BASELINES[0]}, dashed: 11x")
     one = effects[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,8 @@ SCENARIO = HERE / "scenario.yaml"
 GRID = YAML(typ="safe").load((HERE / "grid.yaml").read_text(encoding="utf-8"))
 BASELINES = ("colocated, zero3_per_token", "colocated, hybrid", "colocated, engine")
 DISAGGREGATED = "disaggregated, engine"
-STRATEGIES = (*GRID["candidates"], DISAGGREGATED)
+MEGATRON = "colocated, megatron"
+STRATEGIES = (*GRID["candidates"], MEGATRON, DISAGGREGATED)
 NIC_GB_PER_SECOND = 25
 CELL = ("study", "model", "gpus", "network_gb_per_second", "samples_per_gpu")
 COLUMNS = (
@@ -89,17 +91,29 @@ def disaggregated(layout: dict[str, Any], split: list[float]) -> Overrides:
         "strategy.shadow_critic": layout["shadow_critic"],
         "strategy.split": shares,
     }
+    return found | layout_of(layout)
+
+
+def megatron(layout: dict[str, Any]) -> Overrides:
+    """A layout of grid.yaml for co-location with an engine, as overrides."""
+    engine = {"generation.engine": "engine", "generation.tensor_parallel": layout["generate"]}
+    return {"strategy.name": "colocated", **engine, **layout_of(layout)}
+
+
+def layout_of(layout: dict[str, Any]) -> Overrides:
+    """Of each model: ZeRO-3, or tensor-parallel ranks with ZeRO-1 (frozen: whole copies), and pipeline stages."""
+    found: Overrides = {}
     for role in ROLES:
-        tensor = layout["train"] if role in ("actor", "critic") else layout["frozen"]
-        found |= {
-            f"models.{role}.tensor_parallel": tensor,
-            f"models.{role}.zero_stage": 3 if layout["train"] == 1 else 1,
-        }
+        trained = role in ("actor", "critic")
+        how = layout["train" if trained else "frozen"]
+        tensor, stage = (1, 3) if how == "zero3" else (how, 1)
+        found |= {f"models.{role}.tensor_parallel": tensor, f"models.{role}.zero_stage": stage}
+        found[f"models.{role}.pipeline_parallel"] = layout.get("stages", 1) if trained else 1
     return found
 
 
 def best(base: Overrides, candidates: Iterable[Overrides]) -> tuple[Row | None, Overrides, str]:
-    """The fastest candidate that fits, with its overrides; where none does, the reason the first one gives."""
+    """The fastest candidate that fits, with its overrides; where none does, why the nearest does not."""
     scenarios, given, problem = {}, {}, ""
     for number, own in enumerate(candidates):
         try:
@@ -112,10 +126,13 @@ def best(base: Overrides, candidates: Iterable[Overrides]) -> tuple[Row | None, 
     comparison = compare(scenarios, next(iter(scenarios)), tune=False)
     if (row := comparison.winner) is not None:
         return row, given[row.label], ""
-    return comparison.rows[0], {}, comparison.rows[0].reason
+    nearest = min(comparison.rows, key=lambda r: r.fit.worst.bytes.total if r.fit else float("inf"))
+    return nearest, {}, nearest.reason
 
 
 def candidates_of(strategy: str) -> list[Overrides]:
+    if strategy == MEGATRON:
+        return [megatron(layout) for layout in GRID["megatron"]["layouts"]]
     if strategy != DISAGGREGATED:
         return GRID["candidates"][strategy]
     own = GRID["disaggregated"]
@@ -213,11 +230,6 @@ VARIANTS: tuple[tuple[str, str, Overrides], ...] = (
     ("colocated, engine", "LoRA 128", {"models.actor.lora_rank": 128, "models.critic.lora_rank": 128}),
     ("colocated, engine", "one optimizer step", {"algorithm.minibatches": 1}),
     ("colocated, engine", "four optimizer steps", {"algorithm.minibatches": 4}),
-    (
-        "colocated, engine",
-        "Megatron layout: all models TP 4, ZeRO-1",
-        {f"models.{role}.{key}": value for role in ROLES for key, value in (("tensor_parallel", 4), ("zero_stage", 1))},
-    ),
     ("interleaved, hybrid", "synchronous", {"strategy.mode": "sync"}),
     ("interleaved, hybrid", "concatenated batches", {"strategy.concat": True}),
     ("interleaved, hybrid", "ZeRO-2", {f"models.{role}.zero_stage": 2 for role in ROLES}),
@@ -342,9 +354,51 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# A number in README.md and, as a comment behind it, where it stands:
+# 11.3x<!--weak 13b 64 50 4: disaggregated, engine; over colocated, zero3_per_token-->
+# 0.88<!--variants 13b 64 100 4: disaggregated, engine; eight batches; speedup_over_without-->
+QUOTE = re.compile(r"(\d+(?:\.\d+)?)(x| s| GiB|)<!--([^>]+?)-->")
+
+
+def quoted(tables: dict[str, list[dict[str, str]]], source: str) -> float:
+    """The number that a comment of the README names. Raises ValueError unless it is exactly one."""
+    place, _, rest = source.partition(":")
+    (study, *where), (*names, column) = place.split(), (part.strip() for part in rest.split(";"))
+    if study == "effects":
+        wanted: dict[str, Any] = dict(zip(("effect_off", "strategy"), (*where, *names), strict=True))
+    else:
+        wanted = dict(zip(CELL[1:], (f"llama-{where[0]}", *map(float, where[1:])), strict=False))
+        wanted |= dict(zip(("strategy", "variant"), names, strict=False))
+    if study in ("strong", "weak"):
+        wanted["study"] = study
+    column = f"speedup_over {column[5:]}" if column.startswith("over ") else column
+    lines = [
+        line
+        for line in tables["cells" if "study" in wanted else study]
+        if all((float(line[k]) if isinstance(v, float) else line[k]) == v for k, v in wanted.items())
+    ]
+    if len(lines) != 1 or not lines[0].get(column):
+        raise ValueError(f"README: {source!r} names {len(lines)} lines, of which one with a number is needed")
+    return float(lines[0][column])
+
+
+def read_tables(folder: Path) -> dict[str, list[dict[str, str]]]:
+    return {name: read_csv(folder / f"{name}.csv") for name in ("cells", "variants", "effects")}
+
+
+def refresh(readme: Path, tables: dict[str, list[dict[str, str]]]) -> None:
+    """Put the tables' numbers in the README, with as many decimals as are there."""
+
+    def current(match: re.Match[str]) -> str:
+        decimals = len(match[1].partition(".")[2])
+        return f"{quoted(tables, match[3]):.{decimals}f}{match[2]}<!--{match[3]}-->"
+
+    readme.write_text(QUOTE.sub(current, readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few cells, no figures of the full grid")
+    parser.add_argument("--quick", action="store_true", help="a few cells only")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--figures", action="store_true", help="only draw again what is in --out")
@@ -355,6 +409,8 @@ def main() -> int:
     from figures import draw
 
     draw(given.out)
+    if not given.quick and given.out.resolve() == HERE / "results":
+        refresh(HERE / "README.md", read_tables(given.out))
     return 0
 
 

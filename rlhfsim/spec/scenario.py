@@ -33,6 +33,7 @@ class ModelUse(Record):
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
     offload_parameters: weights rest in host memory and stream in for each pass.
     lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
+    backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
     """
 
     spec: str
@@ -52,6 +53,7 @@ class ModelUse(Record):
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
     trainable_layers: Count | None = None
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -70,6 +72,8 @@ class ModelUse(Record):
         if self.zero_stage == 3 and self.ranks_per_replica > 1:
             raise ValueError("zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
                              "pipeline_parallel above 1 use stage 0, 1 or 2")
+        if self.backend == "torch" and self.zero_stage:
+            raise ValueError(f"backend torch shards nothing: zero_stage must be 0, given {self.zero_stage}")
         return self
 
 
@@ -123,6 +127,8 @@ class Workload(Record):
 
     prompts x responses_per_prompt = samples. padded: scoring and training compute every sample at the maximum
     length (plain Hugging Face batches); otherwise padding is removed.
+    responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
+        up to the longest of them.
     """
 
     prompts: Count = 512
@@ -130,6 +136,7 @@ class Workload(Record):
     prompt_tokens: Lengths
     response_tokens: Lengths
     padded: bool = True
+    responses: Literal["forced", "sampled"] = "forced"
 
     @property
     def samples(self) -> int:
@@ -137,11 +144,30 @@ class Workload(Record):
 
 
 class Algorithm(Record):
-    """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches."""
+    """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches.
+
+    The rest is for real runs only; the simulator assumes Adam and a reward model, and no number here changes a time.
+    optimizer, learning_rate, adam_epsilon, gradient_clip: of actor and critic (clip: of the gradient's norm).
+    reward: the reward `model`'s score, or a `function` of the tokens (the share of response tokens with an even id).
+    kl_coefficient: reward lost per nat by which the actor leaves the reference. discount, gae_lambda: of GAE.
+    clip_ratio, clip_values: limits of PPO's policy and value losses; value_coefficient: weight of the value loss where
+        actor and critic share one model.
+    """
 
     name: str = "ppo"
     epochs: Count = 1
     minibatches: Count = 1
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 1e-5
+    adam_epsilon: Annotated[float, Field(gt=0, le=1e3)] = 1e-8
+    gradient_clip: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    reward: Literal["model", "function"] = "model"
+    kl_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.1
+    discount: Fraction = 1.0
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    clip_ratio: Annotated[float, Field(gt=0, le=1e3)] = 0.2
+    clip_values: Annotated[float, Field(gt=0, le=1e3)] = 0.2
+    value_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.5
 
 
 class Generation(Record):
