@@ -132,13 +132,13 @@ def _with_slots(name: str, slots: object, options: dict, devices: Devices) -> tu
     if name == "interleaved":
         if not {"reference", "reward"} <= set(placed):
             raise InputError("slots for 'initial' (the reference) and 'reward' are needed", field="strategy.slots")
-        owners = {"ref": list(placed["reference"]), "reward": list(placed["reward"])}
-        if len(placed.get("critic", devices.ranks)) < len(devices.ranks):
-            owners["values"] = list(placed["critic"])
+        owners = {model: list(placed[model]) for model in ("reference", "reward")}
+        for model in ("actor", "critic"):
+            if len(placed.get(model, devices.ranks)) < len(devices.ranks):
+                owners[model] = list(placed[model])
         return {**options, "owners": owners}, notes
-    if name == "disaggregated":
-        raise InputError("slots have no share for the shadow models; give strategy.split or strategy.ranks",
-                         field="strategy.slots")
+    if name == "disaggregated":  # build says which models are missing: the authors' slots have none for the shadows
+        return {**options, "ranks": {model: list(own) for model, own in placed.items()}}, notes
     if any(own != devices.ranks for own in placed.values()):
         raise InputError(f"strategy {name!r} puts every model on every rank: all ratios must be 1", field="strategy.slots")
     return options, notes

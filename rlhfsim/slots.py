@@ -13,7 +13,9 @@ from itertools import combinations
 
 from rlhfsim.errors import InputError, nearest
 
-NAMES = {"actor": "actor", "critic": "critic", "initial": "reference", "reference": "reference", "reward": "reward"}
+NAMES = {"actor": "actor", "critic": "critic", "initial": "reference", "reference": "reference", "reward": "reward",
+         "pred_actor": "shadow_actor", "shadow_actor": "shadow_actor", "pred_critic": "shadow_critic",
+         "shadow_critic": "shadow_critic"}
 
 
 def place_slots(slots: dict[str, float], ranks: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], list[str]]:

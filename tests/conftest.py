@@ -117,8 +117,8 @@ def _interleaved(draw: st.DrawFn, scores: Any) -> dict[str, Any]:
         return options | {"ratio": draw(st.sampled_from((0.25, 0.5, 0.75)))}
     order = draw(st.permutations(range(8)))
     cut, end = draw(st.sampled_from(((2, 8), (4, 8), (6, 8), (2, 4), (4, 6))))
-    owners = {"ref": order[:cut], "reward": order[cut:end]}
+    owners = {"reference": order[:cut], "reward": order[cut:end]}
     if draw(st.booleans()) and any(s.name == "values" for s in scores):
         start = draw(st.sampled_from((0, 2, 4)))
-        owners["values"] = sorted(order[start : start + 4]) if draw(st.booleans()) else order[start : start + 4]
+        owners["critic"] = sorted(order[start : start + 4]) if draw(st.booleans()) else order[start : start + 4]
     return options | {"owners": owners}

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from rlhfsim.simulate import prepare, simulate
+from rlhfsim.spec.loader import load_scenario
+
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
 GRID = YAML(typ="safe").load((PAPER / "grid.yaml").read_text(encoding="utf-8"))
 BASELINES = ("colocated, zero3_per_token", "colocated, hybrid", "colocated, engine")
@@ -123,3 +126,21 @@ def test_the_readme_quotes_the_committed_tables() -> None:
     for number, _, source in found:
         decimals = len(number.partition(".")[2])
         assert float(number) == pytest.approx(run.quoted(tables, source), abs=0.5000001 * 10**-decimals), source
+
+
+def test_a_sharded_shadow_critic_receives_one_copy() -> None:
+    """Blocking sends to ZeRO-3 ranks take as long for 32 nodes as for 8: each rank gets its shard, not a whole copy."""
+    overrides = {
+        "strategy.name": "disaggregated",
+        "generation.engine": "engine",
+        "generation.tensor_parallel": 4,
+        "weight_sync.method": "p2p",
+    }
+    seconds = {}
+    for nodes in (8, 32):
+        scenario = load_scenario(
+            PAPER / "scenario.yaml", overrides | {"cluster.nodes": nodes, "workload.prompts": 32 * nodes}
+        )
+        spans = simulate(prepare(scenario)).spans
+        seconds[nodes] = max(s.seconds for s in spans if s.firing.stage == "update_weights.critic")
+    assert seconds[32] == pytest.approx(seconds[8], rel=0.5)

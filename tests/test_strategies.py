@@ -104,7 +104,7 @@ def test_the_best_ratio_only_equals_colocated(t_ref: int, t_reward: int, where: 
 ])
 def test_owners_take_turns(ref: int, reward: int, turns: dict[str, list[int]]) -> None:
     """Own lanes first, then as many others at a time as there are owners; a last turn occupies only some of them."""
-    owners = {"ref": list(range(ref)), "reward": list(range(ref, ref + reward))}
+    owners = {"reference": list(range(ref)), "reward": list(range(ref, ref + reward))}
     graph = check(interleaved.build(ppo.build(), ALONE, owners=owners))
     for step, sizes in turns.items():
         own = [s for s in graph.stages() if s.name.startswith(f"{step}.")]
@@ -117,14 +117,14 @@ def test_owners_take_turns(ref: int, reward: int, turns: dict[str, list[int]]) -
 def test_a_last_turn_uses_every_place_that_it_can() -> None:
     """8 owners in 4 replicas of two, and 5 lanes left: one for each replica, then one more, not five on one."""
     where = Devices(tuple(range(14)), 8, {"ref": 2, "reward": 1})
-    owners = {"ref": list(range(8)), "reward": [12]}
+    owners = {"reference": list(range(8)), "reward": [12]}
     graph = check(interleaved.build(ppo.build(), where, owners=owners))
     assert [(len(s.serves), s.places) for s in graph.stages() if s.name.startswith("ref.")] == [(8, 4), (4, 4), (2, 2)]
 
 
 def test_sync_mode_waits_for_the_rank_whose_tokens_are_needed() -> None:
     """Ranks 0-1 own the reference, 2-3 the reward model, 4-7 neither: those ask as soon as they have log-probs."""
-    graph = check(interleaved.build(ppo.build(), ALONE, mode="sync", owners={"ref": [0, 1], "reward": [2, 3]}))
+    graph = check(interleaved.build(ppo.build(), ALONE, mode="sync", owners={"reference": [0, 1], "reward": [2, 3]}))
     starts = {s.firing.stage: s.start_seconds for s in simulate(graph, by_stage({"ref": 10.0, "reward": 1.0})).spans}
     by_lanes = {s.serves: starts[s.name] for s in graph.stages() if s.name.startswith("reward.")}
     # In order of turns: own lanes, those of the reference owners (four turns of 10 s later), then the others.
@@ -136,7 +136,7 @@ def test_sync_mode_with_uneven_owners(concat: bool) -> None:
     """Each lane's tokens come from its own rank, so that the last reference owner delays only its own lanes."""
     where = Devices(tuple(range(6)), 8, dict.fromkeys(SCORES, 1))
     graph = check(interleaved.build(ppo.build(), where, mode="sync", concat=concat,
-                                    owners={"ref": [0, 1, 2, 3], "reward": [4, 5]}))
+                                    owners={"reference": [0, 1, 2, 3], "reward": [4, 5]}))
     for asked in (s for s in graph.stages() if s.kind == "swap"):
         assert set(asked.ranks) <= {0, 1, 2, 3}
         for place in range(asked.places):
@@ -147,7 +147,7 @@ def test_sync_mode_with_uneven_owners(concat: bool) -> None:
 
 def test_critic_on_a_part() -> None:
     """The critic of 4 ranks scores in two turns and trains where it lies; both beside what others do."""
-    owners = {"ref": [0, 1, 2, 3], "reward": [4, 5, 6, 7], "values": [4, 5, 6, 7]}
+    owners = {"reference": [0, 1, 2, 3], "reward": [4, 5, 6, 7], "critic": [4, 5, 6, 7]}
     graph = check(interleaved.build(ppo.build(), EIGHT, owners=owners))
     assert graph.at("update_critic").ranks == (4, 5, 6, 7)
     assert [s.serves for s in graph.stages() if s.model == "critic" and s.kind == "score"] == [range(4, 8), range(4)]
@@ -157,14 +157,14 @@ def test_critic_on_a_part() -> None:
 
 def test_critic_on_scattered_ranks() -> None:
     """Ranks that are no range of lanes; named in any order, each still keeps its own lane where it serves it."""
-    owners = {"ref": [0, 1, 2, 3], "reward": [4, 5, 6, 7], "values": [7, 4, 6, 5]}
+    owners = {"reference": [0, 1, 2, 3], "reward": [4, 5, 6, 7], "critic": [7, 4, 6, 5]}
     graph = check(interleaved.build(ppo.build(), ALONE, owners=owners))
     assert [graph.at("values.0").home(lane, lane - 4) for lane in range(4, 8)] == [4, 5, 6, 7]
-    check(interleaved.build(ppo.build(), ALONE, owners={**owners, "values": [0, 3, 5, 6]}))
+    check(interleaved.build(ppo.build(), ALONE, owners={**owners, "critic": [0, 3, 5, 6]}))
 
 
 def test_owners_in_any_order_keep_their_lanes() -> None:
-    owners = {"ref": [6, 1, 4, 3], "reward": [0, 7, 2, 5]}
+    owners = {"reference": [6, 1, 4, 3], "reward": [0, 7, 2, 5]}
     graph = check(interleaved.build(ppo.build(), EIGHT, owners=owners))
     moving = [m for m in graph.sends(Firing(0, "gen", 0, 0)) if m.consumer in ("ref.0", "reward.0")]
     assert len(moving) == 8
@@ -174,21 +174,21 @@ def test_owners_in_any_order_keep_their_lanes() -> None:
 def test_interleaved_with_a_value_head() -> None:
     graph = check(interleaved.build(ppo.build(share_actor_critic=True), EIGHT, mode="async"))
     assert end(graph, SECONDS) == 8 + max(2 * 2, 2 * 3) + 1 + 4
-    with pytest.raises(ValueError, match="owners names 'values'"):
+    with pytest.raises(ValueError, match="owners names 'critic'"):
         interleaved.build(ppo.build(share_actor_critic=True), EIGHT,
-                          owners={"ref": [0], "reward": [1], "values": [2]})
+                          owners={"reference": [0], "reward": [1], "critic": [2]})
 
 
 @pytest.mark.parametrize("options, said", [
     ({"mode": "asynch"}, "mode is 'asynch'"),
     ({"ratio": 0.0}, "ratio is 0"),
     ({"ratio": 1.0}, "ratio is 1"),
-    ({"owners": {"ref": [0, 1], "reward": [1, 2]}}, r"share the ranks \[1\]"),
-    ({"owners": {"ref": [0, 1]}}, "lacks reward"),
-    ({"owners": {"ref": [0], "reward": [1], "actor": [2]}}, "owners names 'actor'"),
-    ({"owners": {"ref": [0], "reward": [8]}}, r"owners.reward is \[8\]"),
-    ({"owners": {"ref": [0, 0], "reward": [1]}}, r"owners.ref is \[0, 0\]"),
-    ({"owners": {"ref": [], "reward": [1]}}, r"owners.ref is \[\]"),
+    ({"owners": {"reference": [0, 1], "reward": [1, 2]}}, r"share the ranks \[1\]"),
+    ({"owners": {"reference": [0, 1]}}, "lacks reward"),
+    ({"owners": {"reference": [0], "reward": [1], "gen": [2]}}, "owners names 'gen'"),
+    ({"owners": {"reference": [0], "reward": [8]}}, r"owners.reward is \[8\]"),
+    ({"owners": {"reference": [0, 0], "reward": [1]}}, r"owners.reference is \[0, 0\]"),
+    ({"owners": {"reference": [], "reward": [1]}}, r"owners.reference is \[\]"),
     ({"calls": 0}, "0 chunks"),
 ])
 def test_impossible_interleaving(options: dict[str, Any], said: str) -> None:
@@ -199,13 +199,13 @@ def test_impossible_interleaving(options: dict[str, Any], said: str) -> None:
 def test_owners_are_whole_replicas() -> None:
     """A rank that would hold half a replica is named, not dropped; a ratio is rounded to whole replicas."""
     pairs = Devices(tuple(range(8)), 8, {"ref": 2, "reward": 2}, {"reference": 2, "reward": 2})
-    with pytest.raises(ValueError, match=r"owners\.ref has 3 ranks"):
-        interleaved.build(ppo.build(), pairs, owners={"ref": [0, 1, 2], "reward": [4, 5]})
+    with pytest.raises(ValueError, match=r"owners\.reference has 3 ranks"):
+        interleaved.build(ppo.build(), pairs, owners={"reference": [0, 1, 2], "reward": [4, 5]})
     graph = check(interleaved.build(ppo.build(), pairs, ratio=0.4))
     assert {len(s.ranks) for s in graph.stages() if s.name in ("ref.0", "reward.0")} == {4}
     domain = Devices(tuple(range(8)), 8, {}, {"reference": 4, "reward": 4})  # ZeRO-3 over replicas of 4
-    with pytest.raises(ValueError, match=r"owners\.ref has 2 ranks"):
-        interleaved.build(ppo.build(), domain, owners={"ref": [0, 1], "reward": [4, 5, 6, 7]})
+    with pytest.raises(ValueError, match=r"owners\.reference has 2 ranks"):
+        interleaved.build(ppo.build(), domain, owners={"reference": [0, 1], "reward": [4, 5, 6, 7]})
 
 
 # ---------------------------------------------------------------- disaggregated
@@ -478,3 +478,14 @@ def test_divide_by_shares_that_fit_is_exact() -> None:
         "shadow_actor": 8, "reference": 4, "shadow_critic": 4, "reward": 4, "actor": 8, "critic": 4}
     thirds = divide(tuple(range(9)), {"ref": float(Fraction(1, 3)), "reward": float(Fraction(2, 3))})
     assert thirds == {"ref": (0, 1, 2), "reward": (3, 4, 5, 6, 7, 8)}
+
+
+def test_actor_on_a_part_generates_and_trains_there() -> None:
+    """Half of the ranks: two generate calls one after the other (the paper's A.5), old log-probs likewise, one update."""
+    owners = {"reference": [0, 1, 2, 3], "reward": [4, 5, 6, 7], "actor": [0, 1, 2, 3]}
+    graph = check(interleaved.build(ppo.build(), ALONE, owners=owners))
+    for name in ("gen.0", "gen.1", "old_log_prob.0", "old_log_prob.1"):
+        assert set(graph.at(name).ranks) == {0, 1, 2, 3}
+    assert [list(graph.at(f"gen.{k}").serves) for k in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert graph.at("update_actor").ranks == (0, 1, 2, 3)
+    assert len(graph.at("update_critic").ranks) == 8

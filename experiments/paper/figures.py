@@ -111,7 +111,7 @@ def weak(cells: list[Line], path: Path) -> None:
 
 
 def curves(columns: dict[str, list[Line]], path: Path, title: str) -> None:
-    with figure(path, 3.6 * len(columns) + 0.4, 10.2) as made:
+    with figure(path, max(9.0, 3.6 * len(columns) + 0.4), 10.2) as made:
         panels = made.subplots(len(BASELINES), len(columns), sharex=True, sharey="row", squeeze=False)
         for row, baseline in zip(panels, BASELINES, strict=True):
             for axes, (name, lines) in zip(row, columns.items(), strict=True):
@@ -204,7 +204,7 @@ def winners(cells: list[Line], path: Path) -> None:
     """The placement that wins, by what the placements on all ranks may generate with."""
     lines = pick(cells, study="strong")
     networks = distinct(lines, "network_gb_per_second")
-    with figure(path, 3.7 * len(networks) + 0.6, 10.4) as made:
+    with figure(path, max(9.0, 3.7 * len(networks) + 0.6), 10.4) as made:
         panels = made.subplots(len(ALLOWED), len(networks), squeeze=False, sharex=True, sharey=True)
         for row, (name, allowed) in zip(panels, ALLOWED.items(), strict=True):
             for axes, network in zip(row, networks, strict=True):

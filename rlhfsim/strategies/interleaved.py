@@ -1,4 +1,4 @@
-"""Interleaving: actor and critic on all ranks, reference and reward model on disjoint parts, run at the same time.
+"""Interleaving: actor and critic on all ranks, reference and reward model on disjoint parts that run at the same time.
 
 An owner scores its own lane first, then one lane of another rank per turn (or all in one pass with `concat`). Tokens go
 to the owners and scores come back as messages between ranks.
@@ -6,14 +6,13 @@ to the owners and scores come back as messages between ranks.
 
 from __future__ import annotations
 
+from itertools import product
 from math import lcm
 
 from rlhfsim.algorithms import Algorithm, Step
 from rlhfsim.graph import StageGraph, overlap
 
 from . import Devices, divide
-
-MODELS = {"ref": "reference", "reward": "reward", "values": "critic"}  # what owners may be named for
 
 
 def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str = "async", ratio: float = 0.5,
@@ -24,7 +23,7 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
         the reference, then the reward calls, so a reward owner gets another rank's tokens only after that rank's
         reference calls.
     ratio: share of the ranks that own the reference; the others own the reward model.
-    owners: exact ranks instead, by stage name {ref, reward, values}; `values` moves the critic to a part as well.
+    owners: exact ranks instead, by model: reference and reward, and critic or actor where one sits on a part as well.
     concat: an owner scores all its lanes in one pass instead of turn by turn.
     """
     if mode not in ("sync", "async"):
@@ -32,9 +31,10 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
     if owners is None:
         if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}: it must lie between 0 and 1")
-        units = {stage: devices.unit(stage, MODELS[stage]) for stage in ("ref", "reward")}
-        owners = {s: list(r) for s, r in divide(devices.ranks, {"ref": ratio, "reward": 1 - ratio}, units).items()}
-    _check(owners, devices, [s.name for s in algorithm.of_kind("score") if s.name in MODELS])
+        units = {model: _unit(algorithm, devices, model) for model in ("reference", "reward")}
+        parts = divide(devices.ranks, {"reference": ratio, "reward": 1 - ratio}, units)
+        owners = {model: list(own) for model, own in parts.items()}
+    _check(owners, devices, algorithm)
     ranks = _ordered(owners, devices)
     # One lane a rank; more where all lanes must spread evenly over any number of owners.
     per_rank = lcm(len(ranks), *map(len, owners.values())) // len(ranks) if concat else 1
@@ -42,20 +42,19 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
     scored: dict[str, list[str]] = {}
     for step in algorithm.of_kind("generate", "score"):
         model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
-        if step.name in owners:
-            turns = _turns(graph, step, owners[step.name], ranks, per_rank, concat, devices, calls)
-            scored[step.name] = turns
-            if mode == "sync" and step.name == "reward":
-                _ask_late(graph, turns, owners["reward"], ranks, per_rank, calls)
+        if model in owners:
+            scored[step.name] = _turns(graph, step, owners[model], ranks, concat, devices, calls)
+            if mode == "sync" and model == "reward":
+                _ask_late(graph, scored[step.name], owners["reward"], ranks, per_rank, calls)
         else:
-            scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=devices.size(step.name), chunks=calls)]
+            size = devices.size(step.name)
+            scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=size, chunks=calls)]
         for needed in step.needs:
-            for turn in scored[step.name]:
-                graph.link(needed, turn, stream=True, carries=algorithm.step(needed).fields)
+            for maker, user in product(scored[needed], scored[step.name]):
+                graph.link(maker, user, stream=True, carries=algorithm.step(needed).fields)
     updates = algorithm.of_kind("train")
     for update in updates:
-        home = owners.get("values", ranks) if update.model == "critic" else ranks
-        graph.stage(update.name, "train", update.model, home, loop=updates[0].name,
+        graph.stage(update.name, "train", update.model, owners.get(update.model, ranks), loop=updates[0].name,
                     chunks=algorithm.minibatches, epochs=algorithm.epochs)
         for needed in update.needs:
             for turn in scored[needed]:
@@ -63,34 +62,41 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
     if devices.own_engine:
         graph.stage("update_weights", "sync", "actor", ranks, target="shadow_actor", after=["update_actor"])
         graph.link("update_weights", "gen", lag=1)
-    for update in updates:
-        graph.link(update.name, "gen", lag=1)
+    for update, generate in product(updates, scored["gen"]):
+        graph.link(update.name, generate, lag=1)
     return graph
 
 
-def _check(owners: dict[str, list[int]], devices: Devices, allowed: list[str]) -> None:
-    for stage, own in owners.items():
-        if stage not in allowed:
-            raise ValueError(f"owners names {stage!r} (allowed: {', '.join(allowed)})")
+def _unit(algorithm: Algorithm, devices: Devices, model: str) -> int:
+    """Ranks of a part that hosts a model come in multiples of this."""
+    steps = [s for s in algorithm.of_kind("generate", "score") if s.model == model]
+    return lcm(*(devices.unit(s.name, model) for s in steps))
+
+
+def _check(owners: dict[str, list[int]], devices: Devices, algorithm: Algorithm) -> None:
+    allowed = dict.fromkeys(s.model for s in algorithm.of_kind("score"))
+    for model, own in owners.items():
+        if model not in allowed:
+            raise ValueError(f"owners names {model!r} (allowed: {', '.join(allowed)})")
         if not own or not set(own) <= set(devices.ranks) or len(set(own)) != len(own):
-            raise ValueError(f"owners.{stage} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
-        if len(own) % (unit := devices.unit(stage, MODELS[stage])):
-            raise ValueError(f"owners.{stage} has {len(own)} ranks, which do not divide into replicas of {unit}")
-    if missing := {"ref", "reward"} - set(owners):
+            raise ValueError(f"owners.{model} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
+        if len(own) % (unit := _unit(algorithm, devices, model)):
+            raise ValueError(f"owners.{model} has {len(own)} ranks, which do not divide into replicas of {unit}")
+    if missing := {"reference", "reward"} - set(owners):
         raise ValueError(f"owners lacks {', '.join(sorted(missing))}")
-    if both := set(owners["ref"]) & set(owners["reward"]):
-        raise ValueError(f"owners.ref and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones")
+    if both := set(owners["reference"]) & set(owners["reward"]):
+        raise ValueError(f"owners.reference and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones")
 
 
 def _ordered(owners: dict[str, list[int]], devices: Devices) -> tuple[int, ...]:
     """Reference owners, reward owners, others: lane k belongs to the k-th of these, so that an owner's lanes are a range."""
-    first = [*owners["ref"], *owners["reward"]]
+    first = [*owners["reference"], *owners["reward"]]
     return (*first, *(r for r in devices.ranks if r not in set(first)))
 
 
-def _turns(graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], per_rank: int, concat: bool,
-           devices: Devices, calls: int) -> list[str]:
-    """The stages in which `own` score every lane; their names, in order."""
+def _turns(graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices,
+           calls: int) -> list[str]:
+    """The stages in which `own` handle every lane; their names, in order."""
     size = devices.size(step.name) or len(own)
     if concat:
         return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=calls)]

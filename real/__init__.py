@@ -1,0 +1,1 @@
+"""The same stage graph as the simulator, run by torch.distributed processes."""

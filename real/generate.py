@@ -1,0 +1,216 @@
+"""Responses, token by token, with a KV cache: static batches, or a continuous batch with sequences that come and go.
+
+A sequence lies left-aligned in its row of the cache; the rows in use are always the first ones. A token is drawn by
+Gumbel-max with noise keyed by (seed, iteration, sample, position), so the same weights give the same responses wherever
+and in whatever batch a sample is generated.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROMPT_TOKENS, NOISE, VALIDATION = 10, 11, 12  # streams of random numbers, apart from those of the lengths
+NOISE_TABLE = 1 << 20  # draws of noise, read from an offset per token: far cheaper than as many draws per token
+
+Forward = Callable[..., dict[str, Tensor]]
+
+
+@dataclass
+class Request:
+    """One response to be generated: its prompt, where it ends at the latest, its noise, and what there is of it yet."""
+
+    sample: int
+    prompt: np.ndarray
+    limit: int
+    noise: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+def request(key: Sequence[int], sample: int, prompt: int, prompt_tokens: int, limit: int, vocabulary: int) -> Request:
+    """The request of a sample; `key` is seed and iteration (and whatever tells one use of a sample from another)."""
+    text = np.random.default_rng((*key, PROMPT_TOKENS, prompt)).integers(vocabulary, size=prompt_tokens)
+    noise = np.random.default_rng((*key, NOISE, sample)).integers(NOISE_TABLE, size=limit)
+    return Request(sample, text, limit, noise)
+
+
+class Cache:
+    """Keys and values of so many rows and columns (tokens), allocated once; layers call `update`."""
+
+    def __init__(self, config: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (2, rows, heads, columns, width)
+        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.rows, self.at, self.columns = slice(0), None, 0
+
+    def prefill(self, rows: slice) -> Cache:
+        """The next pass writes the first columns of these rows, and attends to nothing else."""
+        self.rows, self.at = rows, None
+        return self
+
+    def decode(self, positions: Tensor, columns: int) -> Cache:
+        """The next pass adds one token to each of the first rows, at its position, and attends to so many columns."""
+        self.rows, self.at, self.columns = slice(len(positions)), positions, columns
+        return self
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        stored = self.layers[layer]
+        if self.at is None:
+            stored[0, self.rows, :, : keys.shape[2]] = keys
+            stored[1, self.rows, :, : values.shape[2]] = values
+            return keys, values
+        rows = torch.arange(len(self.at), device=keys.device)
+        stored[0, rows, :, self.at] = keys[:, :, 0]
+        stored[1, rows, :, self.at] = values[:, :, 0]
+        return stored[0, self.rows, :, : self.columns], stored[1, self.rows, :, : self.columns]
+
+    def move(self, source: int, destination: int, columns: int) -> None:
+        for stored in self.layers:
+            stored[:, destination, :, :columns] = stored[:, source, :, :columns]
+
+
+@cache
+def _gumbel(device: torch.device, vocabulary: int) -> Tensor:
+    """Windows into a table of Gumbel draws, one for each offset: (NOISE_TABLE, vocabulary), without copies."""
+    draws = torch.empty(NOISE_TABLE + vocabulary).exponential_(generator=torch.Generator().manual_seed(0))
+    return (-draws.log()).to(device).unfold(0, vocabulary, 1)
+
+
+class Generation:
+    """Responses to `requests` by `forward`, a decoder with hooks or without.
+
+    rows: sequences at a time. continuous: finished ones leave and waiting ones come in, at most `prefill_tokens` of
+        prompts (or one prompt) per step; else a batch of `rows` runs until its longest has ended, and then the next.
+    end: the token that ends a response early, None where lengths are forced. log_probs: keep those of drawn tokens.
+    """
+
+    def __init__(self, forward: Forward, config: Any, requests: Sequence[Request], *, rows: int, continuous: bool,
+                 prefill_tokens: int = 1 << 30, end: int | None = None, log_probs: bool = False,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.forward, self.end, self.continuous, self.prefill_tokens = forward, end, continuous, prefill_tokens
+        self.log_probs, self.device = log_probs, torch.device(device)
+        self.rows = max(1, min(rows, len(requests)))
+        self.waiting, self.running = deque(requests), list[Request]()
+        columns = max((len(r.prompt) for r in requests), default=1) + max((r.limit for r in requests), default=1)
+        self.cache = Cache(config, self.rows, columns, dtype, self.device)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def forward_passes(self) -> int:
+        """How many passes static batches of forced lengths take: one for each token of the longest of every batch."""
+        left = list(self.waiting)
+        return sum(max(r.limit for r in left[i : i + self.rows]) for i in range(0, len(left), self.rows))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One pass: the prompts of whoever comes in, or else one more token for all that run."""
+        admitted = self._admitted()
+        if admitted:
+            first = len(self.running)
+            self.running += admitted
+            self._prefill(admitted, slice(first, first + len(admitted)))
+        else:
+            self._decode()
+        self._retire()
+
+    def idle(self) -> None:
+        """A pass without a sample: where weights are gathered from all ranks, every rank must make every pass."""
+        with torch.no_grad():
+            zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self.forward(zero, zero, last=zero[0])
+
+    def _admitted(self) -> list[Request]:
+        if not self.waiting or (self.running and not self.continuous):
+            return []
+        admitted, tokens = list[Request](), 0
+        while self.waiting and len(self.running) + len(admitted) < self.rows:
+            tokens += len(self.waiting[0].prompt)
+            if admitted and self.continuous and tokens > self.prefill_tokens:
+                break
+            admitted.append(self.waiting.popleft())
+        return admitted
+
+    def _prefill(self, admitted: list[Request], rows: slice) -> None:
+        lengths = [len(r.prompt) for r in admitted]
+        tokens = torch.zeros(len(admitted), max(lengths), dtype=torch.long)
+        for row, r in zip(tokens, admitted, strict=True):
+            row[: len(r.prompt)] = torch.from_numpy(r.prompt)
+        positions = torch.arange(max(lengths), device=self.device).expand(len(admitted), -1)
+        found = self.forward(tokens.to(self.device), positions, cache=self.cache.prefill(rows),
+                             last=torch.tensor(lengths, device=self.device) - 1)
+        self._draw(found["logits"], admitted)
+
+    def _decode(self) -> None:
+        at = [r.length - 1 for r in self.running]  # the last token drawn has no keys yet
+        positions, columns = torch.tensor(at, device=self.device), max(at) + 1
+        mask = None
+        if min(at) < max(at):
+            mask = (torch.arange(columns, device=self.device) <= positions[:, None])[:, None, None]
+        tokens = torch.tensor([[r.tokens[-1]] for r in self.running], device=self.device)
+        found = self.forward(tokens, positions[:, None], mask=mask, cache=self.cache.decode(positions, columns),
+                             last=torch.zeros(len(at), dtype=torch.long, device=self.device))
+        self._draw(found["logits"], self.running)
+
+    def _draw(self, logits: Tensor, requests: list[Request]) -> None:
+        offsets = torch.tensor([r.noise[min(len(r.tokens), r.limit - 1)] for r in requests], device=self.device)
+        drawn = (logits + _gumbel(self.device, logits.shape[-1])[offsets]).argmax(-1, keepdim=True)
+        if self.log_probs:
+            likely = logits.gather(-1, drawn).squeeze(-1) - logits.logsumexp(-1)
+            for r, value in zip(requests, likely.tolist(), strict=True):
+                r.log_probs.append(value)
+        for r, token in zip(requests, drawn.squeeze(-1).tolist(), strict=True):
+            r.tokens.append(token)
+
+    def _ended(self, r: Request) -> bool:
+        return len(r.tokens) >= r.limit or (self.end is not None and self.end in r.tokens)
+
+    def _retire(self) -> None:
+        """Finished sequences leave one by one, or a static batch as a whole; the last row then fills the gap."""
+        if not self.continuous:
+            if all(map(self._ended, self.running)):
+                for r in self.running:  # what was drawn beyond the end only kept the batch in step
+                    self._cut(r)
+                self.running.clear()
+            return
+        for row in reversed(range(len(self.running))):
+            if self._ended(self.running[row]):
+                last = self.running.pop()
+                if row < len(self.running):
+                    self.running[row] = last
+                    self.cache.move(len(self.running), row, last.length - 1)
+
+    def _cut(self, r: Request) -> None:
+        end = r.limit if self.end not in r.tokens else min(r.limit, r.tokens.index(self.end) + 1)
+        del r.tokens[end:], r.log_probs[end:]
+
+
+def run(generation: Generation, any_busy: Callable[[bool], bool] | None = None) -> None:
+    """All steps. `any_busy` tells whether any rank that gathers weights with this one still has work."""
+    together = any_busy or (lambda mine: mine)
+    while together(generation.busy):
+        if generation.busy:
+            generation.step()
+        else:
+            generation.idle()
+
+
+def counted(passes: int) -> Callable[[bool], bool]:
+    """For `run`, where all ranks know beforehand how many passes the slowest of them makes."""
+    left: Iterator[bool] = iter([True] * passes + [False])
+    return lambda mine: next(left)

@@ -1,0 +1,271 @@
+"""Process groups for any set of ranks, collectives that are counted, and DeepSpeed confined to one engine's ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhfsim.graph import StageGraph
+from rlhfsim.layout import Holding
+
+from .meter import Meter
+
+Fields = dict[str, Tensor]
+Shapes = dict[str, list[Any]]  # field -> [type, *shape]
+
+_ALIGNED = 8  # bytes; every field of a packed message starts at a multiple, so that any type can view it
+
+
+def shapes_of(fields: Fields) -> Shapes:
+    """What `unpack` must know, as JSON data."""
+    return {name: [str(x.dtype).removeprefix("torch."), *x.shape] for name, x in fields.items()}
+
+
+def pack(fields: Fields) -> Tensor:
+    """All fields one after the other, as bytes in host memory."""
+    parts = []
+    for x in fields.values():
+        raw = x.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        parts.append(torch.nn.functional.pad(raw, (0, -len(raw) % _ALIGNED)))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def packed_bytes(shapes: Shapes) -> int:
+    return sum(size + -size % _ALIGNED for size in (_bytes(shape) for shape in shapes.values()))
+
+
+def unpack(packed: Tensor, shapes: Shapes, device: torch.device) -> Fields:
+    """The fields of a packed message (views of it, where it lies on that device)."""
+    fields, start = {}, 0
+    for name, shape in shapes.items():
+        size = _bytes(shape)
+        raw = packed[start : start + size].view(getattr(torch, shape[0]))
+        fields[name], start = raw.reshape(shape[1:]).to(device), start + size + -size % _ALIGNED
+    return fields
+
+
+def _bytes(shape: list[Any]) -> int:
+    return prod(shape[1:]) * getattr(torch, shape[0]).itemsize
+
+
+def rank_sets(graph: StageGraph, holdings: dict[str, Holding]) -> set[tuple[int, ...]]:
+    """Every set of ranks that any stage or model copy communicates in."""
+    sets = {stage.ranks_of(place) for stage in graph.stages() for place in range(stage.places)}
+    sets |= {stage.ranks for stage in graph.stages()} | {held.ranks for held in holdings.values()}
+    for held in holdings.values():
+        sets |= {held.ranks[k : k + held.replica] for k in range(0, len(held.ranks), held.replica)}
+        sets |= {held.ranks[k :: held.replica] for k in range(held.replica)}
+    return sets
+
+
+class Groups:
+    """One process group for each distinct set of ranks. Every rank must make it with the same sets, at the same time.
+
+    A set is named by its ranks in any order; results come in the order of the ranks that the caller names. `Fields`
+    travel through host memory on any device: they are small beside weights.
+    """
+
+    def __init__(self, rank: int, sets: Iterable[Iterable[int]], meter: Meter) -> None:
+        self.rank, self.meter, self.device = rank, meter, meter.device
+        self._groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(sorted(s)) for s in sets})}
+
+    def of(self, ranks: Iterable[int]) -> dist.ProcessGroup:
+        """The group of exactly these ranks; KeyError where none was made."""
+        return self._groups[tuple(sorted(ranks))]
+
+    # -- collectives of tensors that every rank knows the shape of ----------------------------------------
+
+    def all_reduce(self, tensor: Tensor, ranks: Iterable[int], op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """In place."""
+        with self._counted("all_reduce", ranks, tensor) as group:
+            dist.all_reduce(tensor, op=op, group=group)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int, ranks: Iterable[int]) -> Tensor:
+        """In place, from rank `source`."""
+        with self._counted("broadcast", ranks, tensor) as group:
+            dist.broadcast(tensor, src=source, group=group)
+        return tensor
+
+    def all_gather(self, tensor: Tensor, ranks: Iterable[int]) -> list[Tensor]:
+        """Everyone's tensor, in the order of `ranks`."""
+        ranks = tuple(ranks)
+        found = [torch.empty_like(tensor) for _ in ranks]
+        with self._counted("all_gather", ranks, *found) as group:
+            dist.all_gather(found, tensor.contiguous(), group=group)
+        in_group = dict(zip(sorted(ranks), found, strict=True))
+        return [in_group[rank] for rank in ranks]
+
+    def meet(self, ranks: Iterable[int]) -> None:
+        """Wait until all have come. Not counted: it belongs to no firing's work."""
+        dist.all_reduce(torch.zeros(1), group=self.of(ranks))
+
+    # -- fields, whose shapes only their owner knows ------------------------------------------------------
+
+    def broadcast_fields(self, fields: Fields | None, source: int, ranks: Iterable[int]) -> Fields:
+        """The fields that rank `source` gives, on every rank."""
+        ranks = tuple(ranks)
+        if self.rank == source:
+            assert fields is not None
+            header, body = _header(fields), pack(fields)
+        sizes = torch.tensor([len(header), len(body)] if self.rank == source else [0, 0])
+        self.broadcast(sizes, source, ranks)
+        whole = torch.cat((header, body)) if self.rank == source else torch.empty(int(sizes.sum()), dtype=torch.uint8)
+        self.broadcast(whole, source, ranks)
+        return fields if self.rank == source and fields is not None else self._parsed(whole, int(sizes[0]))
+
+    def gather_fields(self, fields: Fields, destination: int, ranks: Iterable[int]) -> list[Fields] | None:
+        """Everyone's fields in the order of `ranks` on rank `destination`, None elsewhere."""
+        ranks = tuple(ranks)
+        header, body = _header(fields), pack(fields)
+        sizes = self.all_gather(torch.tensor([len(header), len(body)]), ranks)
+        wholes = {rank: torch.empty(int(size.sum()), dtype=torch.uint8) for rank, size in zip(ranks, sizes, strict=True)}
+        with self._counted("gather", ranks, torch.cat((header, body))) as group:
+            if self.rank != destination:
+                dist.send(torch.cat((header, body)), destination, group=group)
+                return None
+            for work in [dist.irecv(w, rank, group=group) for rank, w in wholes.items() if rank != destination]:
+                work.wait()
+        return [fields if rank == destination else self._parsed(wholes[rank], int(size[0]))
+                for rank, size in zip(ranks, sizes, strict=True)]
+
+    def _parsed(self, whole: Tensor, header_bytes: int) -> Fields:
+        shapes = json.loads(bytes(whole[:header_bytes].tolist()))
+        return unpack(whole[header_bytes:], shapes, self.device)
+
+    @contextmanager
+    def _counted(self, name: str, ranks: Iterable[int], *moved: Tensor) -> Iterator[dist.ProcessGroup]:
+        key = tuple(sorted(ranks))
+        with self.meter.collective(name, key, sum(x.nbytes for x in moved)):
+            yield self._groups[key]
+
+    # -- DeepSpeed ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def deepspeed(self, ranks: Iterable[int]) -> Iterator[None]:
+        """Inside, DeepSpeed's world is these ranks, numbered from 0 in ascending order, and its collectives are counted.
+
+        Enclose everything that DeepSpeed does for an engine: `zero.Init`, `initialize`, forward, backward, `step`,
+        `GatheredParameters`. No `mpu` is needed; give `zero.Init` the group by name (`data_parallel_group`), since it
+        mistrusts a world of one rank.
+
+        DeepSpeed 0.19.8 takes the world to be the engine's ranks in ZeRO stage 3 even where a data-parallel group is
+        passed: three barriers while the optimizer is set up (runtime/zero/stage3.py, `_setup_for_real_optimizer` and
+        `_create_fp16_partitions_with_defragmentation`), and at the first steps broadcasts of the parameter trace from
+        world rank 0 (runtime/zero/utils.py, `assert_ints_same_as_other_ranks`). Ranks without the engine would have to
+        join in. Two globals are replaced while the block runs: the backend that all of `deepspeed.comm` goes through,
+        and the remembered clone of the world group.
+        """
+        import deepspeed.comm.comm as comm
+        from deepspeed.utils import groups
+
+        if comm.cdb is None:
+            comm.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", auto_mpi_discovery=False,
+                                  verbose=False)
+        key = tuple(sorted(ranks))
+        before = comm.cdb, groups._WORLD_GROUP
+        comm.cdb, groups._WORLD_GROUP = EngineWorld(before[0], key, self._groups[key], self.meter), self._groups[key]
+        try:
+            yield
+        finally:
+            comm.cdb, groups._WORLD_GROUP = before
+
+
+def _header(fields: Fields) -> Tensor:
+    text = json.dumps(shapes_of(fields)).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+# Methods of deepspeed.comm.torch.TorchBackend that all ranks of a group call together.
+_COLLECTIVES = frozenset((
+    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
+    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather",
+    "inference_all_reduce", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter"))
+_ENDS = ("src", "dst")
+_GROUP_POSITION = 2  # where deepspeed.comm passes the group by position (all_reduce and its relatives)
+
+
+class EngineWorld:
+    """DeepSpeed's communication backend, where `ranks` are the world: ranks count within them, no group means all of them."""
+
+    def __init__(self, backend: Any, ranks: tuple[int, ...], group: dist.ProcessGroup, meter: Meter) -> None:
+        self._backend, self._ranks, self._group, self._meter = backend, ranks, group, meter
+
+    def get_world_group(self) -> dist.ProcessGroup:
+        return self._group
+
+    def get_world_size(self, group: Any = None) -> int:
+        return self._backend.get_world_size(group or self._group)
+
+    def get_rank(self, group: Any = None) -> int:
+        return self._backend.get_rank(group or self._group)
+
+    def get_global_rank(self, group: Any, group_rank: int) -> int:
+        return self._ranks.index(self._backend.get_global_rank(group, group_rank))
+
+    def new_group(self, ranks: Iterable[int]) -> Any:
+        raise NotImplementedError(f"DeepSpeed asks for a group of {list(ranks)}, which the other ranks would have to join")
+
+    def __getattr__(self, name: str) -> Any:
+        """Asked for once per name: what is found is kept."""
+        method = getattr(self._backend, name)
+        if name in _COLLECTIVES:
+            method = self._confined(name, method)
+        elif name in ("send", "recv", "isend", "irecv"):
+            method = self._within(method)
+        self.__dict__[name] = method
+        return method
+
+    def _within(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method with this group where none is named, and ranks of the world for its ends."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > _GROUP_POSITION:
+                args = (*args[:_GROUP_POSITION], args[_GROUP_POSITION] or self._group, *args[_GROUP_POSITION + 1 :])
+            else:
+                kwargs["group"] = kwargs.get("group") or self._group
+            kwargs |= {end: self._ranks[kwargs[end]] for end in _ENDS if kwargs.get(end) is not None}
+            return method(*args, **kwargs)
+        return called
+
+    def _confined(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        within = self._within(method)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self._meter.collective(name, self._ranks, _moved_bytes((*args, *kwargs.values()))) as called:
+                result = within(*args, **kwargs)
+            return result if not hasattr(result, "wait") else _Awaited(result, name, self._ranks, self._meter, called)
+        return counted
+
+
+class _Awaited:
+    """The handle of a collective that runs on; what counts is how long `wait` holds this rank up."""
+
+    def __init__(self, work: Any, name: str, ranks: tuple[int, ...], meter: Meter, called: Any) -> None:
+        self._work, self._name, self._ranks, self._meter, self._called = work, name, ranks, meter, called
+
+    def wait(self, *args: Any) -> Any:
+        with self._meter.collective(self._name, self._ranks, called=self._called):
+            return self._work.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _moved_bytes(arguments: Iterable[Any]) -> int:
+    """Of a collective's whole result or input, whichever is larger."""
+    sizes = [0]
+    for x in arguments:
+        if isinstance(x, Tensor):
+            sizes.append(x.nbytes)
+        elif isinstance(x, list) and all(isinstance(t, Tensor) for t in x):
+            sizes.append(sum(t.nbytes for t in x))
+    return max(sizes)

@@ -1,0 +1,112 @@
+"""What a firing spends on one rank: time inside collectives, named sections, peak memory.
+
+On CUDA, collectives and sections are stamped with events on the stream and resolved when the firing ends, so that
+measuring adds no synchronisation inside a firing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# When this rank called a collective, and from when to when it was held up by it, in nanoseconds.
+Call = tuple[int, int, int]
+
+
+@dataclass
+class Measured:
+    """Of one firing on one rank: calls by group of ranks, bytes in collectives, seconds by section, peak bytes."""
+
+    calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
+    collective_bytes: int = 0
+    detail: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+
+class Meter:
+    """One per rank; `begin` and `end` enclose a firing. `inside` names the collective that is running, if any."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device, self.inside = torch.device(device), ""
+        self._cuda = self.device.type == "cuda"
+        self.begin()
+
+    def begin(self) -> None:
+        self._calls: dict[tuple[int, ...], list[tuple[Any, Any, Any]]] = defaultdict(list)
+        self._sections: list[tuple[str, Any, Any]] = []
+        self._bytes = 0
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _reset_peak()
+        self._base_event, self._base = self.stamp(), time.monotonic_ns()
+
+    def end(self) -> Measured:
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+        calls = {ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found] for ranks, found in self._calls.items()}
+        detail: dict[str, float] = defaultdict(float)
+        for name, start, stop in self._sections:
+            detail[name] += (self._at(stop) - self._at(start)) / 1e9
+        peak = torch.cuda.max_memory_allocated(self.device) if self._cuda else _peak()
+        return Measured(calls, self._bytes, dict(detail), peak)
+
+    def stamp(self) -> Any:
+        """This instant: of the host, or of the stream."""
+        if not self._cuda:
+            return time.monotonic_ns()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _at(self, stamp: Any) -> int:
+        return self._base + round(self._base_event.elapsed_time(stamp) * 1e6) if self._cuda else stamp
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Seconds of this block go to `Span.detail[name]`."""
+        start = self.stamp()
+        try:
+            yield
+        finally:
+            self._sections.append((name, start, self.stamp()))
+
+    @contextmanager
+    def collective(self, name: str, ranks: tuple[int, ...], sent_bytes: int = 0, called: Any = None) -> Iterator[Any]:
+        """The block is a collective of `ranks`; `called` is the stamp of its start where the block only awaits it.
+
+        Gives the stamp of entry. All ranks of the group must count the same calls in the same order.
+        """
+        self.inside, entered = name, self.stamp()
+        try:
+            yield entered
+        finally:
+            self.inside = ""
+            self._calls[ranks].append((entered if called is None else called, entered, self.stamp()))
+            self._bytes += sent_bytes
+
+
+# Peak resident memory of this process: proc(5), /proc/pid/status (VmHWM) and clear_refs (5 resets it).
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # the peak is then the one of the whole run
+
+
+def _peak() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

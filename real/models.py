@@ -1,0 +1,246 @@
+"""The four models as torch modules: a transformers decoder from our `ModelSpec`, with the heads that PPO needs.
+
+Weights are random, keyed by seed, role and parameter name: every rank and every placement builds the same ones.
+Positions and masks are ours: samples lie left-aligned, so causal attention needs no mask for padding, and without padding
+they lie one after the other in one row, each attending to itself only.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.initialization import no_init_weights
+
+from rlhfsim.errors import InputError
+from rlhfsim.spec.model_spec import ModelSpec
+from rlhfsim.spec.scenario import ModelUse
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Standard deviation of matrices; `initializer_range` of transformers' configurations is the same.
+INITIAL_DEVIATION = 0.02
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def config_of(spec: ModelSpec) -> transformers.PreTrainedConfig:
+    """The configuration with which transformers builds this shape.
+
+    Raises InputError for a family that is not built here.
+    """
+    llama_like = {
+        "hidden_size": spec.hidden, "intermediate_size": spec.ffn, "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
+        "attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias,
+    }
+    own: dict[str, dict[str, Any]] = {
+        "llama": llama_like,
+        "mistral": llama_like | {"sliding_window": None},
+        "qwen2": llama_like | {"use_sliding_window": False},
+        "qwen3": llama_like | {"use_sliding_window": False},
+        "gemma": llama_like,
+        "gemma2": llama_like | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "opt": {"hidden_size": spec.hidden, "ffn_dim": spec.ffn, "num_hidden_layers": spec.layers,
+                "num_attention_heads": spec.heads, "word_embed_proj_dim": spec.embedding_width, "dropout": 0.0,
+                "do_layer_norm_before": spec.final_norm, "enable_bias": spec.qkv_bias,
+                "activation_function": "relu" if spec.relu else "gelu"},
+        "gpt2": {"n_embd": spec.hidden, "n_inner": spec.ffn, "n_layer": spec.layers, "n_head": spec.heads,
+                 "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+        "gpt_neox": {"hidden_size": spec.hidden, "intermediate_size": spec.ffn, "num_hidden_layers": spec.layers,
+                     "num_attention_heads": spec.heads, "attention_bias": spec.qkv_bias},
+    }
+    if spec.family not in own:
+        raise InputError(f"real runs build no {spec.family!r} (allowed: {', '.join(own)})", field="family", where=spec.name)
+    return transformers.AutoConfig.for_model(
+        spec.family, **own[spec.family], vocab_size=spec.vocabulary, max_position_embeddings=spec.max_positions,
+        tie_word_embeddings=spec.tied_embeddings, attention_dropout=0.0, pad_token_id=None)
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
+              segments: Sequence[int] | None = None, **_: Any) -> tuple[Tensor, None]:
+    """Causal attention without a mask, or with a boolean one; `segments` are lengths of samples in one row."""
+    grouped = query.shape[1] != key.shape[1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+
+    if segments is None:
+        found = attend(query, key, value)
+    else:
+        parts = zip(*(x.split(list(segments), dim=2) for x in (query, key, value)), strict=True)
+        found = torch.cat([attend(*part) for part in parts], dim=2)
+    return found.transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register("samples", attention)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and two trained factors, y = W x + b + B A x; `merged` holds W + B A while generating."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(base.weight.new_zeros(rank, base.in_features))
+        self.b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.merged: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.base.bias)
+        return self.base(x) + F.linear(F.linear(x, self.a), self.b)
+
+
+@contextmanager
+def merged(module: nn.Module) -> Iterator[None]:
+    """LoRA's factors added to the weights they belong to, in extra memory, so that nothing is rounded away."""
+    adapted = [m for m in module.modules() if isinstance(m, LoraLinear)]
+    for layer in adapted:
+        layer.merged = (layer.base.weight + layer.b @ layer.a).detach()
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer.merged = None
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """A decoder with a language-model head, a value head (one column without bias), or both."""
+
+    def __init__(self, use: ModelUse, *, lm: bool, value: bool) -> None:
+        super().__init__()
+        spec = use.shape
+        self.body = transformers.AutoModel.from_config(config_of(spec), attn_implementation="samples")
+        self.lm_head = nn.Linear(spec.embedding_width, spec.vocabulary, bias=False) if lm else None
+        self.value_head = nn.Linear(spec.embedding_width, 1, bias=False) if value else None
+        if self.lm_head is not None and spec.tied_embeddings:
+            self.lm_head.weight = self.body.get_input_embeddings().weight
+        self.logits_chunk_tokens = use.logits_chunk_tokens
+
+    def forward(self, tokens: Tensor, positions: Tensor, *, segments: Sequence[int] | None = None, cache: Any = None,
+                mask: Tensor | None = None, last: Tensor | None = None) -> dict[str, Tensor]:
+        """tokens, positions: (rows, columns).
+
+        With `last` (a column per row): logits after it, (rows, vocabulary). Else, flat over all tokens: `log_probs` of
+        each token after those before it (the first of a row or segment has none: ignore it), and `state_values`, the
+        value head's at each token.
+        """
+        hidden = self.body(input_ids=tokens, position_ids=positions, attention_mask=mask, cache=cache,
+                           use_cache=cache is not None, segments=segments).last_hidden_state
+        if last is not None:
+            assert self.lm_head is not None
+            return {"logits": self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last]).float()}
+        hidden, found = hidden.flatten(0, 1), {}
+        if self.lm_head is not None:
+            found["log_probs"] = self._log_probs(hidden[:-1], tokens.flatten()[1:])
+        if self.value_head is not None:
+            found["state_values"] = self.value_head(hidden).squeeze(-1).float()
+        return found
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        chunk = self.logits_chunk_tokens or max(1, len(targets))
+        parts = []
+        for some, of in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            if len(targets) > chunk and torch.is_grad_enabled():  # keep no logits: compute them again in the backward pass
+                parts.append(checkpoint(self._log_probs_at_once, some, of, use_reentrant=False))
+            else:
+                parts.append(self._log_probs_at_once(some, of))
+        return torch.cat([hidden.new_zeros(1, dtype=torch.float32), *parts])
+
+    def _log_probs_at_once(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        assert self.lm_head is not None
+        logits = self.lm_head(hidden).float()
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def build(role: str, use: ModelUse, seed: int, *, lm: bool, value: bool, train: bool) -> Decoder:
+    """The model of a role, on the host, in its precision; what does not train requires no gradient.
+
+    The reference is the actor as it was before the first update.
+    """
+    with no_init_weights():
+        module = Decoder(use, lm=lm, value=value)
+    fill(module, {"reference": "actor"}.get(role, role), seed)
+    if use.lora_rank:
+        _adapt(module, use, role, seed)
+    module.to(DTYPES[use.precision])
+    frozen = set() if train else {name for name, _ in module.named_parameters()}
+    frozen |= _frozen_names(module, use)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    if train and use.recompute == "full":
+        # selective recomputation repeats what is quadratic in the sequence; fused attention never stores it
+        module.body.gradient_checkpointing_enable({"use_reentrant": False})
+    return module.eval()
+
+
+def fill(module: nn.Module, role: str, seed: int) -> None:
+    """Random matrices, biases of zero, norms of one, each keyed by its name alone."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim < 2:
+                parameter.fill_(1.0)
+            else:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{role}/{name}".encode()))
+                parameter.normal_(0.0, INITIAL_DEVIATION, generator=generator)
+
+
+def _adapt(module: Decoder, use: ModelUse, role: str, seed: int) -> None:
+    """LoRA at every linear module of the layers; the second factor starts at zero, as in the LoRA paper."""
+    layers = layers_of(module)
+    chosen = [(parent, name, child) for parent in layers.modules() if not isinstance(parent, LoraLinear)
+              for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    if not chosen:
+        raise InputError(f"{use.shape.family} has no linear modules that LoRA could adapt", field=f"models.{role}.lora_rank")
+    for parent, name, child in chosen:
+        setattr(parent, name, LoraLinear(child, use.lora_rank))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith(".a"):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{role}/{name}".encode()))
+                bound = 1 / math.sqrt(parameter.shape[1])
+                parameter.uniform_(-bound, bound, generator=generator)
+
+
+def layers_of(module: Decoder) -> nn.ModuleList:
+    """The list of layers, wherever the family keeps it."""
+    found = [m for m in module.body.modules() if isinstance(m, nn.ModuleList)]
+    return max(found, key=len)
+
+
+def _frozen_names(module: Decoder, use: ModelUse) -> set[str]:
+    """What does not train in a trained model: under LoRA all but its factors and the value head, else lower layers."""
+    names = {name for name, _ in module.named_parameters()}
+    if use.lora_rank:
+        return {n for n in names if not n.endswith((".a", ".b")) and not n.startswith("value_head")}
+    if use.trainable_layers in (None, use.shape.layers):
+        return set()
+    layers = layers_of(module)
+    prefix = next(name for name, m in module.named_modules() if m is layers)
+    top = tuple(f"{prefix}.{i}." for i in range(use.shape.layers - use.trainable_layers, use.shape.layers))
+    embeddings = {id(module.body.get_input_embeddings().weight)}
+    heads = {n for n, p in module.named_parameters() if n.startswith(("lm_head", "value_head")) and id(p) not in embeddings}
+    return {n for n in names if not n.startswith(top) and n not in heads and not _is_final_norm(n, prefix)}
+
+
+def _is_final_norm(name: str, layers: str) -> bool:
+    return "norm" in name.rsplit(".", 2)[-2] and not name.startswith(f"{layers}.")
