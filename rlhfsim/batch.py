@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .graph import Firing, Stage, StageGraph
+from .firing import Firing
+from .graph import Stage, StageGraph
 
 
 def samples_of(graph: StageGraph, f: Firing, samples: int) -> np.ndarray:

@@ -274,6 +274,7 @@ def why(comparison: Comparison) -> str:
     winner, base = comparison.winner, comparison.base
     if winner is None:
         return "No strategy fits."
+    assert winner.timeline is not None
     if base.timeline is None:
         return f"{winner.label} is the fastest that fits; the baseline {base.label} does not fit."
     if winner is base:

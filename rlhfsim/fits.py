@@ -144,11 +144,11 @@ class Memory:
     def _passing(self, stage: Stage, rank: int, samples: int, sequence: int) -> Bytes:
         """What scoring or training micro-batches of so many samples adds."""
         held = self.holdings[stage.model]
-        where = {"head": head_of(stage.model), "stage": self._stage_of(held, rank)}
+        head, part = head_of(stage.model), self._stage_of(held, rank)
         if stage.kind == "score":
-            return scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, **where)
+            return scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, head=head, stage=part)
         count = ceil(self.samples_per_replica(stage) / samples)
-        return training_bytes(held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, **where)
+        return training_bytes(held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, head=head, stage=part)
 
     def samples_per_replica(self, stage: Stage) -> int:
         """The most samples that one replica handles in one firing."""
@@ -175,7 +175,7 @@ class Memory:
             if self._sleeps(held):
                 found += engine_bytes(use, t, 0.0)
         elif use.zero_stage == 3 and len(held.ranks) > 1:
-            gathered = rank_parameters(use.shape, "lm", tensor_parallel=t) * use.bytes_per_parameter
+            gathered = float(rank_parameters(use.shape, "lm", tensor_parallel=t) * use.bytes_per_parameter)
             if generation.engine == "zero3_per_token":
                 gathered = scoring_bytes(use, held.data_parallel, 0, 1).gathered
             found += Bytes(gathered=gathered)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .graph import Firing, Stage, StageGraph
+from .firing import Firing
+from .graph import Stage, StageGraph
 
 
 @dataclass(frozen=True)

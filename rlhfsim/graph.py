@@ -151,7 +151,7 @@ def _memo(method: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
-class StageGraph(nx.DiGraph):
+class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
     """Stages as nodes (attribute `stage`), uses of results as edges (attributes `lag`, `stream`, `capacity`, `carries`)."""
 
     def __init__(self, incoming_graph_data: Any = None, *, lanes: int = 1, **attributes: Any) -> None:
@@ -208,7 +208,8 @@ class StageGraph(nx.DiGraph):
         self._results.clear()
 
     def at(self, name: str) -> Stage:
-        return self.nodes[name]["stage"]
+        stage: Stage = self.nodes[name]["stage"]
+        return stage
 
     def stages(self) -> list[Stage]:
         return [stage for _, stage in self.nodes(data="stage")]
@@ -278,7 +279,7 @@ class StageGraph(nx.DiGraph):
     @_memo
     def _reach(self) -> int:
         """How many iterations back-pressure reaches: through every bounded edge its capacity and one firing."""
-        steps = [(edge["capacity"] + 1) * self.at(u).makers / self.at(u).firings + self.at(v).makers / self.at(v).chunks
+        steps: list[float] = [(edge["capacity"] + 1) * self.at(u).makers / self.at(u).firings + self.at(v).makers / self.at(v).chunks
                  for u, v, edge in self.edges(data=True) if edge["capacity"] is not None]
         return ceil(sum(steps))
 

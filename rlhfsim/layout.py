@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 from importlib import import_module, resources
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from .algorithms import Algorithm
 from .errors import InputError, nearest
@@ -65,8 +65,9 @@ def _module(package: str, name: str, field: str) -> ModuleType:
 def algorithm_of(scenario: Scenario) -> Algorithm:
     choice = scenario.algorithm
     module = _module("rlhfsim.algorithms", choice.name, "algorithm.name")
-    return module.build(epochs=choice.epochs, minibatches=choice.minibatches,
-                        share_actor_critic=scenario.models.share_actor_critic)
+    algorithm: Algorithm = module.build(epochs=choice.epochs, minibatches=choice.minibatches,
+                                        share_actor_critic=scenario.models.share_actor_critic)
+    return algorithm
 
 
 def devices_of(scenario: Scenario) -> Devices:
@@ -90,7 +91,8 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     """
     name = scenario.strategy.name
     module = _module("rlhfsim.strategies", name, "strategy.name")
-    options, notes = scenario.strategy.options, []
+    options = scenario.strategy.options
+    notes: list[str] = []
     devices = devices_of(scenario)
     if (slots := options.pop("slots", None)) is not None:
         options, notes = _with_slots(name, slots, options, devices)
@@ -125,7 +127,7 @@ def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
                     every=periodic.checkpoint_every)
 
 
-def _with_slots(name: str, slots: object, options: dict, devices: Devices) -> tuple[dict, list[str]]:
+def _with_slots(name: str, slots: object, options: dict[str, Any], devices: Devices) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(slots, dict):
         raise InputError(f"{slots!r} is no mapping of model to ratio", field="strategy.slots")
     placed, notes = place_slots(slots, devices.ranks)

@@ -243,7 +243,7 @@ def _short_settings(row: Row) -> str:
     """The settings of a row in a few words; `--json` has them in full."""
     used = row.used
     words = [f"TP {used['generation.tensor_parallel']}"]
-    micro = {used.get(f"models.{role}.micro_batch_samples") for role in ("actor", "critic")} - {None}
+    micro = {m for role in ("actor", "critic") if (m := used.get(f"models.{role}.micro_batch_samples")) is not None}
     words.append("micro-batch " + "/".join(str(m) for m in sorted(micro)))
     if "ranks" in used:
         words.append(" ".join(f"{name} {count}" for name, count in used["ranks"].items()))

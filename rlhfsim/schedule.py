@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .graph import ANY_PLACE, Firing, StageGraph, earlier
+from .firing import Firing
+from .graph import ANY_PLACE, StageGraph, earlier
 
 
 class Scheduler:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhfsim.graph import Kind
+
 
 @dataclass(frozen=True)
 class Step:
@@ -14,7 +16,7 @@ class Step:
     """
 
     name: str
-    kind: str
+    kind: Kind
     model: str
     needs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()

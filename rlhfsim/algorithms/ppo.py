@@ -15,6 +15,8 @@ def build(*, epochs: int = 1, minibatches: int = 1, share_actor_critic: bool = F
     generate = Step("gen", "generate", "actor", fields=SEQUENCE)
     reference = Step("ref", "score", "reference", ("gen",), ("ref_log_probs",))
     reward = Step("reward", "score", "reward", ("gen",), ("score",))
+    score: tuple[Step, ...]
+    train: tuple[str, ...]
     if share_actor_critic:
         score = (reference, reward, Step("old_log_prob", "score", "actor", ("gen",), ("log_probs", "values")))
         train = ("update_actor",)

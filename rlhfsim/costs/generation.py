@@ -134,7 +134,7 @@ def generation_program(
     ranks: Sequence[int],
     operators: Operators,
     *,
-    kv_capacity_tokens: int | None = None,
+    kv_capacity_tokens: float | None = None,
     domain: Sequence[int] | None = None,
     steps: StepSeconds | None = None,
 ) -> GenerationResult:
@@ -306,7 +306,7 @@ def _tables(
     generation: Generation,
     prompts: list[np.ndarray],
     responses: list[np.ndarray],
-    kv_capacity_tokens: int | None,
+    kv_capacity_tokens: float | None,
     until: list[int] | None,
     steps: StepSeconds,
 ) -> list[_Steps]:

@@ -338,7 +338,8 @@ def p_norm(a: Numbers, b: Numbers, exponent: float) -> np.ndarray:
     """(a^p + b^p)^(1/p), scaled by the larger one so that high powers of microseconds do not underflow."""
     large, small = np.maximum(a, b), np.minimum(a, b)
     ratio = np.divide(small, large, out=np.zeros_like(large, dtype=float), where=large > 0)
-    return large * (1 + ratio**exponent) ** (1 / exponent)
+    norm: np.ndarray = large * (1 + ratio**exponent) ** (1 / exponent)
+    return norm
 
 
 def _limited(compute: Numbers, memory: Numbers, body: Numbers | None = None, launch: float = 0.0) -> KernelTime:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from rlhfsim.batch import per_replica, samples_of
 from rlhfsim.fold import Fold
-from rlhfsim.graph import Firing, Message, Stage
+from rlhfsim.firing import Firing
+from rlhfsim.graph import Message, Stage
 from rlhfsim.layout import Holding
 from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
 from rlhfsim.model import Head, parameters
@@ -38,11 +41,11 @@ class CostModel:
     """
 
     def __init__(self, scenario: Scenario, fold: Fold, holdings: dict[str, Holding], operators: Operators,
-                 lengths: list[tuple[np.ndarray, np.ndarray]], kv_capacity_tokens: int | None) -> None:
+                 lengths: list[tuple[np.ndarray, np.ndarray]], kv_capacity_tokens: float | None) -> None:
         self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
         self._steps: dict[str, StepSeconds] = {}
-        self._programs: dict[tuple, list[Segment]] = {}
+        self._programs: dict[tuple[Any, ...], list[Segment]] = {}
         workload = scenario.workload
         self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
 
@@ -63,11 +66,12 @@ class CostModel:
 
     def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response tokens of the samples of a firing; validation has prompts of its own, as long as the others."""
-        lengths = self.lengths[f.iteration % len(self.lengths)]
-        if self.fold.original.at(f.stage).name == "testing":
-            lengths = tuple(np.resize(tokens, self.scenario.periodic.validation_prompts) for tokens in lengths)
-        ids = samples_of(self.fold.original, f, len(lengths[0]))
-        return lengths[0][ids], lengths[1][ids]
+        prompts, responses = self.lengths[f.iteration % len(self.lengths)]
+        if f.stage == "testing":
+            count = self.scenario.periodic.validation_prompts
+            prompts, responses = np.resize(prompts, count), np.resize(responses, count)
+        ids = samples_of(self.fold.original, f, len(prompts))
+        return prompts[ids], responses[ids]
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
@@ -96,7 +100,7 @@ class CostModel:
 
     # -- the work of a firing -----------------------------------------------------------------------------
 
-    def _remember(self, key: tuple, make) -> list[Segment]:  # type: ignore[no-untyped-def]
+    def _remember(self, key: tuple[Any, ...], make: Callable[[], list[Segment]]) -> list[Segment]:
         if key not in self._programs:
             self._programs[key] = make()
         return self._programs[key]

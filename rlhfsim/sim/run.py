@@ -12,7 +12,8 @@ import simpy
 from rlhfsim.cluster import ClusterTopology
 from rlhfsim.costs.segment import Segment, Transfer
 from rlhfsim.fold import Fold
-from rlhfsim.graph import ANY_PLACE, Firing, Message
+from rlhfsim.firing import Firing
+from rlhfsim.graph import ANY_PLACE, Message
 from rlhfsim.schedule import Scheduler
 from rlhfsim.timeline import Span
 

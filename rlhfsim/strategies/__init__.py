@@ -55,7 +55,8 @@ def divide(ranks: tuple[int, ...], shares: dict[str, float], units: dict[str, in
             break
         name = max(missed, key=lambda n: missed[n])
         sizes[name] += units[name]
-    parts, start = {}, 0
+    divided: dict[str, tuple[int, ...]] = {}
+    start = 0
     for name, size in sizes.items():
-        parts[name], start = ranks[start : start + size], start + size
-    return parts
+        divided[name], start = ranks[start : start + size], start + size
+    return divided
