@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .meter import Meter
 Fields = dict[str, Tensor]
 Shapes = dict[str, list[Any]]  # field -> [type, *shape]
 
+_NUMBERS = 10**7  # more than the parameters and modules of all engines of one group
 _ALIGNED = 8  # bytes; every field of a packed message starts at a multiple, so that any type can view it
 
 
@@ -75,6 +77,8 @@ class Groups:
     def __init__(self, rank: int, sets: Iterable[Iterable[int]], meter: Meter) -> None:
         self.rank, self.meter, self.device = rank, meter, meter.device
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(sorted(s)) for s in sets})}
+        # DeepSpeed's next parameter and module, apart for each group: unique in a process, alike on a group's ranks.
+        self._numbers = {ranks: (k * _NUMBERS, k * _NUMBERS) for k, ranks in enumerate(self._groups, start=1)}
 
     def of(self, ranks: Iterable[int]) -> dist.ProcessGroup:
         """The group of exactly these ranks; KeyError where none was made."""
@@ -160,22 +164,28 @@ class Groups:
         passed: three barriers while the optimizer is set up (runtime/zero/stage3.py, `_setup_for_real_optimizer` and
         `_create_fp16_partitions_with_defragmentation`), and at the first steps broadcasts of the parameter trace from
         world rank 0 (runtime/zero/utils.py, `assert_ints_same_as_other_ranks`). Ranks without the engine would have to
-        join in. Two globals are replaced while the block runs: the backend that all of `deepspeed.comm` goes through,
-        and the remembered clone of the world group.
+        join in. What is compared there are numbers that each process counts up over all its engines, so they differ
+        between ranks that hold different models. Replaced while the block runs are the backend that all of
+        `deepspeed.comm` goes through, the remembered clone of the world group, and those two counters.
         """
         import deepspeed.comm.comm as comm
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
         from deepspeed.utils import groups
 
         if comm.cdb is None:
             comm.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", auto_mpi_discovery=False,
                                   verbose=False)
         key = tuple(sorted(ranks))
-        before = comm.cdb, groups._WORLD_GROUP
-        comm.cdb, groups._WORLD_GROUP = EngineWorld(before[0], key, self._groups[key], self.meter), self._groups[key]
+        modules = inspect.signature(DeepSpeedZeRoOffload._register_deepspeed_module).parameters["count"].default
+        before = comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0]
+        comm.cdb, groups._WORLD_GROUP = EngineWorld(comm.cdb, key, self._groups[key], self.meter), self._groups[key]
+        Init.param_id, modules[0] = self._numbers[key]
         try:
             yield
         finally:
-            comm.cdb, groups._WORLD_GROUP = before
+            self._numbers[key] = Init.param_id, modules[0]
+            comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0] = before
 
 
 def _header(fields: Fields) -> Tensor:

@@ -137,7 +137,7 @@ def compare(scenario: str, overrides: tuple[str, ...], json_output: bool, baseli
 
 
 @scenario_command("sweep")
-@click.option("--out", "out", type=str, default="sweep.csv", show_default=True, help="The table (CSV), written as it goes; an existing one is continued.")
+@click.option("--out", "out", type=str, default="results.csv", show_default=True, help="The table (CSV), written as it goes; an existing one is continued.")
 @click.option("--strategies", is_flag=True, help="Run every row of `compare` at every point.")
 @click.option("--baseline", type=str, help="The row that speedups are measured against.")
 @click.option("--as-given", is_flag=True, help="Do not tune each row.")
@@ -176,6 +176,27 @@ def plot(timelines: tuple[str, ...], out: str) -> None:
 
     _drawable(out)
     gantt({name: reader.read(path) for name, path in _named(timelines).items()}, out)
+
+
+@cli.command("validate")
+@click.argument("paths", nargs=-1, required=True)
+@as_json
+def validate(paths: tuple[str, ...], json_output: bool) -> None:
+    """Predicted against measured: case files (or folders of *.case.yaml). Exit code 1 beyond their tolerances."""
+    from .render import print_validation, progress
+    from .validate import find_cases, run_case, summary
+
+    cases, results = find_cases(paths), []
+    with progress(len(cases)) as advance:
+        for case in cases:
+            advance(case.name)
+            results += run_case(case)
+    found = summary(results)
+    if json_output:
+        _print_json({"cases": [r.as_json() for r in results], "summary": found})
+    else:
+        print_validation(results, found)
+    sys.exit(FAILED if found["failed"] else 0)
 
 
 @cli.command("show")

@@ -21,6 +21,7 @@ from .simulate import Setup, kernels_of, lengths_of, periodic_seconds
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
+from .validate import Result
 
 
 def console() -> Console:
@@ -296,3 +297,30 @@ def _print_unverified(out: Console, scenario: Scenario) -> None:
 def _cluster(scenario: Scenario) -> str:
     cluster = scenario.cluster
     return f"{cluster.gpus} x {cluster.gpu.name} ({cluster.nodes} node{'s' if cluster.nodes > 1 else ''})"
+
+
+# -- validate -----------------------------------------------------------------------------------------------------
+
+
+def print_validation(results: list[Result], found: dict[str, Any]) -> None:
+    """One line a quantity, predictions and calibration apart, then the summary of the predictions."""
+    out = console()
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("case", "left"), ("quantity", "left"), ("predicted s", "right"), ("measured s", "right"),
+                          ("spread", "right"), ("error", "right"), ("excess s", "right"), ("tolerance", "right"), ("", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for r in results:
+        verdict = "calibration" if r.role == "calibration" else "ok" if r.ok else "TOO FAR"
+        table.add_row(r.id, r.quantity, three(r.predicted), three(r.measured), f"{r.spread:.1%}", f"{r.error:+.1%}",
+                      three(r.excess_seconds), f"{r.tolerance:.0%}", verdict)
+    out.print(table)
+    if found["mean_abs_error"] is None:
+        out.print("No predictions among these cases.")
+        return
+    worst = found["worst"]
+    out.print(f"{found['predictions']} predictions in {found['groups']} groups: mean error {found['mean_abs_error']:.1%}, "
+              f"bias {found['bias']:+.1%}, worst {worst['error']:+.1%} ({worst['id']}, {worst['quantity']}).")
+    if found["ranking"] is not None:
+        out.print(f"Pairs that differ by more than their spread, in the right order: {found['ranking']:.0%}.")
+    if found["failed"]:
+        out.print("Beyond tolerance: " + ", ".join(found["failed"]) + ".")

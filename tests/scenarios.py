@@ -13,9 +13,16 @@ OFF = {f"effects.{name}": False for name in ("decode", "links", "memory", "sync"
 TAIL = {"workload.response_tokens": {"distribution": "lognormal", "mean_tokens": 60, "sigma": 0.8, "max_tokens": 256}}
 
 # Every strategy with every engine that it can use.
-PLACEMENTS = [("colocated", "zero3_per_token"), ("colocated", "hybrid"), ("colocated", "engine"),
-              ("interleaved", "zero3_per_token"), ("interleaved", "hybrid"), ("interleaved", "engine"),
-              ("disaggregated", "hybrid"), ("disaggregated", "engine")]
+PLACEMENTS = [
+    ("colocated", "zero3_per_token"),
+    ("colocated", "hybrid"),
+    ("colocated", "engine"),
+    ("interleaved", "zero3_per_token"),
+    ("interleaved", "hybrid"),
+    ("interleaved", "engine"),
+    ("disaggregated", "hybrid"),
+    ("disaggregated", "engine"),
+]
 
 
 def scenario(strategy: str = "colocated", engine: str = "hybrid", **changes: Any) -> Scenario:

@@ -49,14 +49,24 @@ def bytes_by_phase(strategy: str, engine: str, **changes: Any) -> dict[str, floa
     return {phase: instant.bytes.total for phase, instant in fit_of(strategy, engine, **changes).by_phase.items()}
 
 
-GROWING = ("models.actor.micro_batch_samples", "models.critic.micro_batch_samples", "models.reference.score_micro_batch_samples",
-           "workload.prompts", "workload.prompt_tokens", "workload.response_tokens", "generation.batch_samples",
-           "generation.max_sequences", "models.actor.lora_rank")
+GROWING = (
+    "models.actor.micro_batch_samples",
+    "models.critic.micro_batch_samples",
+    "models.reference.score_micro_batch_samples",
+    "workload.prompts",
+    "workload.prompt_tokens",
+    "workload.response_tokens",
+    "generation.batch_samples",
+    "generation.max_sequences",
+    "models.actor.lora_rank",
+)
 
 
 @some
 @given(st.sampled_from(PLACEMENTS), st.sampled_from(GROWING), st.integers(8, 200), st.integers(1, 200), st.booleans())
-def test_more_work_needs_no_less_memory(placement: tuple[str, str], name: str, size: int, more: int, tensor: bool) -> None:
+def test_more_work_needs_no_less_memory(
+    placement: tuple[str, str], name: str, size: int, more: int, tensor: bool
+) -> None:
     """In every phase."""
     changes: dict[str, Any] = {"algorithm.minibatches": 1}
     if tensor and placement[0] == "colocated":
@@ -70,8 +80,17 @@ def test_more_work_needs_no_less_memory(placement: tuple[str, str], name: str, s
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_more_gpus_need_no_more_each(strategy: str, engine: str, zero_stage: int) -> None:
     """From where every model has at least two ranks: one alone gathers and reduces nothing."""
-    found = [fit_of(strategy, engine, cluster__nodes=nodes, workload__prompts=256, models__actor={"spec": "llama-7b", "zero_stage": zero_stage},
-                    models__critic={"zero_stage": zero_stage}) for nodes in (4, 8, 16)]
+    found = [
+        fit_of(
+            strategy,
+            engine,
+            cluster__nodes=nodes,
+            workload__prompts=256,
+            models__actor={"spec": "llama-7b", "zero_stage": zero_stage},
+            models__critic={"zero_stage": zero_stage},
+        )
+        for nodes in (4, 8, 16)
+    ]
     totals = [fit.worst.bytes.total for fit in found]
     if engine == "engine":  # its cache takes what it can use: compare what is asked of the other phases
         totals = [max(i.bytes.total for phase, i in fit.by_phase.items() if phase != "gen") for fit in found]
@@ -85,16 +104,30 @@ def with_micro_batch(scene: dict[str, Any], key: str, size: int) -> Fit:
     return fit_of(**scene, **{key: size})
 
 
-@pytest.mark.parametrize(("strategy", "engine"), [("colocated", "hybrid"), ("interleaved", "hybrid"), ("disaggregated", "engine")])
+@pytest.mark.parametrize(
+    ("strategy", "engine"), [("colocated", "hybrid"), ("interleaved", "hybrid"), ("disaggregated", "engine")]
+)
 @pytest.mark.parametrize("recompute", ["full", "none"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(strategy: str, engine: str, recompute: str) -> None:
     """By asking again with that size. Ten samples of 7B fill what the GPU has beside the model states."""
-    stages = {"models.actor.micro_batch_samples": ("update_actor",), "models.critic.micro_batch_samples": ("update_critic",),
-              "models.reference.score_micro_batch_samples": ("ref",), "models.reward.score_micro_batch_samples": ("reward",),
-              "models.critic.score_micro_batch_samples": ("values",), "models.actor.score_micro_batch_samples": ("old_log_prob",)}
-    scene: dict[str, Any] = {"strategy": strategy, "engine": engine, "cluster__nodes": 4, "workload__prompts": 4096,
-                             "workload__prompt_tokens": 512, "workload__response_tokens": 512, "algorithm__minibatches": 1,
-                             "generation__batch_samples": None if engine == "engine" else 1}
+    stages = {
+        "models.actor.micro_batch_samples": ("update_actor",),
+        "models.critic.micro_batch_samples": ("update_critic",),
+        "models.reference.score_micro_batch_samples": ("ref",),
+        "models.reward.score_micro_batch_samples": ("reward",),
+        "models.critic.score_micro_batch_samples": ("values",),
+        "models.actor.score_micro_batch_samples": ("old_log_prob",),
+    }
+    scene: dict[str, Any] = {
+        "strategy": strategy,
+        "engine": engine,
+        "cluster__nodes": 4,
+        "workload__prompts": 4096,
+        "workload__prompt_tokens": 512,
+        "workload__response_tokens": 512,
+        "algorithm__minibatches": 1,
+        "generation__batch_samples": None if engine == "engine" else 1,
+    }
     scene |= {f"models.{role}": {"spec": "llama-7b", "zero_stage": 3, "recompute": recompute} for role in HOLDERS}
     limited = 0
     setup = setup_of(**scene)
@@ -170,11 +203,17 @@ def test_every_component_has_a_knob_and_every_knob_exists() -> None:
         assert all(option in Scenario.model_fields[section].annotation.model_fields for section, option in sections)
 
 
-@pytest.mark.parametrize(("changes", "component"), [
-    ({"models.actor.zero_stage": 0, "models.critic.zero_stage": 0}, "optimizer"),
-    ({"workload.response_tokens": 8000, "workload.prompts": 2048}, "kv_cache"),
-    ({"models.actor.micro_batch_samples": 64, "models.actor.recompute": "none", "workload.prompts": 2048}, "activations"),
-])
+@pytest.mark.parametrize(
+    ("changes", "component"),
+    [
+        ({"models.actor.zero_stage": 0, "models.critic.zero_stage": 0}, "optimizer"),
+        ({"workload.response_tokens": 8000, "workload.prompts": 2048}, "kv_cache"),
+        (
+            {"models.actor.micro_batch_samples": 64, "models.actor.recompute": "none", "workload.prompts": 2048},
+            "activations",
+        ),
+    ],
+)
 def test_the_knob_of_the_largest_part_is_named(changes: dict[str, Any], component: str) -> None:
     fit = fit_of("colocated", "hybrid", algorithm__minibatches=1, models__actor={"spec": "llama-7b"}, **changes)
     assert not fit.fits and fit.limiting[1] == component
@@ -288,8 +327,12 @@ def test_a_waking_engine_stands_beside_the_training_states() -> None:
 
 def training_alone(spec: str, *, gpus: int, tokens: int, cluster: str = "a100-80g-sxm", **use: Any) -> Fit:
     """One model that is trained and nothing else, in micro-batches of one."""
-    found = scenario(cluster={"spec": cluster, "nodes": 1, "gpus_per_node": gpus}, workload__prompt_tokens=tokens - 1,
-                     workload__response_tokens=1, models__actor={"spec": spec, "micro_batch_samples": 1, **use})
+    found = scenario(
+        cluster={"spec": cluster, "nodes": 1, "gpus_per_node": gpus},
+        workload__prompt_tokens=tokens - 1,
+        workload__response_tokens=1,
+        models__actor={"spec": spec, "micro_batch_samples": 1, **use},
+    )
     ranks, graph = tuple(range(gpus)), StageGraph()
     graph.stage("update_actor", "train", "actor", ranks)
     return Memory(found, graph, {"actor": Holding("actor", found.models.actor, "train", ranks)}).fit()
@@ -311,7 +354,14 @@ def test_14b_on_four_gpus_asks_for_gigabytes_of_logits() -> None:
     """github.com/skypilot-org/skypilot pull request 10269: 14B with tensor parallelism 4 on 4 H100, one packed row of
     about 27,100 tokens, asks 3.84 GiB for one fp32 copy of the logits. States: 55 GiB, 14 with Adam offloaded."""
     for offload, states in ((False, 55), (True, 14)):
-        found = training_alone("qwen2.5-14b", gpus=4, tokens=27_100, cluster="h100-80g-sxm", zero_stage=1, tensor_parallel=4,
-                               offload_optimizer=offload).worst.bytes
+        found = training_alone(
+            "qwen2.5-14b",
+            gpus=4,
+            tokens=27_100,
+            cluster="h100-80g-sxm",
+            zero_stage=1,
+            tensor_parallel=4,
+            offload_optimizer=offload,
+        ).worst.bytes
         assert (found.weights + found.gradients + found.optimizer) / GIB == approx(states, abs=0.5)
         assert 3.84 < found.logits / GIB < 3 * 3.84

@@ -56,7 +56,7 @@ class Gpu(Sources):
     description: str = ""
     architecture: str
     kernels: str
-    fitted_on: tuple[str, ...] = ()
+    fitted_on: list[str] = Field(default_factory=list)
     memory_bytes: Sourced
     memory_bytes_per_second: Sourced
     flops_per_second: dict[Precision, Sourced]
