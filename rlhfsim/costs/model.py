@@ -115,6 +115,8 @@ class CostModel:
                 tokens = np.full(len(tokens), self.padded_tokens)
             segments = self._pass(stage, ranks, tokens)
         controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
+        if not self.scenario.cluster.gpu.overlaps_communication:
+            segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
     def _generate(self, stage: Stage, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:

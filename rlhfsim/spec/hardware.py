@@ -49,6 +49,7 @@ class Gpu(Sources):
     nvlink_bytes_per_second: all NVLink ports of the GPU together, one direction; absent without NVLink.
     pcie_bytes_per_second: the GPU's own PCIe slot, one direction.
     kernels: efficiency curves, a file of `hw_specs/kernels/`.
+    overlaps_communication: whether it computes and communicates at the same time; a CPU rank has one stream for both.
     fitted_on: SHA-256 of the files that a calibration used; they are no predictions of this spec.
     """
 
@@ -56,6 +57,7 @@ class Gpu(Sources):
     description: str = ""
     architecture: str
     kernels: str
+    overlaps_communication: bool = True
     fitted_on: list[str] = Field(default_factory=list)
     memory_bytes: Sourced
     memory_bytes_per_second: Sourced
