@@ -75,7 +75,7 @@ class Groups:
     """
 
     def __init__(self, rank: int, sets: Iterable[Iterable[int]], meter: Meter) -> None:
-        self.rank, self.meter, self.device = rank, meter, meter.device
+        self.rank, self.world_size, self.meter, self.device = rank, dist.get_world_size(), meter, meter.device
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(sorted(s)) for s in sets})}
         # DeepSpeed's next parameter and module, apart for each group: unique in a process, alike on a group's ranks.
         self._numbers = {ranks: (k * _NUMBERS, k * _NUMBERS) for k, ranks in enumerate(self._groups, start=1)}

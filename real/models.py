@@ -181,10 +181,9 @@ def build(role: str, use: ModelUse, seed: int, *, lm: bool, value: bool, train: 
     if use.lora_rank:
         _adapt(module, use, role, seed)
     module.to(DTYPES[use.precision])
-    frozen = set() if train else {name for name, _ in module.named_parameters()}
-    frozen |= _frozen_names(module, use)
+    trained = set(trained_names(module, use)) if train else set()
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name in trained)
     if train and use.recompute == "full":
         # selective recomputation repeats what is quadratic in the sequence; fused attention never stores it
         module.body.gradient_checkpointing_enable({"use_reentrant": False})
@@ -227,20 +226,16 @@ def layers_of(module: Decoder) -> nn.ModuleList:
     return max(found, key=len)
 
 
-def _frozen_names(module: Decoder, use: ModelUse) -> set[str]:
-    """What does not train in a trained model: under LoRA all but its factors and the value head, else lower layers."""
-    names = {name for name, _ in module.named_parameters()}
+def trained_names(module: Decoder, use: ModelUse) -> list[str]:
+    """The parameters that train: LoRA's factors and the value head, or the top layers and what comes after them, or all."""
+    names = [name for name, _ in module.named_parameters()]
     if use.lora_rank:
-        return {n for n in names if not n.endswith((".a", ".b")) and not n.startswith("value_head")}
+        return [n for n in names if n.endswith((".a", ".b")) or n.startswith("value_head")]
     if use.trainable_layers in (None, use.shape.layers):
-        return set()
+        return names
     layers = layers_of(module)
     prefix = next(name for name, m in module.named_modules() if m is layers)
-    top = tuple(f"{prefix}.{i}." for i in range(use.shape.layers - use.trainable_layers, use.shape.layers))
-    embeddings = {id(module.body.get_input_embeddings().weight)}
-    heads = {n for n, p in module.named_parameters() if n.startswith(("lm_head", "value_head")) and id(p) not in embeddings}
-    return {n for n in names if not n.startswith(top) and n not in heads and not _is_final_norm(n, prefix)}
-
-
-def _is_final_norm(name: str, layers: str) -> bool:
-    return "norm" in name.rsplit(".", 2)[-2] and not name.startswith(f"{layers}.")
+    bottom = tuple(f"{prefix}.{i}." for i in range(use.shape.layers - use.trainable_layers))
+    embeddings = {n for n, m in module.body.named_modules(prefix="body") if isinstance(m, nn.Embedding)}
+    frozen = (*bottom, *(f"{n}." for n in embeddings), *(f"{prefix.rpartition('.')[0]}.project_in",))
+    return [n for n in names if not n.startswith(frozen)]

@@ -453,15 +453,16 @@ def test_every_rate_matters_somewhere(part: str) -> None:
 
 # ---------------------------------------------------------------- no more than the hardware gives
 
-PEAK_FLOPS, HBM, NVLINK, NIC = 312e12, 2039e9, 300e9, 25e9  # of an A100-SXM 80 GB and its cluster, one direction
+PEAK_FLOPS, HBM, NIC = 312e12, 2039e9, 25e9  # of an A100-SXM 80 GB and its cluster, one direction
 
 
 @everywhere
 @pytest.mark.parametrize("effects", [OFF, {}])
 def test_no_stage_computes_faster_than_the_peak(strategy: str, engine: str, effects: dict[str, Any]) -> None:
     """Products alone: 2 operations a weight and token forward; training 6 and 2 more of layers that are recomputed."""
-    timeline = timeline_of(scenario(strategy, engine, simulation__iterations=1, **effects))
-    layers, head, tokens = 8 * LAYER, 4096 * 512, 64 * (64 + 128)
+    one_iteration = {"simulation.iterations": 1, "models.actor.spec": "llama-7b", **effects, "effects.memory": False}
+    timeline = timeline_of(scenario(strategy, engine, **one_iteration))
+    layers, head, tokens = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096, 64 * (64 + 128)
     work = {
         "gen": 2 * layers,
         "old_log_prob": 2 * (layers + head),
@@ -480,7 +481,7 @@ def test_no_stage_computes_faster_than_the_peak(strategy: str, engine: str, effe
         if seconds > 0:
             share = work[stage] * tokens / seconds / PEAK_FLOPS
             assert share <= 1, stage
-            assert share > 0.25 or not effects, stage  # ideal kernels come near it, so that the law can fail
+            assert share > 0.55 or not effects, stage  # ideal kernels come near it, so that the law can fail
 
 
 @pytest.mark.parametrize(

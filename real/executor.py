@@ -1,0 +1,256 @@
+"""Run a StageGraph on real ranks: each replays the same scheduler on a shared log, and does its part of what starts.
+
+The log lies in the store: `add` gives every entry its number, so that all ranks read the same entries in the same order
+and ask their scheduler at the same points. Nothing here decides an order.
+
+Results move as one message per lane and consumer. When a rank reads that a firing has ended, it sends what is its to
+send and opens a buffer for what it will receive (the log tells the shapes), in the order of the log: so both ends number
+a pair's messages alike, and no send ever waits for a consumer to come to its stage. Messages go through host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store
+
+from rlhfsim.firing import Firing
+from rlhfsim.graph import Message, Stage, StageGraph
+from rlhfsim.schedule import Scheduler
+
+from .clock import Clock
+from .groups import Fields, Groups, Shapes, pack, packed_bytes, shapes_of, unpack
+from .meter import Measured
+from .spans import Record, RecordFile
+from .watch import Watch, describe
+
+FOREVER = timedelta(days=365)  # reading the log waits for other ranks' work; whether they live is for the watch to say
+
+Inbox = dict[tuple[Firing, int], Fields]
+
+
+class Work(Protocol):
+    """What a stage does. Called on every rank of the firing's place.
+
+    inbox: by (producer's firing, lane) what came along edges that carry something, for the lanes at home on this rank.
+    Returns, by lane at home on this rank, the fields that the stage produced (None: nothing).
+    """
+
+    def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None: ...
+
+
+def base_name(stage: str) -> str:
+    """`ref` of `ref.0`: turns of one step have distinct lanes, so their results lie together."""
+    return stage.partition(".")[0]
+
+
+class LaneStore:
+    """What lies on this rank: results of its own firings and what it received, until a later iteration begins here."""
+
+    def __init__(self) -> None:
+        self._fields: dict[tuple[int, str, int, int], Fields] = defaultdict(dict)
+
+    def put(self, f: Firing, lane: int, fields: Fields) -> None:
+        self._fields[f.iteration, base_name(f.stage), f.chunk, lane] |= fields
+
+    def get(self, iteration: int, stage: str, chunk: int, lane: int) -> Fields:
+        """Raises KeyError with what is missing."""
+        key = iteration, base_name(stage), chunk, lane
+        if key not in self._fields:
+            raise KeyError(f"lane {lane} of {describe(Firing(iteration, stage, chunk, 0))} is not on this rank")
+        return self._fields[key]
+
+    def chunks(self, iteration: int, stage: str, lane: int) -> dict[int, Fields]:
+        """All chunks of a lane that lie here, in order."""
+        of = iteration, base_name(stage), lane
+        return {key[2]: fields for key, fields in sorted(self._fields.items()) if (key[0], key[1], key[3]) == of}
+
+    def forget_before(self, iteration: int) -> None:
+        for key in [key for key in self._fields if key[0] < iteration]:
+            del self._fields[key]
+
+
+@dataclass
+class _Arriving:
+    """A message on its way, or the fields of one that never left this rank (no handle)."""
+
+    fields: Fields = field(default_factory=dict)
+    handle: Any = None
+    buffer: Tensor | None = None
+    shapes: Shapes = field(default_factory=dict)
+
+    def wait(self, device: torch.device) -> Fields:
+        if self.handle is not None:
+            self.handle.wait()
+            self.fields, self.handle = unpack(self.buffer, self.shapes, device), None
+        return self.fields
+
+
+def run(graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups, clock: Clock, *,
+        results: LaneStore | None = None, watch: Watch | None = None, file: RecordFile | None = None) -> list[Record]:
+    """Run so many iterations; every rank calls it, with the same graph. Returns what this rank's firings took.
+
+    store: holds the log, under names that no other run uses (a PrefixStore). results: where stages find what they do
+    not get as messages. file: takes each record as it is made. An exception of `work` is reported to `watch`, which
+    ends all ranks; without one it is raised.
+    """
+    store.set_timeout(FOREVER)
+    executor = _Executor(graph, rank, work, iterations, store, groups, clock, results or LaneStore(), watch, file)
+    try:
+        executor.run()
+    except BaseException as error:
+        if watch is None:
+            raise
+        import traceback
+
+        traceback.print_exc()
+        watch.fail(error)
+    return executor.records
+
+
+class _Executor:
+    def __init__(self, graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups, clock: Clock,
+                 results: LaneStore, watch: Watch | None, file: RecordFile | None) -> None:
+        self.graph, self.rank, self.work, self.store = graph, rank, work, store
+        self.groups, self.clock, self.results, self.watch, self.file = groups, clock, results, watch, file
+        self.scheduler = Scheduler(graph, iterations)
+        self.records: list[Record] = []
+        self._read = 0  # entries of the log
+        self._arriving: dict[tuple[Firing, str, int], _Arriving] = {}
+        self._leaving: list[tuple[Any, Tensor]] = []  # sends and their buffers, which must live until they are done
+        self._numbers: dict[tuple[int, int], int] = defaultdict(int)  # messages so far from rank to rank
+        self._mine: dict[int, Fields] = {}  # results of the firing that has just ended here
+        self._longest_lag = max((lag for *_, lag in graph.edges(data="lag")), default=0)
+        self._sending = {u for u, _, carries in graph.edges(data="carries") if carries}
+        self._receiving = {v for _, v, carries in graph.edges(data="carries") if carries}
+
+    def run(self) -> None:
+        while self.scheduler.left:
+            for f in self.scheduler.step():
+                if self.rank in self.graph.ranks(f):
+                    self._fire(f)
+            self._replay()
+        for handle, _ in self._leaving:
+            handle.wait()
+        self.store.add("finished", 1)
+        while self.store.add("finished", 0) < self.groups.world_size:  # nobody leaves while others still need it
+            time.sleep(0.005)
+
+    # -- a firing -----------------------------------------------------------------------------------------
+
+    def _fire(self, f: Firing) -> None:
+        stage, ranks, meter = self.graph.at(f.stage), self.graph.ranks(f), self.groups.meter
+        begin = self.clock.read()
+        if self.watch:
+            self.watch.enter(f)
+        self._forget_before(f.iteration - self._longest_lag)
+        inbox, data = {}, begin
+        if f.stage in self._receiving:
+            inbox = self._received(f, stage)
+            data = self.clock.read()
+            if len(ranks) > 1:
+                self.groups.meet(ranks)  # all start together, so that waiting for data is no communication
+        meter.begin()
+        start = self.clock.read()
+        made = self.work(f, stage, inbox) if stage.works_in(f.iteration) else None
+        measured = meter.end()
+        end = self.clock.read()
+        self._mine = made or {}
+        self._report(f, stage, ranks)
+        if self.watch:
+            self.watch.leave()
+        self._record(f, begin, data, start, end, measured)
+
+    def _received(self, f: Firing, stage: Stage) -> Inbox:
+        found = {}
+        for g, lane, fields in self.graph.receives(f):
+            if stage.home(lane, f.place) == self.rank:
+                message = self._arriving.get((g, f.stage, lane))
+                if message is None:
+                    raise RuntimeError(f"{describe(f)}: lane {lane} of {describe(g)} was never sent to rank {self.rank}")
+                found[g, lane] = message.wait(self.groups.device)
+                self.results.put(g, lane, found[g, lane])
+        return found
+
+    def _report(self, f: Firing, stage: Stage, ranks: tuple[int, ...]) -> None:
+        """Say that f has ended here; the last rank of its place writes it into the log, with the shapes of the results."""
+        shapes: dict[int, Shapes] = {}
+        if f.stage in self._sending:
+            lanes = [lane for lane in stage.lanes_of(f.place) if stage.home(lane, f.place) == self.rank]
+            if missing := [lane for lane in lanes if lane not in self._mine]:
+                raise RuntimeError(f"{describe(f)} gave nothing for its lanes {missing} on rank {self.rank}")
+            shapes = {lane: shapes_of(self._mine[lane]) for lane in lanes}
+        name = f"ended/{f.iteration}/{f.stage}/{f.chunk}/{f.place}"
+        if len(ranks) > 1:
+            if shapes:
+                self.store.set(f"{name}/{self.rank}", json.dumps(shapes))
+            if self.store.add(name, 1) < len(ranks):
+                return
+            if f.stage in self._sending:
+                homes = {stage.home(lane, f.place) for lane in stage.lanes_of(f.place)}
+                for text in self.store.multi_get([f"{name}/{home}" for home in homes]):
+                    shapes |= json.loads(text)
+        number = self.store.add("log", 1) - 1
+        self.store.set(f"log/{number}", json.dumps([f, shapes]))
+
+    def _record(self, f: Firing, begin: int, data: int, start: int, end: int, measured: Measured) -> None:
+        record = Record(f, self.rank, begin, data, start, end, measured)
+        self.records.append(record)
+        if self.file:
+            self.file.add(record)
+
+    # -- the log ------------------------------------------------------------------------------------------
+
+    def _replay(self) -> None:
+        """Read the next entry: f has ended, and its results move under the name that the scheduler gives it."""
+        fields, shapes = json.loads(self.store.get(f"log/{self._read}"))
+        self._read += 1
+        f = Firing(*fields)
+        name = self.scheduler.done(f)
+        if self.rank in self.graph.ranks(f):
+            for lane, made in self._mine.items():
+                self.results.put(name, lane, made)
+        if f.stage in self._sending:
+            for message in self.graph.sends(name, f.place):
+                self._move(message, shapes)
+        if self.rank in self.graph.ranks(f):
+            self._mine = {}
+            if name != f and self.file:
+                self.file.named(f, name)
+
+    def _move(self, message: Message, shapes: dict[str, Shapes]) -> None:
+        source, destination = message.source, message.destination
+        if self.rank not in (source, destination):
+            return
+        key = message.producer, message.consumer, message.lane
+        if missing := [name for name in message.fields if name not in shapes[str(message.lane)]]:
+            raise RuntimeError(f"{describe(message.producer)} gave no {', '.join(missing)}, which {message.consumer} needs")
+        if source == destination:
+            self._arriving[key] = _Arriving({name: self._mine[message.lane][name] for name in message.fields})
+            return
+        number = self._numbers[source, destination]
+        self._numbers[source, destination] += 1
+        wanted = {name: shapes[str(message.lane)][name] for name in message.fields}
+        if not (size := packed_bytes(wanted)):
+            self._arriving[key] = _Arriving(unpack(torch.empty(0, dtype=torch.uint8), wanted, self.groups.device))
+        elif self.rank == source:
+            buffer = pack({name: self._mine[message.lane][name] for name in message.fields})
+            self._leaving = [(h, b) for h, b in self._leaving if not h.is_completed()]
+            self._leaving.append((dist.isend(buffer, destination, tag=number), buffer))
+        else:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            self._arriving[key] = _Arriving({}, dist.irecv(buffer, source, tag=number), buffer, wanted)
+
+    def _forget_before(self, iteration: int) -> None:
+        """Everything on a rank happens iteration by iteration: what lies here of earlier ones is not used any more."""
+        self.results.forget_before(iteration)
+        for key in [key for key in self._arriving if key[0].iteration < iteration]:
+            self._arriving.pop(key).wait(self.groups.device)

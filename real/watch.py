@@ -1,0 +1,163 @@
+"""Ends a run on every rank when one dies, hangs or raises, with the reason and the stage named.
+
+A thread on each rank tells the store that the rank lives and what it does, and watches the next rank, so that each is
+watched by one. Blocked collectives cannot be interrupted: the thread ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed import Store
+
+from rlhfsim.firing import Firing
+
+from .meter import Meter
+
+FAILED = 1  # exit code
+# What gloo says on the survivors when a peer has died; who that was, its watcher knows better.
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def describe(f: Firing) -> str:
+    return f"{f.stage}[{f.chunk}] of iteration {f.iteration}"
+
+
+class Watch(threading.Thread):
+    """Start it before the work; `close` after all ranks have met at the end.
+
+    timeout_seconds: how long one firing may take on a rank. silence_seconds: how long a rank may give no sign of life
+    (its process is gone, stopped, or holds the interpreter). save: called on one rank before all end, with the reason.
+    """
+
+    def __init__(self, store: Store, rank: int, ranks: int, meter: Meter, *, timeout_seconds: float = 600.0,
+                 silence_seconds: float = 20.0, save: Callable[[str], None] = lambda reason: None) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.store, self.rank, self.ranks, self.meter, self.save = store.clone(), rank, ranks, meter, save
+        self._own = store  # of the main thread: a store's client does one thing at a time
+        self.timeout_seconds, self.silence_seconds = timeout_seconds, silence_seconds
+        self._beat_seconds = min(0.5, silence_seconds / 8)
+        self._doing, self._since = "starting", None  # type: str, float | None
+        self._closing = threading.Event()
+        self._terminated: socket.socket | None = None
+
+    # -- called by the main thread ------------------------------------------------------------------------
+
+    def heed_sigterm(self) -> None:
+        """Wait for the reason when the launcher ends the ranks because one of them failed (main thread only)."""
+        self._terminated, end = socket.socketpair()
+        self._terminated.setblocking(False)
+        end.setblocking(False)
+        self._end = end
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
+
+    def enter(self, f: Firing) -> None:
+        """From now on this rank is at work on f."""
+        self._doing, self._since = describe(f), time.monotonic()
+        self._own.set(f"doing/{self.rank}", self._doing)
+
+    def leave(self) -> None:
+        self._since = None
+
+    def fail(self, error: BaseException) -> None:
+        """Report an exception of this rank and end; does not return."""
+        reason = f"rank {self.rank} failed in {self._doing}: {type(error).__name__}: {error}"
+        if any(text in str(error) for text in _PEER_LOST):  # its watcher names the rank that was lost
+            self.join(2 * self.silence_seconds)
+        self._since = None
+        self._post(self._own, reason, self.rank)
+        self.join()
+
+    def close(self) -> None:
+        self._closing.set()
+        self.join()
+
+    # -- the thread ---------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            # The process that keeps the store has ended; nothing can be asked any more.
+            self._end_process(f"rank {self.rank} lost the store while in {self._doing} ({type(error).__name__}): the "
+                              "launcher, or the rank that keeps it, has ended", alone=True)
+
+    def _watch(self) -> None:
+        beat, last, changed, told_to_end = 0, b"", time.monotonic(), None
+        other = (self.rank + 1) % self.ranks
+        while not self._closing.is_set():
+            self.store.set(f"alive/{self.rank}", str(beat := beat + 1))
+            if self.store.check(["failure"]):
+                self._end_process(**json.loads(self.store.get("failure")))
+            now, since = time.monotonic(), self._since
+            if self.ranks > 1:
+                seen = self.store.get(f"alive/{other}") if self.store.check([f"alive/{other}"]) else b""
+                if seen != last:
+                    last, changed = seen, now
+                elif now - changed > self.silence_seconds and seen != b"closed":
+                    self._post(self.store, f"rank {other} has died or does not answer; it was in {self._doing_of(other)}",
+                               other)
+            # One that waits inside a collective leaves it to the rank that keeps the others waiting to speak first.
+            grace = 4 * self._beat_seconds if self.meter.inside else 0.0
+            if since is not None and now - since > self.timeout_seconds + grace:
+                inside = f", inside {self.meter.inside}" if self.meter.inside else ""
+                self._post(self.store, f"rank {self.rank} has been in {self._doing} for {now - since:.1f} s{inside} "
+                           f"(at most {self.timeout_seconds:g} s are allowed)", self.rank)
+            if self._told_to_end(self._beat_seconds):
+                told_to_end = now
+            if told_to_end is not None and now - told_to_end > 2 * self.silence_seconds:
+                self._post(self.store, f"rank {self.rank} was told to end (SIGTERM) in {self._doing}", self.rank)
+        self.store.set(f"alive/{self.rank}", "closed")
+
+    def _told_to_end(self, seconds: float) -> bool:
+        """Wait for the next beat; whether SIGTERM came meanwhile. (Handlers run in the main thread, which may be blocked.)"""
+        self._closing.wait(seconds)
+        if self._terminated is None or not select.select([self._terminated], [], [], 0)[0]:
+            return False
+        return signal.SIGTERM in self._terminated.recv(64)
+
+    def _doing_of(self, rank: int) -> str:
+        return self.store.get(f"doing/{rank}").decode() if self.store.check([f"doing/{rank}"]) else "its setup"
+
+    @staticmethod
+    def _post(store: Store, reason: str, rank: int) -> None:
+        """The first reason counts."""
+        store.compare_set("failure", "", json.dumps({"reason": reason, "failed": rank}))
+
+    def _end_process(self, reason: str, failed: int = -1, alone: bool = False) -> None:
+        """One rank that lives saves what there is and speaks; then all end."""
+        speaker = alone or self.rank == (1 if failed == 0 and self.ranks > 1 else 0)
+        try:
+            if speaker:
+                self.save(reason)
+        except Exception as error:
+            reason += f" (and the timeline could not be written: {error})"
+        if speaker:
+            print(f"real.run: {reason}", file=sys.stderr)
+        try:
+            self.store.add("ended", 1)
+            if speaker:
+                self._wait_for(lambda: self.store.add("ended", 0) >= self.ranks - 1, self.silence_seconds)
+                self.store.set("saved", "")
+            else:
+                self._wait_for(lambda: self.store.check(["saved"]), 3 * self.silence_seconds)
+        except Exception:
+            pass  # the store is gone; so is the run
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)
+
+    def _wait_for(self, done: Callable[[], Any], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not done() and time.monotonic() < until:
+            time.sleep(0.05)
