@@ -88,24 +88,28 @@ class Engine:
         self.optimizer.zero_grad()
 
     def training(self, on: bool) -> None:
-        self.module.train(on)
+        (self.engine if self.deepspeed else self.module).train(on)
 
     # -- weights ------------------------------------------------------------------------------------------
 
-    def buckets(self, names: Sequence[str], bucket_bytes: float) -> Iterator[list[tuple[str, Tensor]]]:
-        """Whole parameters, some at a time; under ZeRO-3 gathered while the caller uses them. All ranks iterate."""
+    def buckets(self, names: Sequence[str], bucket_bytes: float, *, write: bool = False,
+                ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Whole parameters, some at a time, gathered under ZeRO-3 while the caller uses them. All ranks iterate.
+
+        write: what the caller changes in them is kept.
+        """
         parameters = dict(self.module.named_parameters())
         by_tensor = {id(parameters[n]): n for n in names}
         for some in _buckets([parameters[n] for n in names], bucket_bytes):
-            with self.gathered(some):
+            with self.gathered(some, write=write):
                 yield [(by_tensor[id(p)], p.detach()) for p in some]
 
-    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
         if not self.sharded:
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(parameters))
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
 
     def write(self, folder: Path) -> None:
         """Weights and optimizer states of this rank, as a checkpoint."""

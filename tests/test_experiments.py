@@ -18,7 +18,7 @@ from rlhfsim.spec.loader import load_scenario
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
 GRID = YAML(typ="safe").load((PAPER / "grid.yaml").read_text(encoding="utf-8"))
 BASELINES = ("colocated, zero3_per_token", "colocated, hybrid", "colocated, engine")
-STRATEGIES = {*GRID["candidates"], "disaggregated, engine"}
+STRATEGIES = {*GRID["candidates"], "colocated, megatron", "disaggregated, engine"}
 
 
 def table(path: Path) -> list[dict[str, str]]:

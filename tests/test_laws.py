@@ -138,16 +138,12 @@ def test_colocated_depth_is_the_sum_of_its_stages(effects: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("batches", [1, 4])
 def test_disaggregated_depth(batches: int) -> None:
-    """Fill once, then the slowest stage sets the pace; the last update ends the iteration.
-
-    One iteration: in the next, generation waits for the actor only and can overlap the critic's last update.
-    """
+    """Fill once, then the slowest stage sets the pace; the last update ends the iteration."""
     timeline = timeline_of(
         scenario(
             "disaggregated",
             "engine",
             algorithm__minibatches=batches,
-            simulation__iterations=1,
             **EQUAL,
             **options(batches=batches),
         )

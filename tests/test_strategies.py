@@ -302,7 +302,7 @@ def test_disaggregated_equals_the_processes_written_out(seed: int) -> None:
     where = {"shadow_actor": list(range(2 * replicas)), "reference": [20], "shadow_critic": [21], "reward": [22],
              "actor": [23], "critic": [24]}
     algorithm = ppo.build(epochs=epochs, minibatches=steps)
-    graph = disaggregated.build(algorithm, Devices(tuple(range(25)), 8), batches=batches, replicas=replicas,
+    graph = disaggregated.build(algorithm, Devices(tuple(range(25)), 8), barrier=False, batches=batches, replicas=replicas,
                                 capacity=capacity, ranks=where)
     spans = simulate(graph, lambda f: seconds(f.stage, f.iteration, f.chunk), 3).spans
     found = {s.firing[:3]: s.start_seconds for s in spans}
@@ -324,10 +324,19 @@ def test_depth(options: dict[str, Any], algorithm: dict[str, Any], depth: float)
     assert end(graph, SECONDS) == pytest.approx(depth)
 
 
-def test_generation_waits_for_the_actor_only() -> None:
+def test_nothing_overlaps_across_iterations_behind_the_barrier() -> None:
+    for shadow_critic in (True, False):
+        graph = disaggregated.build(ppo.build(), EIGHT, batches=4, shadow_critic=shadow_critic)
+        spans = simulate(graph, by_stage(SECONDS | {"update_critic": 20.0}), 3).spans
+        for i in (1, 2):
+            before = max(s.end_seconds for s in spans if s.firing.iteration == i - 1)
+            assert min(s.start_seconds for s in spans if s.firing.iteration == i) == pytest.approx(before)
+
+
+def test_without_barrier_generation_waits_for_the_actor_only() -> None:
     """As in the paper's code, where the copy of the actor waits for the actor's weights: a slower critic goes on
     training beside the next generation, and only values wait for it."""
-    graph = disaggregated.build(ppo.build(), EIGHT, batches=1)
+    graph = disaggregated.build(ppo.build(), EIGHT, batches=1, barrier=False)
     for critic, extra in ((3.0, 0.0), (5.0, 1.0)):  # a faster critic: iterations follow each other
         assert end(graph, SECONDS | {"update_critic": critic}, 3) == pytest.approx(3 * (8 + 2 + 3 + 4 + 0.5) + extra)
     slow = simulate(graph, by_stage(SECONDS | {"update_critic": 20.0}), 2)

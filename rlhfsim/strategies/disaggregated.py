@@ -17,13 +17,15 @@ SHARES = {"shadow_actor": 2, "reference": 1, "shadow_critic": 1, "reward": 1, "a
 
 def build(algorithm: Algorithm, devices: Devices, *, batches: int = 4, replicas: int = 1, spread: str = "robin",
           capacity: int = 1, shadow_critic: bool = True, recompute_log_probs: bool = False,
-          split: dict[str, float] | None = None, ranks: dict[str, list[int]] | None = None) -> StageGraph:
+          barrier: bool = True, split: dict[str, float] | None = None, ranks: dict[str, list[int]] | None = None) -> StageGraph:
     """batches: pieces in which an iteration's samples stream through the stages.
 
     replicas: groups of generation ranks that take whole batches in turn; spread: `robin` in strict turn, `first`
         whichever is free. capacity: batches that may lie on a channel.
     shadow_critic: values from an own copy; otherwise from the critic's training ranks.
     recompute_log_probs: behaviour log-probs by a pass of the actor (on its training ranks) instead of by the engine.
+    barrier: the next iteration begins when all weights have arrived; otherwise each copy waits only for its own, and
+        generation may overlap a slower critic's last updates (as in the authors' code).
     split: shares of the ranks by model; ranks: exact disjoint ranks by model instead.
     """
     if spread not in ("robin", "first"):
@@ -49,12 +51,12 @@ def build(algorithm: Algorithm, devices: Devices, *, batches: int = 4, replicas:
                     chunks=algorithm.minibatches, epochs=algorithm.epochs)
         graph.link(hub, update.name, stream=True, capacity=capacity, carries=("tokens", "mask", "log_probs", "values", "rewards"))
         copy, reader = ("shadow_actor", "gen") if update.model == "actor" else ("shadow_critic", "values")
+        ready = update.name
         if copy in where:
-            name = "update_weights" if update.model == "actor" else "update_weights.critic"
-            graph.stage(name, "sync", update.model, [*where[update.model], *where[copy]], target=copy, after=[update.name])
-            graph.link(name, reader, lag=1)
-        else:
-            graph.link(update.name, reader, lag=1)
+            ready = "update_weights" if update.model == "actor" else "update_weights.critic"
+            graph.stage(ready, "sync", update.model, [*where[update.model], *where[copy]], target=copy, after=[update.name])
+        for waiting in dict.fromkeys(("gen", reader) if barrier else (reader,)):
+            graph.link(ready, waiting, lag=1)
     return graph
 
 
