@@ -191,5 +191,10 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer | None, use:
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if use.precision != "fp32":
         config[use.precision] = {"enabled": True}
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    launched = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(ranks)  # ZeRO-3 refuses one rank where the launcher started more
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    finally:
+        os.environ.pop("WORLD_SIZE") if launched is None else os.environ.update(WORLD_SIZE=launched)
 

@@ -4,8 +4,8 @@ The log lies in the store: `add` gives every entry its number, so that all ranks
 and ask their scheduler at the same points. Nothing here decides an order.
 
 Results move as one message per lane and consumer. When a rank reads that a firing has ended, it sends what is its to
-send and opens a buffer for what it will receive (the log tells the shapes), in the order of the log: so both ends number
-a pair's messages alike, and no send ever waits for a consumer to come to its stage. Messages go through host memory.
+send and opens a buffer for what it will receive (the log tells the shapes), in the order of the log: so both ends
+number a pair's messages alike, and no send waits for a consumer to come to its stage. Messages go through host memory.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def run(graph: StageGraph, rank: int, work: Work, iterations: int, store: Store,
 
 
 class _Executor:
-    def __init__(self, graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups, clock: Clock,
-                 results: LaneStore, watch: Watch | None, file: RecordFile | None) -> None:
+    def __init__(self, graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups,
+                 clock: Clock, results: LaneStore, watch: Watch | None, file: RecordFile | None) -> None:
         self.graph, self.rank, self.work, self.store = graph, rank, work, store
         self.groups, self.clock, self.results, self.watch, self.file = groups, clock, results, watch, file
         self.scheduler = Scheduler(graph, iterations)
@@ -161,8 +161,9 @@ class _Executor:
         meter.begin()
         start = self.clock.read()
         made = self.work(f, stage, inbox) if stage.works_in(f.iteration) else None
-        measured = meter.end()
+        meter.synchronize()
         end = self.clock.read()
+        measured = meter.end()
         self._mine = made or {}
         self._report(f, stage, ranks)
         if self.watch:
@@ -171,17 +172,17 @@ class _Executor:
 
     def _received(self, f: Firing, stage: Stage) -> Inbox:
         found = {}
-        for g, lane, fields in self.graph.receives(f):
+        for g, lane, _ in self.graph.receives(f):
             if stage.home(lane, f.place) == self.rank:
                 message = self._arriving.get((g, f.stage, lane))
                 if message is None:
-                    raise RuntimeError(f"{describe(f)}: lane {lane} of {describe(g)} was never sent to rank {self.rank}")
+                    raise RuntimeError(f"{describe(f)}: lane {lane} of {describe(g)} was not sent to rank {self.rank}")
                 found[g, lane] = message.wait(self.groups.device)
                 self.results.put(g, lane, found[g, lane])
         return found
 
     def _report(self, f: Firing, stage: Stage, ranks: tuple[int, ...]) -> None:
-        """Say that f has ended here; the last rank of its place writes it into the log, with the shapes of the results."""
+        """Say that f has ended here; the last rank of its place writes it into the log, with its results' shapes."""
         shapes: dict[int, Shapes] = {}
         if f.stage in self._sending:
             lanes = [lane for lane in stage.lanes_of(f.place) if stage.home(lane, f.place) == self.rank]
@@ -232,7 +233,8 @@ class _Executor:
             return
         key = message.producer, message.consumer, message.lane
         if missing := [name for name in message.fields if name not in shapes[str(message.lane)]]:
-            raise RuntimeError(f"{describe(message.producer)} gave no {', '.join(missing)}, which {message.consumer} needs")
+            what = ", ".join(missing)
+            raise RuntimeError(f"{describe(message.producer)} gave no {what}, which {message.consumer} needs")
         if source == destination:
             self._arriving[key] = _Arriving({name: self._mine[message.lane][name] for name in message.fields})
             return

@@ -53,7 +53,8 @@ class Cache:
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, rows, heads, columns, width)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        # zeros: what is masked is multiplied by zero, and what happens to lie in memory may be no number
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.rows, self.at, self.columns = slice(0), None, 0
 
     def prefill(self, rows: slice) -> Cache:

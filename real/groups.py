@@ -130,7 +130,8 @@ class Groups:
         ranks = tuple(ranks)
         header, body = _header(fields), pack(fields)
         sizes = self.all_gather(torch.tensor([len(header), len(body)]), ranks)
-        wholes = {rank: torch.empty(int(size.sum()), dtype=torch.uint8) for rank, size in zip(ranks, sizes, strict=True)}
+        wholes = {rank: torch.empty(int(size.sum()), dtype=torch.uint8)
+                  for rank, size in zip(ranks, sizes, strict=True)}
         with self._counted("gather", ranks, torch.cat((header, body))) as group:
             if self.rank != destination:
                 dist.send(torch.cat((header, body)), destination, group=group)
@@ -154,7 +155,7 @@ class Groups:
 
     @contextmanager
     def deepspeed(self, ranks: Iterable[int]) -> Iterator[None]:
-        """Inside, DeepSpeed's world is these ranks, numbered from 0 in ascending order, and its collectives are counted.
+        """Inside, DeepSpeed's world is these ranks, numbered from 0 in ascending order; its collectives are counted.
 
         Enclose everything that DeepSpeed does for an engine: `zero.Init`, `initialize`, forward, backward, `step`,
         `GatheredParameters`. No `mpu` is needed; give `zero.Init` the group by name (`data_parallel_group`), since it
@@ -174,8 +175,8 @@ class Groups:
         from deepspeed.utils import groups
 
         if comm.cdb is None:
-            comm.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", auto_mpi_discovery=False,
-                                  verbose=False)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         key = tuple(sorted(ranks))
         modules = inspect.signature(DeepSpeedZeRoOffload._register_deepspeed_module).parameters["count"].default
         before = comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0]
@@ -197,14 +198,15 @@ def _header(fields: Fields) -> Tensor:
 # Methods of deepspeed.comm.torch.TorchBackend that all ranks of a group call together.
 _COLLECTIVES = frozenset((
     "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
-    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather",
-    "inference_all_reduce", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter"))
+    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list",
+    "gather", "inference_all_reduce", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter"))
 _ENDS = ("src", "dst")
 _GROUP_POSITION = 2  # where deepspeed.comm passes the group by position (all_reduce and its relatives)
 
 
 class EngineWorld:
-    """DeepSpeed's communication backend, where `ranks` are the world: ranks count within them, no group means all of them."""
+    """DeepSpeed's communication backend, where `ranks` are the world: they count from 0, no group means them all."""
 
     def __init__(self, backend: Any, ranks: tuple[int, ...], group: dist.ProcessGroup, meter: Meter) -> None:
         self._backend, self._ranks, self._group, self._meter = backend, ranks, group, meter
@@ -222,7 +224,7 @@ class EngineWorld:
         return self._ranks.index(self._backend.get_global_rank(group, group_rank))
 
     def new_group(self, ranks: Iterable[int]) -> Any:
-        raise NotImplementedError(f"DeepSpeed asks for a group of {list(ranks)}, which the other ranks would have to join")
+        raise NotImplementedError(f"DeepSpeed asks for a group of {list(ranks)}, which all ranks would have to make")
 
     def __getattr__(self, name: str) -> Any:
         """Asked for once per name: what is found is kept."""

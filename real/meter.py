@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,22 @@ class Meter:
         self._calls: dict[tuple[int, ...], list[tuple[Any, Any, Any]]] = defaultdict(list)
         self._sections: list[tuple[str, Any, Any]] = []
         self._bytes = 0
+        self.synchronize()
         if self._cuda:
-            torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _reset_peak()
         self._base_event, self._base = self.stamp(), time.monotonic_ns()
 
-    def end(self) -> Measured:
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
         if self._cuda:
             torch.cuda.synchronize(self.device)
-        calls = {ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found] for ranks, found in self._calls.items()}
+
+    def end(self) -> Measured:
+        self.synchronize()
+        calls = {ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found]
+                 for ranks, found in self._calls.items()}
         detail: dict[str, float] = defaultdict(float)
         for name, start, stop in self._sections:
             detail[name] += (self._at(stop) - self._at(start)) / 1e9
@@ -98,10 +103,8 @@ class Meter:
 
 
 def _reset_peak() -> None:
-    try:
+    with suppress(OSError):  # the peak is then the one of the whole run
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak is then the one of the whole run
 
 
 def _peak() -> int:

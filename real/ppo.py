@@ -25,8 +25,10 @@ OF_RESPONSE = ("log_probs", "ref_log_probs", "values", "rewards")
 
 def packed(samples: Sequence[Sample], fields: Sequence[str]) -> dict[str, Tensor]:
     """A message of some fields of samples: one row each, filled up with zeros."""
-    return {name: torch.stack([s[name] for s in samples]) if samples[0][name].ndim == 0 else
-            pad_sequence([s[name] for s in samples], batch_first=True) for name in fields} if samples else {}
+    if not samples:
+        return {name: torch.zeros(0) for name in fields}
+    rows = {name: [s[name] for s in samples] for name in fields}
+    return {name: pad_sequence(x, batch_first=True) if x[0].ndim else torch.stack(x) for name, x in rows.items()}
 
 
 def trimmed(sample: Sample) -> Sample:
@@ -98,9 +100,9 @@ def advantages(rewards: Tensor, values: Tensor, discount: float, gae_lambda: flo
 
 def with_advantages(samples: Sequence[Sample], discount: float, gae_lambda: float) -> list[Sample]:
     """The samples with `advantages` and `returns`, from their rewards and values."""
-    columns = packed(samples, ("rewards", "values"))
-    if not columns:
+    if not samples:
         return []
+    columns = packed(samples, ("rewards", "values"))
     found, returns = advantages(columns["rewards"], columns["values"], discount, gae_lambda)
     return [s | {"advantages": a[: len(s["values"])], "returns": r[: len(s["values"])]}
             for s, a, r in zip(samples, found, returns, strict=True)]

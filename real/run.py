@@ -1,6 +1,6 @@
 """torchrun --nproc-per-node N -m real.run scenario.yaml [a.b=c ...] --iterations 3 --warmup 1 --out timeline.jsonl
 
-Runs a scenario's graph on the ranks that torchrun started (gloo on CPUs, NCCL on GPUs) and writes the measured timeline.
+Runs a scenario's graph on the ranks that torchrun started (gloo on CPUs, NCCL on GPUs) and writes what it took.
 Exit codes: 0 fine, 2 bad input (one message, from rank 0), 1 a rank died, hung or raised: the message names the stage,
 and the spans up to there are written all the same. (torchrun itself ends with 1 in both cases.)
 """
@@ -77,14 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="real.run", description="Run a scenario on real ranks and write what it took.")
+    parser = argparse.ArgumentParser(prog="real.run", description="Run a scenario on real ranks and write a timeline.")
     parser.add_argument("scenario")
     parser.add_argument("overrides", nargs="*", help="a.b=c")
     parser.add_argument("--iterations", type=int, default=3, help="iterations that are kept")
     parser.add_argument("--warmup", type=int, default=1, help="iterations before them that are left out")
     parser.add_argument("--out", type=Path, default=Path("timeline.jsonl"), help="on a folder that all ranks share")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one firing may take")
-    parser.add_argument("--silence", type=float, default=20.0, help="seconds without a sign of life until a rank is dead")
+    parser.add_argument("--silence", type=float, default=20.0, help="seconds without a sign of life from a dead rank")
     return parser
 
 
@@ -119,8 +119,8 @@ def _device(place: Place) -> torch.device:
         torch.set_num_threads(1)
         return torch.device("cpu")
     if gpus < place.local_ranks:
-        raise InputError(f"{place.local_ranks} ranks on a machine with {gpus} GPUs (CUDA_VISIBLE_DEVICES= runs them on CPUs)",
-                         field="cluster")
+        raise InputError(f"{place.local_ranks} ranks on a machine with {gpus} GPUs (CUDA_VISIBLE_DEVICES= runs them on "
+                         "CPUs)", field="cluster")
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)
 
@@ -193,7 +193,8 @@ def _run(options: argparse.Namespace, scenario: Scenario, graph: StageGraph, hol
 
     def save(reason: str = "") -> timelines.Timeline:
         info = _info(scenario, device) | ({"failure": reason} if reason else {})
-        found = timeline(graph, read(folder, place.ranks), place.ranks, options.iterations, warmup=options.warmup, info=info)
+        found = timeline(graph, read(folder, place.ranks), place.ranks, options.iterations, warmup=options.warmup,
+                         info=info)
         timelines.write(found, options.out)
         return found
 
@@ -206,8 +207,8 @@ def _run(options: argparse.Namespace, scenario: Scenario, graph: StageGraph, hol
     try:
         # CPU tensors (messages, barriers) always go by gloo.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("groups", root), rank=place.rank, world_size=place.ranks,
-                                timeout=timedelta(seconds=GROUP_SECONDS))
+        dist.init_process_group(backend, store=dist.PrefixStore("groups", root), rank=place.rank,
+                                world_size=place.ranks, timeout=timedelta(seconds=GROUP_SECONDS))
         clock = align(place.rank, place.ranks)
         groups = Groups(place.rank, rank_sets(graph, holdings), meter)
         from .stages import Stages  # with transformers and DeepSpeed, which take seconds

@@ -128,7 +128,8 @@ def _released_by(graph: StageGraph, f: Firing, records: list[Record], ended: dic
                  last: dict[int, tuple[int, Firing]]) -> Firing | None:
     """Of all that had to end before f, the last."""
     offered = f._replace(place=ANY_PLACE) if graph.at(f.stage).spread == "first" else f
-    candidates = [ended[n] for n in graph.needs(offered) if n in ended] + [last[r.rank] for r in records if r.rank in last]
+    candidates = [ended[n] for n in graph.needs(offered) if n in ended]
+    candidates += [last[r.rank] for r in records if r.rank in last]
     before = [c for c in candidates if c[0] <= max(r.data for r in records) and c[1] != f]
     return max(before, default=(0, None))[1]
 

@@ -78,7 +78,7 @@ class Stages:
         self.engines = {name: self._engine(held) for name, held in holdings.items() if rank in held.ranks and self._runs(name)}
         self._whole: dict[str, WholeCopy] = {}
         self._lengths = cache(lambda iteration: draw_lengths(scenario.workload, self.seed, iteration, length_dir()))
-        self._kinds: dict[str, Callable[[Firing, Stage], dict[int, dict[str, Tensor]] | None]] = {
+        self._kinds: dict[str, Callable[[Firing, Stage], dict[int, Fields] | None]] = {
             "generate": self._generate, "score": self._score, "train": self._train, "sync": self._sync, "store": self._store}
 
     def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None:
@@ -154,7 +154,7 @@ class Stages:
                 raise KeyError(f"sample {s} of iteration {iteration} is not on rank {self.rank}")
         return known
 
-    def _home(self, f: Firing, stage: Stage, results: dict[int, Sample]) -> dict[int, dict[str, Tensor]]:
+    def _home(self, f: Firing, stage: Stage, results: dict[int, Sample], names: Sequence[str]) -> dict[int, Fields]:
         """Results by lane, on the ranks where the lanes are at home."""
         place, found = stage.ranks_of(f.place), {}
         at_home, shares = self._at_home(f, stage), self._shares(f, stage, self.samples)
@@ -162,23 +162,26 @@ class Stages:
             home, wanted = stage.home(lane, f.place), self._of_lane(f, lane)
             if not at_home:
                 mine = [s for s in wanted if s in results]
-                own = ppo.packed([results[s] for s in mine], list(results[mine[0]]) if mine else [])
-                parts = self.groups.gather_fields(own, home, place)
+                parts = self.groups.gather_fields(ppo.packed([results[s] for s in mine], names), home, place)
                 for share, part in zip(shares, parts or [], strict=bool(parts)):
                     results |= _unpacked(part, [s for s in wanted if s in share])
             if home == self.rank:
-                found[lane] = ppo.packed([results[s] for s in wanted], list(results[wanted[0]])) if wanted else {}
+                found[lane] = ppo.packed([results[s] for s in wanted], names)
         return found
+
+    def _carried(self, stage: Stage) -> set[str]:
+        """The fields that some stage wants of this one as messages."""
+        return {name for *_, carries in self.graph.out_edges(stage.name, data="carries") for name in carries}
 
     # -- generate -----------------------------------------------------------------------------------------
 
-    def _generate(self, f: Firing, stage: Stage) -> dict[int, dict[str, Tensor]] | None:
+    def _generate(self, f: Firing, stage: Stage) -> dict[int, Fields] | None:
         chosen, validation = self.scenario.generation, stage.name == "testing"
         samples = self.scenario.periodic.validation_prompts if validation else self.samples
         place, shares = stage.ranks_of(f.place), self._shares(f, stage, samples)
         requests = [self._request(f.iteration, s, validation, samples) for s in shares[place.index(self.rank)]]
         sampled = self.scenario.workload.responses == "sampled"
-        wanted = {name for *_, carries in self.graph.out_edges(stage.name, data="carries") for name in carries}
+        fields = ("tokens", "mask", *({"log_probs"} & self._carried(stage)))
         engine = self.engines[stage.model]
         together = engine.sharded and chosen.engine == "zero3_per_token"
         with ExitStack() as stack, self.groups.meter.section("generate"):
@@ -189,11 +192,11 @@ class Stages:
                 module, module.body.config, requests, continuous=chosen.continuous,
                 rows=chosen.max_sequences if chosen.continuous else chosen.batch_samples or len(requests),
                 prefill_tokens=chosen.prefill_tokens, end=END_OF_SEQUENCE if sampled else None,
-                log_probs="log_probs" in wanted, dtype=models.DTYPES[engine.use.precision], device=self.groups.device)
+                log_probs="log_probs" in fields, dtype=models.DTYPES[engine.use.precision], device=self.groups.device)
             generate.run(work, self._in_step(work, place, sampled) if together else None)
         if validation:
             return None
-        return self._home(f, stage, {r.sample: _sample(r) for r in requests})
+        return self._home(f, stage, {r.sample: _sample(r) for r in requests}, fields)
 
     def _request(self, iteration: int, sample: int, validation: bool, samples: int) -> generate.Request:
         workload = self.scenario.workload
@@ -225,20 +228,19 @@ class Stages:
 
     # -- score --------------------------------------------------------------------------------------------
 
-    def _score(self, f: Firing, stage: Stage) -> dict[int, dict[str, Tensor]]:
-        fields = self.steps.step(base_name(stage.name)).fields
+    def _score(self, f: Firing, stage: Stage) -> dict[int, Fields]:
+        fields: Sequence[str] = self.steps.step(base_name(stage.name)).fields
         samples = dict(self._mine(f, stage))
         if self._runs(stage.model):
             results = self._judged(f, stage, samples, fields)
         else:
             results = {s: {"score": ppo.share_of_even_tokens(sample)} for s, sample in samples.items()}
-        wanted = {name for *_, carries in self.graph.out_edges(stage.name, data="carries") for name in carries}
-        if "rewards" in wanted:  # this stage has all that was said of a sample, and hands it to the trainers
+        if "rewards" in self._carried(stage):  # it has all that was said of a sample, and hands it to the trainers
+            fields = sorted(self._carried(stage))
             for s, found in results.items():
                 whole = samples[s] | found
-                results[s] = {n: (whole | {"rewards": ppo.shaped_rewards(whole, self.algorithm.kl_coefficient)})[n]
-                              for n in sorted(wanted)}
-        return self._home(f, stage, results)
+                results[s] = whole | {"rewards": ppo.shaped_rewards(whole, self.algorithm.kl_coefficient)}
+        return self._home(f, stage, results, fields)
 
     @torch.no_grad()
     def _judged(self, f: Firing, stage: Stage, samples: dict[int, Sample], fields: Sequence[str]) -> dict[int, Sample]:

@@ -6,7 +6,6 @@ watched by one. Blocked collectives cannot be interrupted: the thread ends the p
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -46,7 +45,7 @@ class Watch(threading.Thread):
         self._own = store  # of the main thread: a store's client does one thing at a time
         self.timeout_seconds, self.silence_seconds = timeout_seconds, silence_seconds
         self._beat_seconds = min(0.5, silence_seconds / 8)
-        self._doing, self._since = "starting", None  # type: str, float | None
+        self._doing, self._since = "its setup", None  # type: str, float | None
         self._closing = threading.Event()
         self._terminated: socket.socket | None = None
 
@@ -72,10 +71,10 @@ class Watch(threading.Thread):
     def fail(self, error: BaseException) -> None:
         """Report an exception of this rank and end; does not return."""
         reason = f"rank {self.rank} failed in {self._doing}: {type(error).__name__}: {error}"
+        self._since = None
         if any(text in str(error) for text in _PEER_LOST):  # its watcher names the rank that was lost
             self.join(2 * self.silence_seconds)
-        self._since = None
-        self._post(self._own, reason, self.rank)
+        self._post(self._own, reason)
         self.join()
 
     def close(self) -> None:
@@ -98,29 +97,30 @@ class Watch(threading.Thread):
         while not self._closing.is_set():
             self.store.set(f"alive/{self.rank}", str(beat := beat + 1))
             if self.store.check(["failure"]):
-                self._end_process(**json.loads(self.store.get("failure")))
+                self._end_process(self.store.get("failure").decode())
             now, since = time.monotonic(), self._since
             if self.ranks > 1:
                 seen = self.store.get(f"alive/{other}") if self.store.check([f"alive/{other}"]) else b""
                 if seen != last:
                     last, changed = seen, now
                 elif now - changed > self.silence_seconds and seen != b"closed":
-                    self._post(self.store, f"rank {other} has died or does not answer; it was in {self._doing_of(other)}",
-                               other)
+                    doing = self._doing_of(other)
+                    self._post(self.store, f"rank {other} has died or does not answer; it was in {doing}")
             # One that waits inside a collective leaves it to the rank that keeps the others waiting to speak first.
             grace = 4 * self._beat_seconds if self.meter.inside else 0.0
             if since is not None and now - since > self.timeout_seconds + grace:
                 inside = f", inside {self.meter.inside}" if self.meter.inside else ""
                 self._post(self.store, f"rank {self.rank} has been in {self._doing} for {now - since:.1f} s{inside} "
-                           f"(at most {self.timeout_seconds:g} s are allowed)", self.rank)
+                           f"(at most {self.timeout_seconds:g} s are allowed)")
             if self._told_to_end(self._beat_seconds):
                 told_to_end = now
             if told_to_end is not None and now - told_to_end > 2 * self.silence_seconds:
-                self._post(self.store, f"rank {self.rank} was told to end (SIGTERM) in {self._doing}", self.rank)
+                self._post(self.store, f"rank {self.rank} was told to end (SIGTERM) in {self._doing}")
         self.store.set(f"alive/{self.rank}", "closed")
 
     def _told_to_end(self, seconds: float) -> bool:
-        """Wait for the next beat; whether SIGTERM came meanwhile. (Handlers run in the main thread, which may be blocked.)"""
+        """Wait for the next beat; whether SIGTERM came meanwhile (a handler would run in the main thread, which may be
+        blocked)."""
         self._closing.wait(seconds)
         if self._terminated is None or not select.select([self._terminated], [], [], 0)[0]:
             return False
@@ -130,19 +130,18 @@ class Watch(threading.Thread):
         return self.store.get(f"doing/{rank}").decode() if self.store.check([f"doing/{rank}"]) else "its setup"
 
     @staticmethod
-    def _post(store: Store, reason: str, rank: int) -> None:
+    def _post(store: Store, reason: str) -> None:
         """The first reason counts."""
-        store.compare_set("failure", "", json.dumps({"reason": reason, "failed": rank}))
+        store.compare_set("failure", "", reason)
 
-    def _end_process(self, reason: str, failed: int = -1, alone: bool = False) -> None:
-        """One rank that lives saves what there is and speaks; then all end."""
-        speaker = alone or self.rank == (1 if failed == 0 and self.ranks > 1 else 0)
-        try:
-            if speaker:
-                self.save(reason)
-        except Exception as error:
-            reason += f" (and the timeline could not be written: {error})"
+    def _end_process(self, reason: str, alone: bool = False) -> None:
+        """The first rank to come here saves what there is and speaks; then all end."""
+        speaker = alone or self.store.add("speaker", 1) == 1
         if speaker:
+            try:
+                self.save(reason)
+            except Exception as error:
+                reason += f" (and the timeline could not be written: {error})"
             print(f"real.run: {reason}", file=sys.stderr)
         try:
             self.store.add("ended", 1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -27,7 +27,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     import networkx as nx
 
-    from .costs.kernels import CollectiveCurve, Kernels
+    from .costs.kernels import Collective, CollectiveCurve, Kernels
     from .spec.hardware import Cluster
     from .spec.scenario import Effects
 
@@ -53,7 +53,8 @@ class Collectives:
 
     inside: in one node, per operation and number of ranks that it was measured with.
     hop_seconds: one more rank of the same node; network_hop_seconds (ring) and network_tree_hop_seconds: one more node.
-    network_efficiency: of the NICs' nominal rate; pcie_efficiency: of a PCIe slot's.
+    across: measured between nodes, per operation and number of nodes with one rank each; without it, as NCCL's model.
+    network_efficiency: of the NICs' nominal rate; pcie_efficiency: of a PCIe slot's, on the way to the NIC.
     two_node_tree_efficiency: rate of the tree all-reduce relative to the ring, where it is used for large messages. It
         matters between exactly two nodes, where it sends the payload once and the ring almost twice.
 
@@ -74,34 +75,47 @@ class Collectives:
     network_exponent: float = 0.65
     pcie_efficiency: float = 0.8
     two_node_tree_efficiency: float | None = None
+    across: Mapping[Op, Mapping[int, Curve]] = field(default_factory=dict)
 
     def measured(self, op: Op, ranks: int) -> int:
         """The measured number of ranks nearest in ratio (the fewer when two are as near)."""
-        return min(self.inside[op], key=lambda n: (abs(math.log(n / ranks)), n))
+        return _nearest(self.inside[op], ranks)
 
     def curve(self, op: Op, ranks: int) -> Curve:
         return self.inside[op][self.measured(op, ranks)]
 
-    def updated(self, kernels: Kernels) -> Collectives:
-        """With the curves that a file of `hw_specs/kernels/` has; broadcast (not measured) as its all_gather.
+    def across_curve(self, op: Op, nodes: int) -> Curve | None:
+        """Measured between about so many nodes; None: not measured."""
+        curves = self.across.get(op)
+        return curves[_nearest(curves, nodes)] if curves else None
 
-        They were measured over NVLink: not for a node without it.
+    def updated(self, kernels: Kernels) -> Collectives:
+        """With the curves that a file of kernels has; a broadcast that was not measured is as its all_gather.
+
+        Those of `hw_specs/kernels/` were measured over NVLink: not for a node without it.
         """
-        found: dict[Op, Mapping[int, Curve]] = {}
-        measured: dict[str, dict[int, CollectiveCurve]] = {str(op): c for op, c in kernels.collectives.items()}
-        for op in (*_RINGS, "custom_all_reduce", "send"):
-            if curves := measured.get("all_gather" if op == "broadcast" else op):
-                found[op] = {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
-        return replace(self, inside={**self.inside, **found})
+        inside = _by_op(kernels.collectives)
+        if "broadcast" not in inside and "all_gather" in inside:
+            inside["broadcast"] = inside["all_gather"]
+        return replace(self, inside={**self.inside, **inside}, across=_by_op(kernels.across_nodes))
+
+
+def _nearest(measured: Iterable[int], number: int) -> int:
+    return min(measured, key=lambda n: (abs(math.log(n / number)), n))
+
+
+def _by_op(measured: Mapping[Collective, Mapping[int, CollectiveCurve]]) -> dict[Op, dict[int, Curve]]:
+    return {op: {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
+            for op, curves in measured.items()}
 
 
 _RINGS: Final[tuple[Op, ...]] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 
 def _curves(ring: Curve, send: Curve, **other: Curve) -> dict[Op, dict[int, Curve]]:
-    """Curves measured with 8 ranks; a pinned copy's 10 us: unverified, its rate is pcie_efficiency."""
+    """Curves measured with 8 ranks; a pinned copy's 10 us: unverified, its rate is that of pcie_efficiency."""
     curves: dict[Op, dict[int, Curve]] = {op: {8: other.get(op, ring)} for op in _RINGS}
-    copy = Curve(10e-6, 1.0, 1.0)
+    copy = Curve(10e-6, 0.8, 1.0)
     return {**curves, "send": {2: send}, "to_host": {1: copy}, "from_host": {1: copy}}
 
 
@@ -264,8 +278,13 @@ class ClusterTopology:
             return Route(self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent)
         usage, nodes = self._usage(op, members)
         latency = max(self._latency(op, n, k) for n, k in set(zip(sizes.tolist(), nodes.tolist(), strict=True)))
-        one_node = self.collectives.curve(op, int(sizes.max())).exponent
-        return Route(self._named(usage), latency, one_node if nodes.max() == 1 else self.collectives.network_exponent)
+        return Route(self._named(usage), latency, self._exponent(op, int(sizes.max()), int(nodes.max())))
+
+    def _exponent(self, op: Op, ranks: int, nodes: int) -> float:
+        if nodes == 1:
+            return self.collectives.curve(op, ranks).exponent
+        across = self.collectives.across_curve(op, nodes)
+        return across.exponent if across else self.collectives.network_exponent
 
     def _can_read_peers(self, groups: list[tuple[int, ...]]) -> bool:
         """Whether an engine's own all-reduce works: all ranks of each group in one node with NVLink, and a curve for it."""
@@ -285,7 +304,7 @@ class ClusterTopology:
 
     def _copy_usage(self, op: Op, ranks: np.ndarray) -> np.ndarray:
         """GPU to or from host memory: its slot, the uplink it shares, and the memory."""
-        load = np.full(len(ranks), 1 / self.collectives.pcie_efficiency)
+        load = np.full(len(ranks), 1 / self.collectives.curve(op, 1).efficiency)
         slot = (load, 0 * load) if op == "to_host" else (0 * load, load)
         return self._assemble(ranks, pcie=slot, switch=slot, memory=np.ones(len(ranks)))
 
@@ -310,7 +329,8 @@ class ClusterTopology:
         port = np.empty(len(ranks))
         for m in np.unique(on_node.members):
             port[on_node.members == m] = 1 / curves.curve(op, int(m)).efficiency
-        inside, network = _times(inside, port), 1 / self._network_efficiency
+        across = curves.across_curve(op, int(on_node.units_of_group.max()))
+        inside, network = _times(inside, port), 1 / (across.efficiency if across else self._network_efficiency)
         slot = _times(by_node, 1 / curves.pcie_efficiency)
         if not self._nvlink:
             slot = (slot[0] + inside[0], slot[1] + inside[1])
@@ -343,6 +363,9 @@ class ClusterTopology:
         Source of the step counts: ncclTopoTuneModel in src/graph/tuning.cc, commit 01afd20.
         """
         c, given = self.collectives, self.cluster.network.latency_seconds
+        across = c.across_curve(op, nodes) if nodes > 1 else None
+        if across:  # measured with one rank a node; the others of a node come on top
+            return across.latency_seconds + (ranks - nodes) * c.hop_seconds * _HOP_FACTOR_ACROSS
         ring_hop = given.value if given else c.network_hop_seconds
         tree_hop = ring_hop * c.network_tree_hop_seconds / c.network_hop_seconds
         rounds = 2 if op in ("all_reduce", "custom_all_reduce") else 1

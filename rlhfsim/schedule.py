@@ -7,7 +7,7 @@ each rank in program order.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from .firing import Firing
@@ -90,9 +90,9 @@ class Scheduler:
 
     def _arrive(self, ranks: Iterable[int]) -> None:
         """Ranks that have come to their next firing; the last one of its place makes it an offer."""
-        for f in map(self._next_of, ranks):
+        for f, count in Counter(map(self._next_of, ranks)).items():
             if f is not None:
-                self._met[f] += 1
+                self._met[f] += count
                 if self._met[f] == len(self.graph.ranks(f)):
                     del self._met[f]
                     self._offer(f)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]
     kernels = kernels_of(cluster.gpu.kernels)
     operators = Operators(cluster.gpu, kernels, scenario.effects, scenario.overheads)
     collectives = default_collectives(cluster)
-    if cluster.node.gpu_link != "pcie":
+    if cluster.node.gpu_link != "pcie" or cluster.gpu.fitted_on:  # shipped curves were measured over NVLink
         collectives = collectives.updated(kernels)
     topology = ClusterTopology(cluster, collectives, scenario.effects)
     cost = CostModel(scenario, folded, setup.holdings, operators, lengths, setup.memory.kv_capacity_tokens)
@@ -133,4 +134,6 @@ def folded_graph(setup: Setup, lengths: list[tuple[np.ndarray, np.ndarray]]) -> 
 
 @lru_cache(maxsize=16)
 def kernels_of(name: str) -> Kernels:
-    return load_kernels(data_dir("hw_specs") / "kernels" / f"{name}.yaml")
+    """The curves of that name, or in the file of that path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else data_dir("hw_specs") / "kernels" / f"{name}.yaml"
+    return load_kernels(path)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import SCORES, by_stage, simulate
+from conftest import SCORES, simulate
 from scenarios import scenario
 
 from rlhfsim.algorithms import ppo
@@ -27,9 +27,9 @@ from rlhfsim.timeline import check as check_timeline
 
 pytest.importorskip("torch", reason="real ranks need torch")
 
-import real_ranks
+import rank_processes
 import torch
-from real_ranks import Job, Ranks, Sleeps, Trouble, made
+from rank_processes import Job, Ranks, Sleeps, Trouble, made
 
 from real import spans
 from real.groups import pack, packed_bytes, shapes_of, unpack
@@ -52,8 +52,8 @@ STATIC: dict[str, StageGraph] = {
     "interleaved sync": interleaved.build(ppo.build(), ALONE, mode="sync"),
     "interleaved concat": interleaved.build(ppo.build(), ALONE, concat=True, mode="sync", calls=2),
     "interleaved 3:1": interleaved.build(ppo.build(), ALONE, owners={"reference": [0, 2, 3], "reward": [1]}),
-    "interleaved critic": interleaved.build(ppo.build(), EIGHT, owners={"reference": [4, 5, 6, 7], "reward": [0, 1, 2, 3],
-                                                                       "critic": [2, 3, 4, 5]}),
+    "interleaved critic": interleaved.build(ppo.build(), EIGHT, owners={
+        "reference": [4, 5, 6, 7], "reward": [0, 1, 2, 3], "critic": [2, 3, 4, 5]}),
     "interleaved engine": interleaved.build(SHARED, ENGINES, ratio=0.25),
     "disaggregated": disaggregated.build(ppo.build(minibatches=2), EIGHT, batches=4),
     "disaggregated replicas": disaggregated.build(ppo.build(minibatches=2), EIGHT, batches=4, replicas=2, capacity=2),
@@ -73,9 +73,9 @@ def ranks() -> Iterator[Ranks]:
 
 
 def performed(ranks: Ranks, graph: StageGraph, folder: Path, sleeps: Sleeps = Sleeps(),  # noqa: B008
-              iterations: int = 3) -> tuple[Timeline, list[real_ranks.Seen]]:
+              iterations: int = 3) -> tuple[Timeline, list[rank_processes.Seen]]:
     """The merged timeline of all ranks, and what each saw."""
-    seen = ranks.call(real_ranks.perform, Job(graph, iterations, folder, sleeps))
+    seen = ranks.call(rank_processes.perform, Job(graph, iterations, folder, sleeps))
     return spans.timeline(graph, spans.read(folder, 8), 8, iterations), seen
 
 
@@ -134,12 +134,13 @@ def test_periodic_work_is_done_in_its_iterations_only(ranks: Ranks, tmp_path: Pa
     sleeps = Sleeps(0.0, {"testing": 0.05, "save_checkpoint": 0.05})
     timeline, _ = performed(ranks, STATIC["periodic"], tmp_path, sleeps, iterations=4)
     for stage, every in (("testing", 2), ("save_checkpoint", 3)):
-        assert [s.compute_seconds[0] > 0.04 for s in timeline.of(stage=stage)] == [(i + 1) % every == 0 for i in range(4)]
+        worked = [s.compute_seconds[0] > 0.04 for s in timeline.of(stage=stage)]
+        assert worked == [(i + 1) % every == 0 for i in range(4)]
 
 
 def test_the_first_free_replica_takes_the_next_batch(ranks: Ranks, tmp_path: Path) -> None:
     graph = check(FIRST)
-    timeline, seen = performed(ranks, graph, tmp_path, Sleeps(0.001, by_place={0: 0.08, 1: 0.01}))
+    timeline, seen = performed(ranks, graph, tmp_path, Sleeps(0.001, gen_by_place={0: 0.08, 1: 0.01}))
     check_timeline(timeline)
     assert unmet(graph, timeline) == []
     turns = Counter(s.firing.place for s in timeline.of(stage="gen"))
@@ -151,7 +152,7 @@ def test_the_first_free_replica_takes_the_next_batch(ranks: Ranks, tmp_path: Pat
 
 
 def test_a_full_channel_holds_the_producer_back(ranks: Ranks, tmp_path: Path) -> None:
-    """Generation is fast and the reference slow: with room for one batch it stays near, with room for all it runs ahead."""
+    """Generation is fast, the reference slow: with room for one batch it stays near, for all it runs ahead."""
     ahead = {}
     for capacity in (1, 6):
         graph = check(disaggregated.build(ppo.build(), EIGHT, batches=6, capacity=capacity))
@@ -170,7 +171,8 @@ def test_a_missing_edge_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
     broken.remove_edge("reward", "update_actor")
     timeline, _ = performed(ranks, broken, tmp_path, Sleeps(0.001, {"reward": 0.05}))
     assert unmet(broken, timeline) == []
-    assert any("stage='update_actor'" in text and "needs Firing(iteration=0, stage='reward'" in text for text in unmet(whole, timeline))
+    assert any("stage='update_actor'" in text and "needs Firing(iteration=0, stage='reward'" in text
+               for text in unmet(whole, timeline))
 
 
 # ---------------------------------------------------------------- spans
@@ -179,7 +181,7 @@ def test_a_missing_edge_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
 def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
     """One rank starts the training step's all-reduce 50 ms after the others: they wait for it, it waits for nobody."""
     graph = check(colocated.build(ppo.build(), FOUR))
-    ranks.call(real_ranks.perform, Job(graph, 2, tmp_path, Sleeps(0.0, {"gen": 0.02})))
+    ranks.call(rank_processes.perform, Job(graph, 2, tmp_path, Sleeps(0.0, {"gen": 0.02})))
     found = spans.read(tmp_path, 8)
     f = Firing(1, "update_actor", 0, 0)
     for rank, record in found.records[f].items():  # as if rank 2 had come late
@@ -201,15 +203,52 @@ def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_warm_up_is_left_out(ranks: Ranks, tmp_path: Path) -> None:
     graph = check(STATIC["disaggregated"])
-    ranks.call(real_ranks.perform, Job(graph, 3, tmp_path))
+    ranks.call(rank_processes.perform, Job(graph, 3, tmp_path))
     timeline = check_timeline(spans.timeline(graph, spans.read(tmp_path, 8), 8, 2, warmup=1))
     assert {s.firing.iteration for s in timeline.spans} == {0, 1}
     assert min(s.start_seconds for s in timeline.spans) == 0.0
 
 
+def clocks_apart(rank: int, count: int, store: object) -> tuple[int, int]:
+    """This rank's clock runs `rank` seconds ahead, on a machine of its own."""
+    from real.clock import Clock, align
+
+    read = Clock.read
+    Clock.read = staticmethod(lambda: read() + rank * 10**9)
+    try:
+        found = align(rank, count, machine=rank)
+    finally:
+        Clock.read = staticmethod(read)
+    return found.offset_ns, found.error_ns
+
+
+def test_clocks_are_aligned_within_the_error(ranks: Ranks) -> None:
+    """The offset is known here, since all processes read the same clock."""
+    for rank, (offset, error) in enumerate(ranks.call(clocks_apart)):
+        assert abs(offset + rank * 10**9) <= error < 50_000_000
+
+
+def test_spans_of_shifted_clocks_are_put_in_order(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 1's clock is 5 s behind: with its offset the records make the same timeline."""
+    graph = check(STATIC["interleaved async alone"])
+    before, _ = performed(ranks, graph, tmp_path)
+    path = spans.record_path(tmp_path, 1)
+    header, *lines = path.read_text().splitlines()
+    shifted = [json.loads(line) for line in lines]
+    for line in shifted:
+        line["times"] = [t - 5 * 10**9 for t in line["times"]]
+        line["calls"] = [[group, [[t - 5 * 10**9 for t in call] for call in calls]] for group, calls in line["calls"]]
+    header = json.dumps(json.loads(header) | {"offset_ns": 5 * 10**9, "error_ns": 1000})
+    path.write_text("\n".join([header, *map(json.dumps, shifted)]) + "\n")
+    after = spans.timeline(graph, spans.read(tmp_path, 8), 8, 3)
+    assert after.info["clock_error_seconds"] == 2e-6
+    assert [s.firing for s in after.spans] == [s.firing for s in before.spans]
+    assert [s.end_seconds for s in after.spans] == pytest.approx([s.end_seconds for s in before.spans])
+
+
 def test_fields_survive_packing() -> None:
-    fields = {"tokens": torch.arange(7).reshape(1, 7), "mask": torch.ones(3, dtype=torch.bool), "none": torch.empty(0, 4),
-              "values": torch.randn(2, 3, dtype=torch.bfloat16), "score": torch.tensor(2.5)}
+    fields = {"tokens": torch.arange(7).reshape(1, 7), "mask": torch.ones(3, dtype=torch.bool),
+              "none": torch.empty(0, 4), "values": torch.randn(2, 3, dtype=torch.bfloat16), "score": torch.tensor(2.5)}
     shapes = json.loads(json.dumps(shapes_of(fields)))
     packed = pack(fields)
     assert len(packed) == packed_bytes(shapes)
@@ -257,7 +296,7 @@ def test_harm_to_one_rank_ends_all(tmp_path: Path, name: str) -> None:
     (tmp_path / "ranks").mkdir()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     began = time.monotonic()
-    processes = [real_ranks.CONTEXT.Process(target=real_ranks.suffer, daemon=True, args=(
+    processes = [rank_processes.CONTEXT.Process(target=rank_processes.suffer, daemon=True, args=(
         rank, 3, store.port, graph, trouble, tmp_path)) for rank in range(3)]
     for process in processes:
         process.start()
@@ -269,9 +308,8 @@ def test_harm_to_one_rank_ends_all(tmp_path: Path, name: str) -> None:
         process.kill()
     assert codes == [-9 if trouble.kind == "killed" and r == trouble.rank else 1 for r in range(3)]
     assert took < 15.0
-    speaker = 1 if trouble.rank == 0 else 0
-    said = (tmp_path / f"stderr{speaker}").read_text().strip().splitlines()[-1]
-    assert said.startswith("real.run: ")
+    lines = [line for rank in range(3) for line in (tmp_path / f"stderr{rank}").read_text().splitlines()]
+    said, = (line for line in lines if line.startswith("real.run: "))
     assert f"rank {trouble.rank} " in said and f"{trouble.firing.stage}[0] of iteration 1" in said
     timeline = check_timeline(read(tmp_path / "timeline.jsonl"))
     assert timeline.info["failure"] in said
@@ -302,8 +340,8 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
         for domain in DOMAINS:
             if rank not in domain:
                 continue
-            config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "gradient_clipping": 1.0,
-                      "zero_allow_untested_optimizer": True}
+            config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
+                      "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
             with groups.deepspeed(domain):
                 partitioned = deepspeed.zero.Init(data_parallel_group=groups.of(domain), config_dict_or_path=config,
                                                   enabled=stage == 3)
@@ -384,9 +422,10 @@ def command(folder: Path, *arguments: str, ranks: int = 0, **environment: str) -
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     clean = {name: value for name, value in os.environ.items() if name not in names}
-    return subprocess.run([sys.executable, *launcher, str(folder / "main.py"), str(folder / "scenario.yaml"), *arguments],
-                          capture_output=True, text=True, timeout=60, check=False,
-                          env=clean | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment)
+    files = [str(folder / "main.py"), str(folder / "scenario.yaml")]
+    clean |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *launcher, *files, *arguments], capture_output=True, text=True, timeout=60,
+                          check=False, env=clean | environment)
 
 
 def test_the_command_writes_a_timeline(tmp_path: Path) -> None:
@@ -413,8 +452,8 @@ def test_the_command_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
 def test_bad_input_is_one_message(tmp_path: Path) -> None:
     done = command(tmp_path)
     assert done.returncode == 2
-    assert done.stderr == ("real.run: cluster: the scenario runs on 2 ranks, but 1 were started (torchrun --nproc-per-node 2 "
-                           "-m real.run ...)\n")
+    assert done.stderr == ("real.run: cluster: the scenario runs on 2 ranks, but 1 were started (torchrun "
+                           "--nproc-per-node 2 -m real.run ...)\n")
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -1,4 +1,4 @@
-"""How fast rlhfsim answers. Compare ratios within one run; seconds are those of the machine that runs it.
+"""How fast rlhfsim answers, in CPU seconds of the machine that runs this. Compare ratios within one run.
 
 `python experiments/benchmark/run.py` prints a Markdown table, `--json` one JSON object.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -34,15 +35,21 @@ PLACEMENTS = ("colocated", "interleaved", "disaggregated")
 LENGTHS = {"fixed": ["workload.response_tokens=600"], "long-tailed": []}
 
 
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for; other programs on the machine do not count."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median of `repeats` runs, after one that fills caches (hardware files are read once a process)."""
+    """Median CPU seconds of `repeats` runs, after one that fills caches (hardware files are read once a process)."""
     work()
     found = []
     for _ in range(repeats):
         gc.collect()
-        start = time.perf_counter()
+        start = cpu_seconds()
         work()
-        found.append(time.perf_counter() - start)
+        found.append(cpu_seconds() - start)
     return statistics.median(found)
 
 

@@ -9,34 +9,31 @@ import argparse
 import csv
 import json
 import re
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from scipy.optimize import least_squares
 
-from rlhfsim.costs.kernels import (
-    CollectiveCurve,
-    DecodeCurve,
-    GemmCurve,
-    Kernels,
-    MemoryCurve,
-    PrefillCurve,
-    Rates,
-    attention_decode_time,
-    attention_prefill_time,
-    collective_seconds,
-    gemm_time,
-    memory_time,
+from rlhfsim.costs.kernels import GemmCurve, Kernels, Rates, gemm_time
+from rlhfsim.fitting import (
+    Data,
+    errors,
+    fit_collective,
+    fit_decode,
+    fit_gemm,
+    fit_memory,
+    fit_prefill,
+    split,
+    write_kernels,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-HELD_OUT_EVERY = 4  # one group of rows in four is scored and not fitted
+COMMENT = (
+    "Efficiency curves of GPU kernels, fitted by experiments/kernel_fit/fit.py: do not edit by hand.\n"
+    "Seconds and bytes; efficiencies are relative to `reference`. Errors: on the rows held out."
+)
 AIC = "aiconfigurator-core 0.12.0 (PyPI, Apache-2.0, NVIDIA): systems/data"
 VIDUR = "microsoft/vidur, data/profiling (MIT, 2024)"
 
@@ -67,55 +64,6 @@ GPUS = {
     "ada": Gpu("l40s-48g", 362.05e12, 733e12, 0.864e12, 142, 31.5e9, "l40s", "0.24.0", "2.27.3", ()),
     "blackwell": Gpu("b200-180g-sxm", 2250e12, 4500e12, 7.672e12, 148, 900e9, "b200_sxm", "0.24.0", "2.29.2", ()),
 }  # fmt: skip
-
-
-class Data(NamedTuple):
-    """Rows (`seconds` is the measurement), and which of them are held out."""
-
-    rows: pd.DataFrame
-    held_out: np.ndarray
-
-    def column(self, name: str) -> np.ndarray:
-        return self.rows[name].to_numpy(dtype=float)
-
-
-def split(rows: pd.DataFrame, groups: list[str]) -> Data:
-    """Hold out whole groups: every fourth in the order of the product of the group's values, then of the values."""
-    keys = rows[groups].drop_duplicates()
-    keys = keys.assign(_size=keys.prod(axis=1)).sort_values(["_size", *groups])[groups].reset_index(drop=True)
-    out = {tuple(key) for key in keys[keys.index % HELD_OUT_EVERY == 1].to_numpy()}
-    rows = rows.sort_values(list(rows.columns)).reset_index(drop=True)
-    return Data(rows, np.array([tuple(key) in out for key in rows[groups].to_numpy()]))
-
-
-def solve(predict: Callable[[np.ndarray], np.ndarray], data: Data, start: list, low: list, high: list) -> np.ndarray:
-    """Least squares of log(predicted / measured) on the rows that are not held out; outliers count linearly."""
-    train, measured = ~data.held_out, data.column("seconds")
-    scale = np.maximum(np.abs(start), 1e-3)
-    found = least_squares(
-        lambda x: np.log(predict(x)[train] / measured[train]),
-        start, bounds=(low, high), x_scale=scale, loss="soft_l1", f_scale=0.1, max_nfev=300,
-    )  # fmt: skip
-    return np.array([float(f"{value:.4g}") if value > 1e-4 else 0.0 for value in found.x])
-
-
-def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-    relative = np.abs(predicted / measured - 1)
-    values = {
-        "mean_error": relative.mean(),
-        "weighted_error": np.abs(predicted - measured).sum() / measured.sum(),
-        "worst_error": relative.max(),
-        "bias": predicted.sum() / measured.sum() - 1,
-    }
-    return {name: round(float(value), 3) + 0.0 for name, value in values.items()}  # + 0.0: no -0.0
-
-
-def fitted(source: str, predicted: np.ndarray, data: Data, note: str = "") -> dict[str, Any]:
-    """A `Fit` record as a dict, scored on the rows held out."""
-    out = data.held_out
-    record = {"source": source, "rows": int((~out).sum()), "held_out_rows": int(out.sum())}
-    record |= errors(predicted[out], data.column("seconds")[out])
-    return record | ({"note": note} if note else {})
 
 
 # ---------------------------------------------------------------- tables
@@ -186,7 +134,7 @@ def aic_attention(root: Path, gpu: Gpu, table: str) -> pd.DataFrame:
     rows = rows.rename(columns={"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads"})
     tokens = rows.isl if table == "context" else rows.step + 1
     rows = rows.assign(tokens=tokens)[tokens >= (64 if table == "context" else 16)]
-    return rows.groupby(["batch", "heads", "kv_heads", "tokens"], as_index=False)["seconds"].median()
+    return rows.groupby(["batch", "heads", "kv_heads", "tokens", "head_dim"], as_index=False)["seconds"].median()
 
 
 def aic_collective(root: Path, gpu: Gpu, op: str) -> pd.DataFrame:
@@ -209,25 +157,6 @@ def vidur_link(root: Path, op: str, nodes: int) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------- fits
-
-
-def fit_gemm(data: Data, rates: Rates, source: str, input_bytes: float = 2.0, note: str = "") -> dict[str, Any]:
-    m, n, k = (data.column(name) for name in "mnk")
-
-    def curve(x: np.ndarray) -> GemmCurve:
-        names = ("compute_efficiency", "memory_efficiency", "kernel_seconds", "padding_m", "padding_n", "padding_k",
-                 "padding_bytes", "exponent")  # fmt: skip
-        values = dict(zip(names, map(float, x), strict=True))
-        values["kernel_seconds"] *= 1e-6
-        values["padding_bytes"] *= 1e6
-        return GemmCurve.model_construct(**values)
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        return gemm_time(curve(x), rates, m, n, k, input_bytes=input_bytes).seconds
-
-    start, high = [0.75, 0.8, 4.0, 90.0, 60.0, 60.0, 0.1, 6.0], [1, 1, 40, 10000, 10000, 10000, 50, 16]
-    x = solve(predict, data, start, [0.05, 0.05, 0.1, 0, 0, 0, 0, 1], high)
-    return dict(curve(x)) | {"fit": fitted(source, predict(x), data, note)}
 
 
 def training_gemm(path: Path) -> pd.DataFrame:
@@ -260,22 +189,6 @@ def weight_gradient(ampere: GemmCurve, path: Path) -> dict[str, Any]:
     return {"weight_gradient_ratio": ratio, "weight_gradient_fit": fit}
 
 
-def fit_prefill(data: Data, rates: Rates, source: str) -> dict[str, Any]:
-    shape = [data.column(name) for name in ("batch", "heads", "kv_heads", "tokens")]
-
-    def curve(x: np.ndarray) -> PrefillCurve:
-        return PrefillCurve.model_construct(
-            compute_efficiency=float(x[0]), memory_efficiency=float(x[1]), kernel_seconds=float(x[2]) * 1e-6,
-            exponent=float(x[3]), backward_ratio=1.0,
-        )  # fmt: skip
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        return attention_prefill_time(curve(x), rates, *shape, 128).seconds
-
-    x = solve(predict, data, [0.6, 0.5, 8.0, 3.0], [0.05, 0.05, 0.1, 1], [1, 1, 60, 16])
-    return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
-
-
 def backward_ratio(path: Path) -> dict[str, Any]:
     """FlashAttention backward over forward seconds, the total over SimuMax's shapes of head dimension 128.
 
@@ -292,47 +205,6 @@ def backward_ratio(path: Path) -> dict[str, Any]:
     note = f"per shape {ratios.min():.2f} (4 heads) to {ratios.max():.2f}; errors are of the rows fitted"
     fit = {"source": "simumax", "rows": len(keys), "note": note} | errors(ratio * forward_time, backward_time)
     return {"backward_ratio": ratio, "backward_fit": fit}
-
-
-def fit_decode(data: Data, rates: Rates, source: str) -> dict[str, Any]:
-    batch, kv_heads, tokens = (data.column(name) for name in ("batch", "kv_heads", "tokens"))
-
-    def curve(x: np.ndarray) -> DecodeCurve:
-        return DecodeCurve.model_construct(
-            memory_efficiency=float(x[0]), kernel_seconds=float(x[1]) * 1e-6, tile_seconds=float(x[2]) * 1e-6
-        )
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        return attention_decode_time(curve(x), rates, batch, kv_heads, batch * tokens, 128).seconds
-
-    x = solve(predict, data, [0.8, 12.0, 2.5], [0.05, 0.1, 0], [1, 60, 100])
-    return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
-
-
-def fit_memory(data: Data, rates: Rates, source: str) -> dict[str, Any]:
-    def curve(x: np.ndarray) -> MemoryCurve:
-        return MemoryCurve.model_construct(memory_efficiency=float(x[0]), kernel_seconds=float(x[1]) * 1e-6)
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        return memory_time(curve(x), rates, data.column("bytes")).seconds
-
-    x = solve(predict, data, [0.6, 2.5], [0.02, 0], [1, 60])
-    return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
-
-
-def fit_collective(data: Data, op: str, ranks: int, link: float, source: str, note: str = "") -> dict[str, Any]:
-    def curve(x: np.ndarray) -> CollectiveCurve:
-        return CollectiveCurve.model_construct(
-            alpha_seconds=float(x[0]) * 1e-6, efficiency=float(x[1]), exponent=float(x[2])
-        )
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        return collective_seconds(curve(x), op, ranks, data.column("bytes"), link)
-
-    fastest = 1.3 if op.endswith("all_reduce") else 1.0  # NVLS reduces inside the switch
-    start = [float(data.column("seconds").min() * 1e6), 0.7 if link > 40e9 else 0.2, 0.8]
-    x = solve(predict, data, start, [0.5, 0.005, 0.3], [200, fastest, 8])
-    return dict(curve(x)) | {"fit": fitted(source, predict(x), data, note)}
 
 
 def sources(arch: str, gpu: Gpu) -> dict[str, str]:
@@ -506,36 +378,6 @@ def volta(ampere: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- output
 
 
-def write_yaml(record: dict[str, Any], path: Path) -> None:
-    """One curve per block; its provenance on one line."""
-    Kernels.model_validate(record)
-    yaml = YAML()
-    yaml.width = 4096
-
-    def styled(node: Any, key: str = "") -> Any:
-        if not isinstance(node, dict):
-            return number(node)
-        mapping = CommentedMap((k, styled(v, str(k))) for k, v in node.items())
-        leaf = not any(isinstance(v, dict) for v in node.values())
-        if leaf and key not in ("sources", "reference") and key:
-            mapping.fa.set_flow_style()
-        return mapping
-
-    body = styled(record)
-    body.yaml_set_start_comment(
-        "Efficiency curves of GPU kernels, fitted by experiments/kernel_fit/fit.py: do not edit by hand.\n"
-        "Seconds and bytes; efficiencies are relative to `reference`. Errors: on the rows held out."
-    )
-    with path.open("w") as out:
-        yaml.dump(body, out)
-
-
-def number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 SAMPLES = {  # rows per architecture; the collectives at one number of ranks each
     "gemm": 12, "gemm_decode": 6, "prefill": 8, "decode": 8, "residual_add": 4, "rms_norm": 4, "gated_activation": 4,
     "all_reduce.8": 3, "all_gather.8": 3, "reduce_scatter.4": 3,
@@ -544,7 +386,9 @@ SAMPLES = {  # rows per architecture; the collectives at one number of ranks eac
 
 def samples(record: dict[str, Any], keep: dict[str, Data]) -> dict[str, list[dict[str, Any]]]:
     """Held-out rows for the test-suite, evenly spaced in the order of their measured seconds."""
-    keep = {name: data.rows[data.held_out] for name, data in keep.items()}
+    keep = {name: pd.DataFrame(data.columns)[data.held_out] for name, data in keep.items()}
+    for name in ("prefill", "decode"):
+        keep[name] = keep[name].drop(columns="head_dim")  # 128 everywhere
     keep["gemm_decode"] = keep["gemm"][keep["gemm"].m <= 64]  # few of the rows, and the ones that memory limits
     chosen: dict[str, list[dict[str, Any]]] = {}
     for name, count in SAMPLES.items():
@@ -572,9 +416,9 @@ def main() -> None:
     tables: dict[str, list[dict[str, Any]]] = {}
     for arch, gpu in GPUS.items():
         record, keep = build(arch, args)
-        write_yaml(record, args.out / f"{arch}.yaml")
+        write_kernels(record, args.out / f"{arch}.yaml", COMMENT)
         if arch == "ampere":
-            write_yaml(volta(record), args.out / "volta.yaml")
+            write_kernels(volta(record), args.out / "volta.yaml", COMMENT)
         if gpu.vidur:
             for table, rows in samples(record, keep).items():
                 tables.setdefault(table, []).extend(rows)

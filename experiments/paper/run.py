@@ -197,21 +197,14 @@ def result(row: Row | None) -> dict[str, Any]:
 
 def words(row: Row) -> str:
     """The settings of a row in a few words."""
-    used = row.used
-    text = [f"engine TP {used['generation.tensor_parallel']}"]
+    used, actor = row.used, row.scenario.models.actor
+    text = [f"engine TP {used['generation.tensor_parallel']}, trained ZeRO-{actor.zero_stage}"]
+    if actor.ranks_per_replica > 1:
+        text.append(f"TP {actor.tensor_parallel} PP {actor.pipeline_parallel}")
     if ranks := used.get("ranks"):
-        actor = row.scenario.models.actor
-        text += [
-            f"trained TP {actor.tensor_parallel} ZeRO-{actor.zero_stage}",
-            *(f"{name} {count}" for name, count in ranks.items()),
-            f"batches {used['strategy.batches']}",
-            f"replicas {used['strategy.replicas']}",
-        ]
-    text += (
-        [f"micro-batch {used['models.actor.micro_batch_samples']}"]
-        if "models.actor.micro_batch_samples" in used
-        else []
-    )
+        text += [*(f"{name} {count}" for name, count in ranks.items()), f"batches {used['strategy.batches']}"]
+        text.append(f"replicas {used['strategy.replicas']}")
+    text.append(f"micro-batch {actor.micro_batch_samples}")
     return " ".join(text)
 
 

@@ -185,10 +185,11 @@ class StepSeconds:
         per_token = generation.engine == "zero3_per_token"
         overheads = operators.overheads
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
-        self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if per_token else 1
+        self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if generation.copies_cache else 1
         eager = overheads.eager_layer_seconds
-        self.floor_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)
-        if ideal or generation.graphs:
+        launch_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)
+        self.floor_seconds = launch_seconds
+        if ideal or generation.graphs or not operators.gpu.overlaps_launches:
             self.floor_seconds = 0.0
         self.step_seconds = self.sequence_seconds = 0.0
         if generation.continuous:  # the eager floor of static batches has it
@@ -197,6 +198,12 @@ class StepSeconds:
             self.step_seconds = overheads.decode_step_seconds
         if overheads.decode_sequence_seconds is not None:
             self.sequence_seconds = overheads.decode_sequence_seconds
+        self.step_seconds += overheads.eager_pass_seconds
+        if not operators.gpu.overlaps_launches:  # no graphs either: nothing hides what every layer's launches take
+            self.step_seconds += launch_seconds
+        if per_token and use.zero_stage == 3:
+            added = operators.engine_launches(use, "forward", parameters(use.shape))
+            self.step_seconds += float(added.seconds)
         if ideal:
             self.step_seconds = self.sequence_seconds = 0.0
         self._body = _Table(

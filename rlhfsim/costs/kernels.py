@@ -28,7 +28,10 @@ CurvePrecision = Literal["bf16", "fp8"]
 MemoryKernel = Literal[
     "residual_add", "rms_norm", "rope", "gated_activation", "embedding", "cross_entropy", "optimizer"
 ]
-Collective = Literal["all_reduce", "custom_all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+Collective = Literal[
+    "all_reduce", "custom_all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send",
+    "to_host", "from_host"
+]
 
 QUERY_TILE_ROWS = 128  # FlashAttention-2's forward block of query rows at head dimension 128
 
@@ -105,9 +108,10 @@ class MemoryCurve(Record):
 
 
 class CollectiveCurve(Record):
-    """A collective inside one node: (alpha^p + (bus bytes / (link e))^p)^(1/p).
+    """A collective: (alpha^p + (bus bytes / (link e))^p)^(1/p).
 
-    efficiency is relative to the GPU's link in one direction; above 1 where the switch reduces (NVLS).
+    efficiency is relative to one direction of the link: inside a node the GPU's (above 1 where the switch reduces,
+    NVLS), across nodes the NIC's; of a copy to or from the host (measured on one rank) the PCIe slot's.
     """
 
     alpha_seconds: Seconds
@@ -152,6 +156,7 @@ class Kernels(Record):
     memory: dict[MemoryKernel, MemoryCurve]
     collectives: dict[Collective, dict[Count, CollectiveCurve]]
     inter_node: InterNodeLatency
+    across_nodes: dict[Collective, dict[Count, CollectiveCurve]] = Field(default_factory=dict)  # by ranks, one a node
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Kernels:
@@ -169,8 +174,9 @@ class Kernels(Record):
         found |= {"prefill": self.prefill.fit, "prefill.backward": self.prefill.backward_fit}
         found |= {"decode": self.decode.fit, "inter_node": self.inter_node.fit}
         found |= {f"memory.{name}": curve.fit for name, curve in self.memory.items()}
-        for op, curves in self.collectives.items():
-            found |= {f"collectives.{op}.{ranks}": curve.fit for ranks, curve in curves.items()}
+        for table in ("collectives", "across_nodes"):
+            for op, curves in getattr(self, table).items():
+                found |= {f"{table}.{op}.{ranks}": curve.fit for ranks, curve in curves.items()}
         return found
 
     def gemm_curve(self, precision: str) -> GemmCurve:
@@ -314,7 +320,7 @@ def bus_factor(op: Collective, ranks: int) -> float:
     nccl-tests, doc/PERFORMANCE.md: the payload is a rank's whole buffer: the output of an all_gather, the input of a
     reduce_scatter and of an all_to_all (its own share included).
     """
-    if op == "send":
+    if op in ("send", "broadcast", "to_host", "from_host"):
         return 1.0
     share = (ranks - 1) / ranks
     return 2 * share if op in ("all_reduce", "custom_all_reduce") else share

@@ -19,7 +19,7 @@ from rlhfsim.spec.scenario import Scenario
 
 from .generation import StepSeconds, generation_program, route_samples
 from .operators import Operators
-from .passes import Host, Layout, controller_program, score_program, sync_program, train_program
+from .passes import Host, Layout, controller_program, firing_program, score_program, sync_program, train_program
 from .segment import Segment, Transfer
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
@@ -115,6 +115,7 @@ class CostModel:
                 tokens = np.full(len(tokens), self.padded_tokens)
             segments = self._pass(stage, ranks, tokens)
         controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
+        controller += firing_program(self.operators)
         if not self.scenario.cluster.gpu.overlaps_communication:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]

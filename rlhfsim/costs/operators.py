@@ -15,7 +15,8 @@ import numpy as np
 from rlhfsim.errors import InputError
 from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms
 from rlhfsim.spec.hardware import Gpu
-from rlhfsim.spec.scenario import Effects, ModelUse, Overheads
+from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads
+from rlhfsim.spec.scenario import Effects, ModelUse
 
 from .kernels import (
     Kernels,
@@ -101,11 +102,35 @@ class Operators:
     def with_launches(self, time: OperatorTime, layer_passes: Numbers = 1.0) -> OperatorTime:
         """`time` of so many forward passes of a layer, or the host's time to launch them eagerly if that is longer.
 
-        A backward pass counts as two. Under a CUDA graph there is no such floor: do not call this.
+        Where the host does not run ahead of the device, both add up. Under a CUDA graph there is no such floor: do not
+        call this.
         """
-        floor = np.where(np.asarray(time.seconds) > 0, self.eager_layer_seconds * np.asarray(layer_passes), 0.0)
-        waiting = np.maximum(floor - time.seconds, 0.0)
+        return self._launched(time, self.eager_layer_seconds * np.asarray(layer_passes))
+
+    def with_backward_launches(self, time: OperatorTime) -> OperatorTime:
+        """Likewise for a layer's backward; as two forward passes where nothing else was measured."""
+        measured = self.overheads.eager_layer_backward_seconds
+        if self.ideal or measured is None:
+            return self.with_launches(time, 2.0)
+        return self._launched(time, np.asarray(measured))
+
+    def _launched(self, time: OperatorTime, host_seconds: np.ndarray) -> OperatorTime:
+        floor = np.where(np.asarray(time.seconds) > 0, host_seconds, 0.0)
+        waiting = np.maximum(floor - time.seconds, 0.0) if self.gpu.overlaps_launches else floor
         return OperatorTime(time.seconds + waiting, time.flops, time.hbm, time.launch + waiting)
+
+    def pass_launches(self, tokens: Numbers) -> OperatorTime:
+        """Host time of one pass of a micro-batch outside the layers."""
+        seconds = 0.0 if self.ideal else self.overheads.eager_pass_seconds
+        return _host(np.where(np.asarray(tokens) > 0, seconds, 0.0))
+
+    def engine_launches(self, use: ModelUse, phase: EnginePhase, parameters: float) -> OperatorTime:
+        """Host time that DeepSpeed adds to a pass of one micro-batch, or to an update."""
+        added = self.overheads.deepspeed.get(use.zero_stage)
+        if self.ideal or added is None or use.backend != "deepspeed":
+            return NO_TIME
+        time: HostTime = getattr(added, phase)
+        return _host(np.asarray(time.of(use.shape.layers, parameters)))
 
     # --- one layer -------------------------------------------------------------------------------------------------
 
@@ -283,6 +308,10 @@ def adam_bytes(use: ModelUse) -> int:
     is written besides the master. 16-bit: 24 + 2 + 2; fp32: the master is the weight: 24 + 4.
     """
     return 28
+
+
+def _host(seconds: np.ndarray) -> OperatorTime:
+    return OperatorTime(seconds, 0.0 * seconds, 0.0 * seconds, seconds)
 
 
 def _operator(time: KernelTime) -> OperatorTime:

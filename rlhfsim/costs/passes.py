@@ -28,10 +28,11 @@ from rlhfsim.model import (
     parameters,
     rank_parameters,
 )
+from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
 
 from .kernels import Numbers
-from .operators import NO_TIME, Operators, OperatorTime
+from .operators import NO_TIME, Operators, OperatorTime, total
 from .pipeline import PipelineSegment, Role
 from .segment import Op, Segment, Transfer
 
@@ -129,7 +130,8 @@ def score_program(
     layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.tensor_forward())
     ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
     zero3 = use.zero_stage == 3
-    return [*load, work.segment("forward", [layers, ends], overlapped=zero3, lockstep=zero3)]
+    engine = work.engine("forward") if zero3 else []  # what is not sharded is scored without an engine
+    return [*load, work.segment("forward", [layers, ends, *engine], overlapped=zero3, lockstep=zero3)]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -187,6 +189,7 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Se
         ]
     else:
         program = [work.uniform("optimizer", work.operators.optimizer_step(use, share))]
+    program += [work.uniform("engine_step", part.time) for part in work.engine("step")]
     if use.zero_stage in (1, 2) and work.layout.replicas > 1:
         gather = work.collective("all_gather", trained * width, _messages(trained, REDUCE_BUCKET_PARAMETERS))
         program.append(work.transfer_only("gather_weights", gather))
@@ -297,6 +300,14 @@ def controller_program(moved_bytes: float, operators: Operators, replicas: int =
     return [Segment("controller", np.full((replicas, 1), seconds), bound={"host": seconds})]
 
 
+def firing_program(operators: Operators) -> list[Segment]:
+    """What the host needs to begin and end a stage's turn; nothing where it was not measured."""
+    seconds = operators.overheads.firing_seconds
+    if not seconds or operators.ideal:
+        return []
+    return [Segment("firing", np.full((1, 1), seconds), bound={"host": seconds})]
+
+
 # --- building segments -----------------------------------------------------------------------------------------------
 
 
@@ -329,7 +340,7 @@ class _Work:
         """Backward of a trained layer, after what has to be computed again."""
         t, ops, use = self.use.tensor_parallel, self.operators, self.use
         attention = ops.attention_prefill(use, self.batches, t, backward=True)
-        time = ops.with_launches(ops.layer_backward(use, self.tokens, t, self.trainable) + attention, 2.0)
+        time = ops.with_backward_launches(ops.layer_backward(use, self.tokens, t, self.trainable) + attention)
         if use.recompute == "full":
             return time + self.layer_forward()
         if use.recompute == "selective":
@@ -347,11 +358,18 @@ class _Work:
         return self.operators.head_backward(self.use, self.tokens, self.use.tensor_parallel, self.head, trained=trained)
 
     def ends_forward(self) -> OperatorTime:
-        return self.embedding() + self.head_forward()
+        return self.embedding() + self.head_forward() + self.operators.pass_launches(self.tokens)
 
     def ends_backward(self) -> OperatorTime:
         trains_all = self.trainable == "all" and self.trained_layers == self.use.shape.layers
-        return self.head_backward() + (self.embedding() if trains_all else NO_TIME)
+        time = self.head_backward() + self.operators.pass_launches(self.tokens)
+        return time + self.embedding() if trains_all else time
+
+    def engine(self, *phases: EnginePhase) -> list[_Part]:
+        """What DeepSpeed adds on the host to each micro-batch, on ranks without tokens too."""
+        count = parameters(self.use.shape, self.head)
+        time = total(self.operators.engine_launches(self.use, phase, count) for phase in phases)
+        return [_Part(time, 1)] if time.seconds else []
 
     # Parameters.
 
@@ -445,6 +463,7 @@ class _Work:
             _Part(self.layer_forward(), spec.layers, self.tensor_forward()),
             _Part(self.ends_forward(), 1, self.tensor_ends()),
             _Part(self.ends_backward(), 1, of_ends + self.tensor_ends()),
+            *self.engine("forward", "backward"),
         ]
 
     def passes_zero3(self) -> list[_Part]:
@@ -455,6 +474,7 @@ class _Work:
             _Part(self.layer_backward(), self.trained_layers, gather + self.reduces(self.trained_layer_parameters())),
             _Part(self.ends_forward(), 1, gather_ends),
             _Part(self.ends_backward(), 1, self.reduces(self.trained_end_parameters())),
+            *self.engine("forward", "backward"),
         ]
 
     def _only_in_first(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:

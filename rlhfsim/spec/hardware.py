@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .base import Count, Fraction, Record, Sourced
+from .overheads import Overheads
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
@@ -48,8 +49,10 @@ class Gpu(Sources):
     with the framework's default (TF32 off).
     nvlink_bytes_per_second: all NVLink ports of the GPU together, one direction; absent without NVLink.
     pcie_bytes_per_second: the GPU's own PCIe slot, one direction.
-    kernels: efficiency curves, a file of `hw_specs/kernels/`.
+    kernels: efficiency curves, a file of `hw_specs/kernels/` or the path of one.
     overlaps_communication: whether it computes and communicates at the same time; a CPU rank has one stream for both.
+    overlaps_launches: whether the host launches kernels ahead of the device; a CPU rank is its own host, and the time
+        to launch adds up.
     fitted_on: SHA-256 of the files that a calibration used; they are no predictions of this spec.
     """
 
@@ -58,6 +61,7 @@ class Gpu(Sources):
     architecture: str
     kernels: str
     overlaps_communication: bool = True
+    overlaps_launches: bool = True
     fitted_on: list[str] = Field(default_factory=list)
     memory_bytes: Sourced
     memory_bytes_per_second: Sourced
@@ -102,7 +106,10 @@ class Network(Sources):
 
 
 class Cluster(Record):
-    """Nodes of one kind and their network. `node` and `gpu` are filled in by name when a file is loaded."""
+    """Nodes of one kind and their network. `node` and `gpu` are filled in by name when a file is loaded.
+
+    overheads: host times measured on these machines; a scenario's own `overheads` go first, value by value.
+    """
 
     name: str = "custom"
     description: str = ""
@@ -110,6 +117,7 @@ class Cluster(Record):
     gpu: Gpu
     nodes: Count
     network: Network
+    overheads: Overheads = Overheads()
 
     @property
     def gpus(self) -> int:

@@ -99,6 +99,7 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
         data = _without_shorthand(data)
     if "cluster" in data:
         data["cluster"] = _cluster(data["cluster"], "cluster", folder, where)
+        data = _with_overheads(data)
     if "models" in data:
         data["models"] = _models(data["models"], folder, where)
     if isinstance(data.get("workload"), dict):
@@ -106,6 +107,12 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
     scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
     _check(scenario, where)
     return scenario
+
+
+def _with_overheads(data: dict[str, Any]) -> dict[str, Any]:
+    """What the cluster's machines were measured to need, where the scenario says nothing else."""
+    measured = data["cluster"].get("overheads") if isinstance(data["cluster"], dict) else None
+    return data | {"overheads": _merge(measured, data.get("overheads") or {})} if measured else data
 
 
 def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any, str]]:
@@ -243,6 +250,7 @@ def _with_parts(base: dict[str, Any], given: dict[str, Any], prefix: str, folder
     """`base`, a cluster that names nothing any more, changed by `given`."""
     data = dict(given)
     node, gpu, gpus_per_node = (data.pop(key, None) for key in ("node", "gpu", "gpus_per_node"))
+    gpu = _with_kernels(gpu, join(prefix, "gpu"), folder, where)
     result: dict[str, Any] = _merge(base, data)
     node_folder = folder
     if isinstance(node, str):
@@ -273,7 +281,21 @@ def _gpu(given: Any, prefix: str, field: str, folder: Path, where: Where) -> Any
         return given
     named = _named("gpus", given, prefix, field, folder, where)
     _add_places(where, named.where, prefix)
-    return named.data
+    return _with_kernels(named.data, prefix, named.folder, where)
+
+
+def _with_kernels(gpu: Any, prefix: str, folder: Path, where: Where) -> Any:
+    """The path of a file of curves starts from the folder of the file that names it."""
+    if not (isinstance(gpu, dict) and isinstance(gpu.get("kernels"), str) and _is_path(gpu["kernels"])):
+        return gpu
+    path = folder / Path(gpu["kernels"]).expanduser()
+    if not path.is_file():
+        raise _error(f"there is no file {str(path)!r}", join(prefix, "kernels"), where)
+    return gpu | {"kernels": str(path.resolve())}
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def _named(kind: str, name: Any, prefix: str, field: str, folder: Path, where: Where) -> Document:
@@ -281,7 +303,7 @@ def _named(kind: str, name: Any, prefix: str, field: str, folder: Path, where: W
     if not isinstance(name, str):
         raise _error(f"is {kind_of(name)}, but must be a name or the path of a YAML file", field, where)
     shipped = {path.stem: path for path in (data_dir("hw_specs") / kind).glob("*.yaml")}
-    if "/" in name or name.endswith((".yaml", ".yml")):
+    if _is_path(name):
         path = folder / Path(name).expanduser()
     elif name in shipped:
         path = shipped[name]

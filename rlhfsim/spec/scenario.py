@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record, Seconds
+from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
 from .hardware import Cluster
 from .model_spec import ModelSpec
+from .overheads import Overheads as Overheads
 
 Role = Literal["actor", "critic", "reference", "reward"]
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
@@ -182,6 +183,8 @@ class Generation(Record):
     memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
+    kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache), `preallocated` does not.
+        Default: concatenated for `zero3_per_token`, else preallocated. Real runs preallocate, whatever is named here.
     routing: which engine gets which sample: `static` contiguous equal shares, `least_loaded` by tokens so far.
     """
 
@@ -194,6 +197,7 @@ class Generation(Record):
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
     cuda_graphs: bool | None = None
+    kv_cache: Literal["concatenated", "preallocated"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
 
     @property
@@ -203,6 +207,10 @@ class Generation(Record):
     @property
     def graphs(self) -> bool:
         return self.cuda_graphs if self.cuda_graphs is not None else self.engine == "engine"
+
+    @property
+    def copies_cache(self) -> bool:
+        return self.kv_cache == "concatenated" if self.kv_cache else self.engine == "zero3_per_token"
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
@@ -222,26 +230,6 @@ class WeightSync(Record):
 
     method: Literal["p2p", "broadcast"] = "p2p"
     bucket_bytes: Annotated[float, Field(ge=1, le=1e12)] = 100e6
-
-
-class Overheads(Record):
-    """Time that no kernel and no link explains; each is a component of its own in the results.
-
-    eager_layer_seconds: host time to launch one layer's forward kernels without CUDA graphs (a floor per layer and pass).
-    decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
-    decode_sequence_seconds: the same per running sequence and step.
-    controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
-        gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
-    controller_call_seconds: fixed cost of one such call.
-    reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
-    """
-
-    eager_layer_seconds: Seconds | None = None
-    decode_step_seconds: Seconds | None = None
-    decode_sequence_seconds: Seconds | None = None
-    controller_bytes_per_second: BytesPerSecond | None = None
-    controller_call_seconds: Seconds = 0.0
-    reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
 
 
 class Periodic(Record):

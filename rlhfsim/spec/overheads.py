@@ -1,0 +1,67 @@
+"""Time of the host that no kernel and no link explains, of a scenario or measured on a machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import BytesPerSecond, Record, Seconds
+
+EnginePhase = Literal["forward", "backward", "step"]
+ZeroStage = Annotated[int, Field(ge=0, le=3)]
+
+
+class HostTime(Record):
+    """Seconds of a call = call_seconds + layers x layer_seconds + parameters x parameter_seconds."""
+
+    call_seconds: Seconds = 0.0
+    layer_seconds: Seconds = 0.0
+    parameter_seconds: Seconds = 0.0
+
+    def of(self, layers: float, parameters: float) -> float:
+        return self.call_seconds + layers * self.layer_seconds + parameters * self.parameter_seconds
+
+
+class EngineTime(Record):
+    """What a training engine adds to a model's own passes, besides its collectives: hooks, copies into buckets.
+
+    forward, backward: of one micro-batch. step: of one update.
+    """
+
+    forward: HostTime = HostTime()
+    backward: HostTime = HostTime()
+    step: HostTime = HostTime()
+
+
+class Overheads(Record):
+    """Time that no kernel and no link explains; each is a component of its own in the results.
+
+    What a scenario leaves out is its cluster's (`cluster.overheads`), which `rlhfsim calibrate` measures.
+
+    eager_layer_seconds: host time to launch one layer's forward kernels without CUDA graphs (a floor per layer and
+        pass; where the host is the device, time of its own).
+    eager_layer_backward_seconds: likewise of a layer's backward; absent: twice the forward.
+    eager_pass_seconds: host time of one forward pass of a micro-batch or decode step outside the layers; a backward
+        pass has as much. Default 0: hidden behind the device on a GPU.
+    deepspeed: by ZeRO stage, what DeepSpeed adds on the host to the passes of a micro-batch and to an update. Default
+        nothing: on GPUs its host runs ahead of the device, and how far was not measured.
+    firing_seconds: host time of one stage's turn on one place outside its work (handing over data). Default 0.
+    decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
+    decode_sequence_seconds: the same per running sequence and step.
+    controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
+        gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
+    controller_call_seconds: fixed cost of one such call.
+    reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
+    """
+
+    eager_layer_seconds: Seconds | None = None
+    eager_layer_backward_seconds: Seconds | None = None
+    eager_pass_seconds: Seconds = 0.0
+    deepspeed: dict[ZeroStage, EngineTime] = Field(default_factory=dict)
+    firing_seconds: Seconds = 0.0
+    decode_step_seconds: Seconds | None = None
+    decode_sequence_seconds: Seconds | None = None
+    controller_bytes_per_second: BytesPerSecond | None = None
+    controller_call_seconds: Seconds = 0.0
+    reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
