@@ -6,6 +6,8 @@ however many chunks a stage uses.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from .firing import Firing
@@ -27,7 +29,7 @@ def samples_of(graph: StageGraph, f: Firing, samples: int) -> np.ndarray:
 def per_replica(ids: np.ndarray, replicas: int) -> list[np.ndarray]:
     """Contiguous shares of a firing's samples, one for each data-parallel replica of its place."""
     cuts = np.arange(replicas + 1) * len(ids) // replicas
-    return [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [ids[a:b] for a, b in pairwise(cuts)]
 
 
 def even(graph: StageGraph, samples: int) -> bool:

@@ -53,7 +53,7 @@ as_json = click.option("--json", "json_output", is_flag=True, help="One JSON obj
 @scenario_command("fits")
 @as_json
 def fits(scenario: str, overrides: tuple[str, ...], json_output: bool) -> int:
-    """Does it run out of memory: where, by how much, and what helps. Does not simulate. Exit code 3 if it does not fit."""
+    """Does it run out of memory: where, by how much, and what helps. Does not simulate. Exit code 3: does not fit."""
     from .render import fit_json, print_fit
     from .simulate import prepare
     from .spec.loader import load_scenario
@@ -73,8 +73,14 @@ def fits(scenario: str, overrides: tuple[str, ...], json_output: bool) -> int:
 @click.option("--timeline", "timeline_path", type=str, help="Write the spans as JSON Lines.")
 @click.option("--plot", "plot_path", type=str, help="Draw the timeline (PNG or SVG).")
 @click.option("--trace", "trace_path", type=str, help="Write a trace for Perfetto (ui.perfetto.dev).")
-def simulate(scenario: str, overrides: tuple[str, ...], json_output: bool, timeline_path: str | None, plot_path: str | None,
-             trace_path: str | None) -> int:
+def simulate(
+    scenario: str,
+    overrides: tuple[str, ...],
+    json_output: bool,
+    timeline_path: str | None,
+    plot_path: str | None,
+    trace_path: str | None,
+) -> int:
     """How long is an iteration: seconds per stage in verl's names, throughput, peak memory."""
     from . import timeline as timelines
     from .render import print_fit_reason, print_simulation, simulation_json
@@ -114,11 +120,14 @@ def simulate(scenario: str, overrides: tuple[str, ...], json_output: bool, timel
 @scenario_command("compare")
 @as_json
 @click.option("--baseline", type=str, help="The row that the others are measured against.")
-@click.option("--as-given", is_flag=True, help="Take micro-batches, TP and split as written instead of tuning each row.")
+@click.option(
+    "--as-given", is_flag=True, help="Take micro-batches, TP and split as written instead of tuning each row."
+)
 @click.option("--out", "out", type=str, help="Folder for a speedup figure and a timeline figure.")
-def compare(scenario: str, overrides: tuple[str, ...], json_output: bool, baseline: str | None, as_given: bool,
-            out: str | None) -> int:
-    """Which placement is fastest: one row per strategy, speedup over a named baseline, what each is bound by, and why."""
+def compare(
+    scenario: str, overrides: tuple[str, ...], json_output: bool, baseline: str | None, as_given: bool, out: str | None
+) -> int:
+    """Which placement is fastest: one row per strategy, speedup over a named baseline, what binds each, and why."""
     from .compare import compare as run
     from .compare import rows_of
     from .render import comparison_json, print_comparison, progress
@@ -137,7 +146,14 @@ def compare(scenario: str, overrides: tuple[str, ...], json_output: bool, baseli
 
 
 @scenario_command("sweep")
-@click.option("--out", "out", type=str, default="results.csv", show_default=True, help="The table (CSV), written as it goes; an existing one is continued.")
+@click.option(
+    "--out",
+    "out",
+    type=str,
+    default="results.csv",
+    show_default=True,
+    help="The table (CSV), written as it goes; an existing one is continued.",
+)
 @click.option("--strategies", is_flag=True, help="Run every row of `compare` at every point.")
 @click.option("--baseline", type=str, help="The row that speedups are measured against.")
 @click.option("--as-given", is_flag=True, help="Do not tune each row.")

@@ -105,8 +105,10 @@ def _nearest(measured: Iterable[int], number: int) -> int:
 
 
 def _by_op(measured: Mapping[Collective, Mapping[int, CollectiveCurve]]) -> dict[Op, dict[int, Curve]]:
-    return {op: {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
-            for op, curves in measured.items()}
+    return {
+        op: {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
+        for op, curves in measured.items()
+    }
 
 
 _RINGS: Final[tuple[Op, ...]] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
@@ -129,9 +131,11 @@ AMPERE = Collectives(_curves(ring=Curve(22e-6, 227 / 300, 0.6), send=Curve(14e-6
 # 450. send: 380 of 450 (NVIDIA/nccl issue 1264, 2024-04-24), latency unverified. The others: unverified, as all_gather.
 # Tree 0.92 of ring: unverified; two nodes of 8 NDR NICs give about 470 GB/s (NVIDIA/nccl issue 2409, 2026-09-14).
 HOPPER = Collectives(
-    _curves(ring=Curve(15e-6, 335 / 450, 0.6), send=Curve(10e-6, 380 / 450, 1.0),
-            all_reduce=Curve(15e-6, 495 / 450, 0.6)),
-    two_node_tree_efficiency=0.92)
+    _curves(
+        ring=Curve(15e-6, 335 / 450, 0.6), send=Curve(10e-6, 380 / 450, 1.0), all_reduce=Curve(15e-6, 495 / 450, 0.6)
+    ),
+    two_node_tree_efficiency=0.92,
+)
 
 # GPUs without NVLink; hop: row PCI of the table named above. Rate of a copy between two GPUs; the rest: unverified.
 PCIE = Collectives(_curves(ring=Curve(22e-6, 0.8, 0.6), send=Curve(14e-6, 0.8, 1.0)), hop_seconds=1.0e-6)
@@ -154,8 +158,9 @@ class ClusterTopology:
     only host memory has a single one for both directions. warnings: what a user should know about the placement.
     """
 
-    def __init__(self, cluster: Cluster, collectives: Collectives | None = None,
-                 effects: Effects | None = None) -> None:
+    def __init__(
+        self, cluster: Cluster, collectives: Collectives | None = None, effects: Effects | None = None
+    ) -> None:
         self.cluster = cluster
         self.collectives = collectives or default_collectives(cluster)
         self.free = effects is not None and not effects.links
@@ -165,8 +170,11 @@ class ClusterTopology:
         node, network = cluster.node, cluster.network
         self._nvlink = node.gpu_link != "pcie"
         if self._nvlink and cluster.gpu.nvlink_bytes_per_second is None:
-            raise InputError(f"is {node.gpu_link!r}, but GPU {cluster.gpu.name!r} has no nvlink_bytes_per_second; "
-                             "allowed for it: 'pcie'", field="node.gpu_link")
+            raise InputError(
+                f"is {node.gpu_link!r}, but GPU {cluster.gpu.name!r} has no nvlink_bytes_per_second; "
+                "allowed for it: 'pcie'",
+                field="node.gpu_link",
+            )
         self._switched = node.pcie_gpus_per_switch > 1  # otherwise a GPU's slot is its own way to the host
         self._switches = math.ceil(node.gpus_per_node / node.pcie_gpus_per_switch)
         self._leaves = math.ceil(cluster.nodes / network.nodes_per_leaf) if network.nodes_per_leaf else 0
@@ -186,8 +194,10 @@ class ClusterTopology:
     def expect_one_node(self, what: str, ranks: Sequence[int]) -> None:
         """Warn when ranks that talk at every layer (a tensor-parallel group) do not share a node."""
         if self.crosses_nodes(ranks):
-            text = (f"{what}: ranks {min(ranks)}..{max(ranks)} are on {len({self.node_of(r) for r in ranks})} nodes "
-                    f"of {self.cluster.node.gpus_per_node} GPUs; their traffic goes through the NICs")
+            text = (
+                f"{what}: ranks {min(ranks)}..{max(ranks)} are on {len({self.node_of(r) for r in ranks})} nodes "
+                f"of {self.cluster.node.gpus_per_node} GPUs; their traffic goes through the NICs"
+            )
             if text not in self.warnings:
                 self.warnings.append(text)
 
@@ -287,7 +297,7 @@ class ClusterTopology:
         return across.exponent if across else self.collectives.network_exponent
 
     def _can_read_peers(self, groups: list[tuple[int, ...]]) -> bool:
-        """Whether an engine's own all-reduce works: all ranks of each group in one node with NVLink, and a curve for it."""
+        """Whether an engine's own all-reduce works: each group in one node with NVLink, and a curve for it."""
         within = self._nvlink and not any(self.crosses_nodes(group) for group in groups)
         return within and "custom_all_reduce" in self.collectives.inside
 
@@ -334,13 +344,27 @@ class ClusterTopology:
         slot = _times(by_node, 1 / curves.pcie_efficiency)
         if not self._nvlink:
             slot = (slot[0] + inside[0], slot[1] + inside[1])
-        usage = self._assemble(ranks, inside=inside, pcie=slot, switch=_times(crossing, port) if crossing else None,
-                               network=_times(by_node, network), leaf=_times(by_leaf, network))
+        usage = self._assemble(
+            ranks,
+            inside=inside,
+            pcie=slot,
+            switch=_times(crossing, port) if crossing else None,
+            network=_times(by_node, network),
+            leaf=_times(by_leaf, network),
+        )
         return usage, on_node.units_of_group
 
-    def _assemble(self, ranks: np.ndarray, *, pcie: _OutIn, switch: _OutIn | None, inside: _OutIn | None = None,
-                  memory: np.ndarray | None = None, network: _OutIn | None = None,
-                  leaf: _OutIn | None = None) -> np.ndarray:
+    def _assemble(
+        self,
+        ranks: np.ndarray,
+        *,
+        pcie: _OutIn,
+        switch: _OutIn | None,
+        inside: _OutIn | None = None,
+        memory: np.ndarray | None = None,
+        network: _OutIn | None = None,
+        leaf: _OutIn | None = None,
+    ) -> np.ndarray:
         """Loads of the members summed up on the links, in the order of `_links`."""
         c = self.cluster
         none = np.zeros(len(ranks))
@@ -408,8 +432,9 @@ class _Members:
         return _Level(counts[inverse], units_of_group[self.group], root, units_of_group)
 
 
-def _traffic(op: Op, members: _Members, level: _Level, tree: float | None = None,
-             nodes: np.ndarray | None = None) -> _OutIn:
+def _traffic(
+    op: Op, members: _Members, level: _Level, tree: float | None = None, nodes: np.ndarray | None = None
+) -> _OutIn:
     """Bytes per payload byte that leave and enter a unit, spread evenly over the group's members in it.
 
     Rings: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005).
@@ -447,5 +472,5 @@ def _nic_share(gpus: int, nics: int) -> np.ndarray:
     share = np.zeros((gpus, nics))
     for gpu in range(gpus):
         first, last = gpu * nics // gpus, (gpu + 1) * nics // gpus
-        share[gpu, first:max(last, first + 1)] = 1 / max(last - first, 1)
+        share[gpu, first : max(last, first + 1)] = 1 / max(last - first, 1)
     return share

@@ -91,8 +91,13 @@ class Comparison:
         return float(np.mean(fastest == timed.index(row)))
 
 
-def compare(scenarios: dict[str, Scenario], baseline: str, *, tune: bool = True,
-            progress: Callable[[str], None] = lambda label: None) -> Comparison:
+def compare(
+    scenarios: dict[str, Scenario],
+    baseline: str,
+    *,
+    tune: bool = True,
+    progress: Callable[[str], None] = lambda label: None,
+) -> Comparison:
     """Simulate every row, each with the settings that suit it best unless `tune` is off.
 
     Raises InputError where the baseline is unknown or cannot be built; another row that cannot (a cluster too small for
@@ -125,7 +130,9 @@ def default_rows(scenario: Scenario) -> dict[str, Scenario]:
     rows = {}
     for label, (strategy, engine) in DEFAULT_ROWS.items():
         choice = scenario.strategy if scenario.strategy.name == strategy else StrategyChoice(name=strategy)
-        generation = scenario.generation.model_copy(update={"engine": engine} | ({} if engine == "engine" else {"batching": None}))
+        generation = scenario.generation.model_copy(
+            update={"engine": engine} | ({} if engine == "engine" else {"batching": None})
+        )
         if engine == "zero3_per_token":
             generation = generation.model_copy(update={"tensor_parallel": 1})
         rows[label] = scenario.model_copy(update={"strategy": choice, "generation": generation})
@@ -230,7 +237,9 @@ def _tensor_parallel(best: Scenario, _given: Scenario) -> Iterable[Scenario]:
     generation, node = best.generation, best.cluster.node.gpus_per_node
     if generation.engine == "zero3_per_token":
         return [best]
-    sizes = [t for t in tensor_parallel_choices(best.models.actor.shape) if t <= node and node % t == 0 and t & (t - 1) == 0]
+    sizes = [
+        t for t in tensor_parallel_choices(best.models.actor.shape) if t <= node and node % t == 0 and t & (t - 1) == 0
+    ]
     return [best.model_copy(update={"generation": generation.model_copy(update={"tensor_parallel": t})}) for t in sizes]
 
 
@@ -286,8 +295,10 @@ def why(comparison: Comparison) -> str:
     stages = {stage for stage, _ in gains}
     by_stage = {s: sum(v for (stage, _), v in gains.items() if stage == s) for s in sorted(stages)}
     lost = min(by_stage, key=lambda s: (by_stage[s], s))
-    text = (f"{winner.label} wins over {base.label} ({base.step_seconds:.3g} s to {winner.step_seconds:.3g} s per iteration) "
-            f"mainly because {saved[0]} spends {gains[saved]:.3g} s less on {saved[1]} on the critical path")
+    text = (
+        f"{winner.label} wins over {base.label} ({base.step_seconds:.3g} s to {winner.step_seconds:.3g} s per "
+        f"iteration) mainly because {saved[0]} spends {gains[saved]:.3g} s less on {saved[1]} on the critical path"
+    )
     if by_stage[lost] < -0.02 * (base.step_seconds or 0):
         text += f"; it pays {-by_stage[lost]:.3g} s more for {lost}"
     return text + f". It is bound by {bound_by(winner.timeline)}."

@@ -114,8 +114,14 @@ class Memory:
         found = reserved_bytes(self.scenario.overheads)
         for name, held in self.holdings.items():
             if rank in held.ranks and name != "shadow_actor":
-                found += static_bytes(held.use, "train" if held.purpose == "train" else "frozen", held.data_parallel,
-                                      head=head_of(name), stage=self._stage_of(held, rank), running=name == running)
+                found += static_bytes(
+                    held.use,
+                    "train" if held.purpose == "train" else "frozen",
+                    held.data_parallel,
+                    head=head_of(name),
+                    stage=self._stage_of(held, rank),
+                    running=name == running,
+                )
         engine = self.holdings.get("shadow_actor")
         if engine is not None and rank in engine.ranks and not self._sleeps(engine):
             found += engine_bytes(engine.use, engine.use.tensor_parallel, 0.0)
@@ -148,7 +154,9 @@ class Memory:
         if stage.kind == "score":
             return scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, head=head, stage=part)
         count = ceil(self.samples_per_replica(stage) / samples)
-        return training_bytes(held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, head=head, stage=part)
+        return training_bytes(
+            held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, head=head, stage=part
+        )
 
     def samples_per_replica(self, stage: Stage) -> int:
         """The most samples that one replica handles in one firing."""
@@ -183,16 +191,27 @@ class Memory:
         found += replace(scoring_bytes(self._engine_use(use), 1, at_once, prompt), gathered=0.0, logits=0.0)
         found += Bytes(logits=self._sequences(stage) * use.shape.vocabulary * 4)
         if generation.continuous:
-            return found + Bytes(kv_cache=self._kv_bytes(use) * min(self._kv_need(stage, prompt, response), self._kv_room(stage, rank, found)))
+            return found + Bytes(
+                kv_cache=self._kv_bytes(use)
+                * min(self._kv_need(stage, prompt, response), self._kv_room(stage, rank, found))
+            )
         return found + Bytes(kv_cache=self._kv_bytes(use) * self._sequences(stage) * (prompt + response))
 
     def _engine_use(self, use: ModelUse) -> ModelUse:
-        return use.model_copy(update={"tensor_parallel": self.scenario.generation.tensor_parallel, "zero_stage": 0,
-                                      "pipeline_parallel": 1, "logits_chunk_tokens": None})
+        return use.model_copy(
+            update={
+                "tensor_parallel": self.scenario.generation.tensor_parallel,
+                "zero_stage": 0,
+                "pipeline_parallel": 1,
+                "logits_chunk_tokens": None,
+            }
+        )
 
     def _kv_bytes(self, use: ModelUse) -> float:
         """Per token of context, on one rank of the engine."""
-        return kv_bytes_per_token(use.shape, use.bytes_per_parameter, tensor_parallel=self.scenario.generation.tensor_parallel)
+        return kv_bytes_per_token(
+            use.shape, use.bytes_per_parameter, tensor_parallel=self.scenario.generation.tensor_parallel
+        )
 
     def _sequences(self, stage: Stage) -> int:
         """Sequences that an engine holds at once."""
@@ -213,7 +232,11 @@ class Memory:
         free = self.capacity_bytes - self.resting(rank, running=stage.model).total - engine.total
         if fraction is not None:
             own = self.holdings[stage.model].use
-            weights = 0.0 if self._sleeps(self.holdings[stage.model]) else rank_parameters(own.shape, "lm", tensor_parallel=own.tensor_parallel) * own.bytes_per_parameter
+            weights = (
+                0.0
+                if self._sleeps(self.holdings[stage.model])
+                else rank_parameters(own.shape, "lm", tensor_parallel=own.tensor_parallel) * own.bytes_per_parameter
+            )
             free = min(free, fraction * self.capacity_bytes - engine.total - weights)
         return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use))
 
@@ -226,7 +249,9 @@ class Memory:
         for stage in self._generating_stages():
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    rooms.append(self._kv_room(stage, rank, replace(self._generating(stage, rank, *self.longest), kv_cache=0.0)))
+                    rooms.append(
+                        self._kv_room(stage, rank, replace(self._generating(stage, rank, *self.longest), kv_cache=0.0))
+                    )
         return min(rooms)
 
     def _generating_stages(self) -> list[Stage]:
@@ -255,25 +280,42 @@ class Memory:
         host, host_capacity = self._host_bytes(), self.scenario.cluster.node.host_memory_bytes.value
         reason = self._reason(worst, host, host_capacity) if self.scenario.effects.memory else ""
         kv = self.kv_capacity_tokens
-        return Fit(not reason, self.capacity_bytes, worst, p99, by_phase, host, host_capacity, kv, self._fraction(),
-                   self.largest_micro_batches(), reason)
+        return Fit(
+            not reason,
+            self.capacity_bytes,
+            worst,
+            p99,
+            by_phase,
+            host,
+            host_capacity,
+            kv,
+            self._fraction(),
+            self.largest_micro_batches(),
+            reason,
+        )
 
     def _reason(self, worst: Instant, host: float, host_capacity: float) -> str:
         if worst.bytes.total > self.capacity_bytes:
             components = worst.bytes.components
             largest = max(components, key=lambda name: components[name])
             over = (worst.bytes.total - self.capacity_bytes) / 2**30
-            return (f"{worst.phase} on rank {worst.rank} needs {worst.bytes.total / 2**30:.3g} GiB of "
-                    f"{self.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
-                    f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}")
+            return (
+                f"{worst.phase} on rank {worst.rank} needs {worst.bytes.total / 2**30:.3g} GiB of "
+                f"{self.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
+                f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}"
+            )
         if host > host_capacity:
-            return (f"offloaded states need {host / 2**30:.3g} GiB of host memory per node, there are "
-                    f"{host_capacity / 2**30:.3g}: try more nodes or less offload")
+            return (
+                f"offloaded states need {host / 2**30:.3g} GiB of host memory per node, there are "
+                f"{host_capacity / 2**30:.3g}: try more nodes or less offload"
+            )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
         # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
         if kv is not None and kv // block < ceil((sequence - 1) / block):
-            return (f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
-                    "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths")
+            return (
+                f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
+                "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths"
+            )
         return ""
 
     def _host_bytes(self) -> float:
@@ -297,8 +339,13 @@ class Memory:
         for stage in self._generating_stages():
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    resting = self.resting(rank).total - (0 if self._sleeps(self.holdings[stage.model]) else
-                                                          engine_bytes(self.holdings[stage.model].use, self.scenario.generation.tensor_parallel, 0.0).total)
+                    resting = self.resting(rank).total - (
+                        0
+                        if self._sleeps(self.holdings[stage.model])
+                        else engine_bytes(
+                            self.holdings[stage.model].use, self.scenario.generation.tensor_parallel, 0.0
+                        ).total
+                    )
                     shares.append(1 - resting / self.capacity_bytes)
         return max(0.0, min(shares))
 
@@ -316,8 +363,11 @@ class Memory:
 
     def _largest(self, stage: Stage) -> int:
         """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
-        free = {rank: self.capacity_bytes - self.resting(rank, running=stage.model).total
-                for rank in self.rank_kinds if rank in stage.ranks}
+        free = {
+            rank: self.capacity_bytes - self.resting(rank, running=stage.model).total
+            for rank in self.rank_kinds
+            if rank in stage.ranks
+        }
         low, high = 0, self.samples_per_replica(stage)
         while low < high:
             middle = (low + high + 1) // 2

@@ -61,8 +61,13 @@ def split(rows: Mapping[str, Any], groups: Sequence[str]) -> Data:
     return Data(columns, np.array([tuple(key) in out for key in members]))
 
 
-def solve(predict: Callable[[np.ndarray], np.ndarray], data: Data, start: Sequence[float], low: Sequence[float],
-          high: Sequence[float]) -> np.ndarray:
+def solve(
+    predict: Callable[[np.ndarray], np.ndarray],
+    data: Data,
+    start: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+) -> np.ndarray:
     """Least squares of log(predicted / measured) on the rows that are not held out; outliers count linearly."""
     try:
         from scipy.optimize import least_squares
@@ -72,7 +77,13 @@ def solve(predict: Callable[[np.ndarray], np.ndarray], data: Data, start: Sequen
     scale = np.maximum(np.abs(start), 1e-3)
     found = least_squares(
         lambda x: np.log(predict(x)[train] / measured[train]),
-        np.clip(start, low, high), bounds=(low, high), x_scale=scale, loss="soft_l1", f_scale=0.1, max_nfev=300)
+        np.clip(start, low, high),
+        bounds=(low, high),
+        x_scale=scale,
+        loss="soft_l1",
+        f_scale=0.1,
+        max_nfev=300,
+    )
     return np.array([float(f"{value:.4g}") if value > 1e-4 else 0.0 for value in found.x])
 
 
@@ -107,14 +118,23 @@ def _curve(kind: type[C], **values: Any) -> C:
 # --- curves: each returns the record of its curve as a dict, with the fit's errors -----------------------------------
 
 
-def fit_gemm(data: Data, rates: Rates, source: str, input_bytes: float = 2.0, output_bytes: float = 2.0,
-             note: str = "") -> dict[str, Any]:
+def fit_gemm(
+    data: Data, rates: Rates, source: str, input_bytes: float = 2.0, output_bytes: float = 2.0, note: str = ""
+) -> dict[str, Any]:
     """Columns m, n, k."""
     m, n, k = (data.column(name) for name in "mnk")
 
     def curve(x: np.ndarray) -> GemmCurve:
-        names = ("compute_efficiency", "memory_efficiency", "kernel_seconds", "padding_m", "padding_n", "padding_k",
-                 "padding_bytes", "exponent")
+        names = (
+            "compute_efficiency",
+            "memory_efficiency",
+            "kernel_seconds",
+            "padding_m",
+            "padding_n",
+            "padding_k",
+            "padding_bytes",
+            "exponent",
+        )
         values = dict(zip(names, map(float, x), strict=True))
         values["kernel_seconds"] *= 1e-6
         values["padding_bytes"] *= 1e6
@@ -136,8 +156,13 @@ def fit_prefill(data: Data, rates: Rates, source: str, element_bytes: float = 2.
 
     def curve(x: np.ndarray) -> PrefillCurve:
         return _curve(
-            PrefillCurve, compute_efficiency=float(x[0]), memory_efficiency=float(x[1]),
-            kernel_seconds=float(x[2]) * 1e-6, exponent=float(x[3]), backward_ratio=1.0)
+            PrefillCurve,
+            compute_efficiency=float(x[0]),
+            memory_efficiency=float(x[1]),
+            kernel_seconds=float(x[2]) * 1e-6,
+            exponent=float(x[3]),
+            backward_ratio=1.0,
+        )
 
     def predict(x: np.ndarray) -> np.ndarray:
         time = attention_prefill_time(curve(x), rates, *shape, element_bytes=element_bytes)  # type: ignore[arg-type]
@@ -154,12 +179,22 @@ def fit_decode(data: Data, rates: Rates, source: str, kv_bytes: float = 2.0) -> 
 
     def curve(x: np.ndarray) -> DecodeCurve:
         return _curve(
-            DecodeCurve, memory_efficiency=float(x[0]), kernel_seconds=float(x[1]) * 1e-6,
-            tile_seconds=float(x[2]) * 1e-6)
+            DecodeCurve,
+            memory_efficiency=float(x[0]),
+            kernel_seconds=float(x[1]) * 1e-6,
+            tile_seconds=float(x[2]) * 1e-6,
+        )
 
     def predict(x: np.ndarray) -> np.ndarray:
-        time = attention_decode_time(curve(x), rates, batch, kv_heads, batch * tokens, head_dim,  # type: ignore[arg-type]
-                                     kv_bytes=kv_bytes)
+        time = attention_decode_time(
+            curve(x),
+            rates,
+            batch,
+            kv_heads,
+            batch * tokens,
+            head_dim,  # type: ignore[arg-type]
+            kv_bytes=kv_bytes,
+        )
         return np.asarray(time.seconds)
 
     x = solve(predict, data, [0.8, 12.0, 2.5], [0.02, 0.1, 0], [1, max(60.0, _longest_fixed(data)), 100])
@@ -168,6 +203,7 @@ def fit_decode(data: Data, rates: Rates, source: str, kv_bytes: float = 2.0) -> 
 
 def fit_memory(data: Data, rates: Rates, source: str) -> dict[str, Any]:
     """Column bytes: read and written, as `memory_time` says."""
+
     def curve(x: np.ndarray) -> MemoryCurve:
         return _curve(MemoryCurve, memory_efficiency=float(x[0]), kernel_seconds=float(x[1]) * 1e-6)
 
@@ -178,12 +214,13 @@ def fit_memory(data: Data, rates: Rates, source: str) -> dict[str, Any]:
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
 
 
-def fit_collective(data: Data, op: str, ranks: int, link: float, source: str, note: str = "",
-                   fastest: float | None = None) -> dict[str, Any]:
+def fit_collective(
+    data: Data, op: str, ranks: int, link: float, source: str, note: str = "", fastest: float | None = None
+) -> dict[str, Any]:
     """Column bytes: the payload. link: bytes per second. fastest: the largest efficiency that is possible."""
+
     def curve(x: np.ndarray) -> CollectiveCurve:
-        return _curve(
-            CollectiveCurve, alpha_seconds=float(x[0]) * 1e-6, efficiency=float(x[1]), exponent=float(x[2]))
+        return _curve(CollectiveCurve, alpha_seconds=float(x[0]) * 1e-6, efficiency=float(x[1]), exponent=float(x[2]))
 
     def predict(x: np.ndarray) -> np.ndarray:
         return np.asarray(collective_seconds(curve(x), cast(Collective, op), ranks, data.column("bytes"), link))

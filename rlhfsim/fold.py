@@ -34,8 +34,9 @@ class Fold:
 def unfolded(graph: StageGraph) -> Fold:
     """Every rank for itself."""
     highest = max(r for s in graph.stages() for r in s.ranks)
-    return Fold(graph, graph, tuple((r,) for r in range(highest + 1)),
-                tuple(range(k, k + 1) for k in range(graph.lanes)))
+    return Fold(
+        graph, graph, tuple((r,) for r in range(highest + 1)), tuple(range(k, k + 1) for k in range(graph.lanes))
+    )
 
 
 def fold(graph: StageGraph) -> Fold:
@@ -72,8 +73,9 @@ def fold(graph: StageGraph) -> Fold:
     lane_counts = [b - a for a, b in pairwise(lanes)]
     if not all(_alike(s, small.at(s.name), rank_counts, lane_counts) for s in stages):
         return unfolded(graph)
-    return Fold(graph, small, tuple(tuple(axis[a:b]) for a, b in pairwise(cuts)),
-                tuple(range(a, b) for a, b in pairwise(lanes)))
+    return Fold(
+        graph, small, tuple(tuple(axis[a:b]) for a, b in pairwise(cuts)), tuple(range(a, b) for a, b in pairwise(lanes))
+    )
 
 
 def _alike(stage: Stage, folded: Stage, rank_counts: list[int], lane_counts: list[int]) -> bool:

@@ -152,7 +152,7 @@ def _memo(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
-    """Stages as nodes (attribute `stage`), uses of results as edges (attributes `lag`, `stream`, `capacity`, `carries`)."""
+    """Nodes are stages (attribute `stage`), edges are uses of results (`lag`, `stream`, `capacity`, `carries`)."""
 
     def __init__(self, incoming_graph_data: Any = None, *, lanes: int = 1, **attributes: Any) -> None:
         super().__init__(incoming_graph_data, **attributes)
@@ -161,8 +161,18 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
 
     # -- building -----------------------------------------------------------------------------------------
 
-    def stage(self, name: str, kind: Kind, model: str, ranks: Iterable[int], *, size: int | None = None,
-              serves: range | None = None, after: Iterable[str] = (), **more: Any) -> str:
+    def stage(
+        self,
+        name: str,
+        kind: Kind,
+        model: str,
+        ranks: Iterable[int],
+        *,
+        size: int | None = None,
+        serves: range | None = None,
+        after: Iterable[str] = (),
+        **more: Any,
+    ) -> str:
         """Add a stage; `size` defaults to all its ranks, `serves` to all lanes. Returns the name.
 
         Raises ValueError where ranks are not whole places, lanes do not spread evenly over the places, or there is
@@ -188,8 +198,16 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
         self._results.clear()
         return name
 
-    def link(self, u: str, v: str, *, lag: int = 0, stream: bool = False, capacity: int | None = None,
-             carries: tuple[str, ...] = ()) -> None:
+    def link(
+        self,
+        u: str,
+        v: str,
+        *,
+        lag: int = 0,
+        stream: bool = False,
+        capacity: int | None = None,
+        carries: tuple[str, ...] = (),
+    ) -> None:
         """v needs u's output of `lag` iterations ago: all of it, or (stream) the chunks and lanes that it handles.
 
         capacity: how many chunks may lie on the edge, sent and not taken (back-pressure); None: any number.
@@ -279,8 +297,11 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
     @_memo
     def _reach(self) -> int:
         """How many iterations back-pressure reaches: through every bounded edge its capacity and one firing."""
-        steps: list[float] = [(edge["capacity"] + 1) * self.at(u).makers / self.at(u).firings + self.at(v).makers / self.at(v).chunks
-                 for u, v, edge in self.edges(data=True) if edge["capacity"] is not None]
+        steps: list[float] = [
+            (edge["capacity"] + 1) * self.at(u).makers / self.at(u).firings + self.at(v).makers / self.at(v).chunks
+            for u, v, edge in self.edges(data=True)
+            if edge["capacity"] is not None
+        ]
         return ceil(sum(steps))
 
     @_memo
@@ -308,8 +329,11 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
 
     def needs(self, f: Firing) -> list[Firing]:
         """All firings that must be done before f may start."""
-        return [n._replace(iteration=n.iteration + f.iteration) for n in self._needs(f.stage, f.chunk, f.place)
-                if n.iteration + f.iteration >= 0]
+        return [
+            n._replace(iteration=n.iteration + f.iteration)
+            for n in self._needs(f.stage, f.chunk, f.place)
+            if n.iteration + f.iteration >= 0
+        ]
 
     # -- what moves ---------------------------------------------------------------------------------------
 
@@ -324,7 +348,9 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
             for chunk in self._chunks_reached(producer, consumer, f.chunk):
                 for lane in overlap(producer.lanes_of(where), consumer.serves):
                     for p in consumer.places_for(range(lane, lane + 1), chunk):
-                        yield Message(f, v, p, lane, producer.home(lane, where), consumer.home(lane, p), edge["carries"])
+                        yield Message(
+                            f, v, p, lane, producer.home(lane, where), consumer.home(lane, p), edge["carries"]
+                        )
 
     def receives(self, f: Firing) -> Iterator[tuple[Firing, int, tuple[str, ...]]]:
         """(producer firing, lane, fields) for everything that f must hold before it starts."""
@@ -360,7 +386,9 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
         together.add_nodes_from(stages)
         together.add_edges_from((u, v) for u, v, e in self.edges(data=True) if e["stream"] and not e["lag"])
         together.add_edges_from((s.name, s.loop) for s in stages.values() if s.loop)
-        loop_order = {name: min(stages[m].order for m in loop) for loop in nx.connected_components(together) for name in loop}
+        loop_order = {
+            name: min(stages[m].order for m in loop) for loop in nx.connected_components(together) for name in loop
+        }
 
         def key(f: Firing) -> tuple[float, ...]:
             stage = stages[f.stage]

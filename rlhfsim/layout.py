@@ -65,8 +65,9 @@ def _module(package: str, name: str, field: str) -> ModuleType:
 def algorithm_of(scenario: Scenario) -> Algorithm:
     choice = scenario.algorithm
     module = _module("rlhfsim.algorithms", choice.name, "algorithm.name")
-    algorithm: Algorithm = module.build(epochs=choice.epochs, minibatches=choice.minibatches,
-                                        share_actor_critic=scenario.models.share_actor_critic)
+    algorithm: Algorithm = module.build(
+        epochs=choice.epochs, minibatches=choice.minibatches, share_actor_critic=scenario.models.share_actor_critic
+    )
     return algorithm
 
 
@@ -78,9 +79,14 @@ def devices_of(scenario: Scenario) -> Devices:
     own_engine = generation.engine == "engine"
     if own_engine or (generation.engine == "hybrid" and models.actor.zero_stage < 3):
         together["gen"] = generation.tensor_parallel
-    replica = {"shadow_actor": generation.tensor_parallel, "actor": models.actor.ranks_per_replica,
-               "critic": models.critic.ranks_per_replica, "shadow_critic": models.critic.ranks_per_replica,
-               "reference": models.reference.ranks_per_replica, "reward": models.reward.ranks_per_replica}
+    replica = {
+        "shadow_actor": generation.tensor_parallel,
+        "actor": models.actor.ranks_per_replica,
+        "critic": models.critic.ranks_per_replica,
+        "shadow_critic": models.critic.ranks_per_replica,
+        "reference": models.reference.ranks_per_replica,
+        "reward": models.reward.ranks_per_replica,
+    }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
 
 
@@ -99,11 +105,16 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
     for option in options:
         if option not in allowed:
-            raise InputError(f"strategy {name!r} has no such option{nearest(option, [*allowed, 'slots'])}",
-                             field=f"strategy.{option}")
+            raise InputError(
+                f"strategy {name!r} has no such option{nearest(option, [*allowed, 'slots'])}",
+                field=f"strategy.{option}",
+            )
     if name == "disaggregated" and scenario.generation.engine == "zero3_per_token":
-        raise InputError("zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
-                         "(allowed: hybrid for plain batches, engine)", field="generation.engine")
+        raise InputError(
+            "zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
+            "(allowed: hybrid for plain batches, engine)",
+            field="generation.engine",
+        )
     try:
         graph = module.build(algorithm_of(scenario), devices, **options)
         _add_periodic(graph, scenario)
@@ -119,15 +130,27 @@ def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
     if periodic.validation_every:
         gen = next(s for s in graph.stages() if s.kind == "generate")
         size = gen.size if gen.spread == "each" else len(gen.ranks)
-        ready = [s.name for s in graph.stages() if s.kind == "sync" and s.target == gen.model] or [s.name for s in updates]
-        graph.stage("testing", "generate", gen.model, gen.ranks, size=size, after=ready, every=periodic.validation_every)
+        ready = [s.name for s in graph.stages() if s.kind == "sync" and s.target == gen.model] or [
+            s.name for s in updates
+        ]
+        graph.stage(
+            "testing", "generate", gen.model, gen.ranks, size=size, after=ready, every=periodic.validation_every
+        )
     if periodic.checkpoint_every:
         ranks = tuple(dict.fromkeys(r for s in updates for r in s.ranks))
-        graph.stage("save_checkpoint", "store", updates[0].model, ranks, after=[s.name for s in updates],
-                    every=periodic.checkpoint_every)
+        graph.stage(
+            "save_checkpoint",
+            "store",
+            updates[0].model,
+            ranks,
+            after=[s.name for s in updates],
+            every=periodic.checkpoint_every,
+        )
 
 
-def _with_slots(name: str, slots: object, options: dict[str, Any], devices: Devices) -> tuple[dict[str, Any], list[str]]:
+def _with_slots(
+    name: str, slots: object, options: dict[str, Any], devices: Devices
+) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(slots, dict):
         raise InputError(f"{slots!r} is no mapping of model to ratio", field="strategy.slots")
     placed, notes = place_slots(slots, devices.ranks)
@@ -142,7 +165,9 @@ def _with_slots(name: str, slots: object, options: dict[str, Any], devices: Devi
     if name == "disaggregated":  # build says which models are missing: the authors' slots have none for the shadows
         return {**options, "ranks": {model: list(own) for model, own in placed.items()}}, notes
     if any(own != devices.ranks for own in placed.values()):
-        raise InputError(f"strategy {name!r} puts every model on every rank: all ratios must be 1", field="strategy.slots")
+        raise InputError(
+            f"strategy {name!r} puts every model on every rank: all ratios must be 1", field="strategy.slots"
+        )
     return options, notes
 
 
@@ -161,10 +186,20 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         purpose: Purpose = "train" if stage.model in training else "frozen"
         if stage.model == "shadow_actor":
             purpose = "generate"
-            use = use.model_copy(update={"zero_stage": 0, "pipeline_parallel": 1, "pipeline_chunks": 1, "offload_parameters": False,
-                                         "tensor_parallel": scenario.generation.tensor_parallel})
-        ranks = tuple(dict.fromkeys(r for s in graph.stages() if s.model == stage.model and s.kind not in IDLE_KINDS
-                                    for r in s.ranks))
+            use = use.model_copy(
+                update={
+                    "zero_stage": 0,
+                    "pipeline_parallel": 1,
+                    "pipeline_chunks": 1,
+                    "offload_parameters": False,
+                    "tensor_parallel": scenario.generation.tensor_parallel,
+                }
+            )
+        ranks = tuple(
+            dict.fromkeys(
+                r for s in graph.stages() if s.model == stage.model and s.kind not in IDLE_KINDS for r in s.ranks
+            )
+        )
         found[stage.model] = Holding(stage.model, use, purpose, ranks)
     for stage in graph.stages():
         if stage.kind not in IDLE_KINDS:
@@ -177,6 +212,12 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
     generates = stage.kind == "generate"
     replica = scenario.generation.tensor_parallel if generates else held.replica
     if stage.size % replica:
-        field = "generation.tensor_parallel" if generates else f"models.{stage.model.removeprefix('shadow_')}.tensor_parallel"
-        raise InputError(f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of "
-                         f"{replica}", field=field)
+        field = (
+            "generation.tensor_parallel"
+            if generates
+            else f"models.{stage.model.removeprefix('shadow_')}.tensor_parallel"
+        )
+        raise InputError(
+            f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
+            field=field,
+        )

@@ -26,7 +26,12 @@ BUSY_PARTS = ("compute", "communication", "wait_peers", "wait_data", "wait_link"
 PARTS = (*BUSY_PARTS, "idle")
 # How the causes on a critical path are called; compute is split by what bounds it.
 EXPOSED, PEERS, DATA, LINK, GAP = (
-    "exposed communication", "waiting for peers", "waiting for data", "shared links", "dispatch")
+    "exposed communication",
+    "waiting for peers",
+    "waiting for data",
+    "shared links",
+    "dispatch",
+)
 
 
 PERIODIC_STAGES = ("testing", "save_checkpoint")
@@ -134,15 +139,20 @@ def union_seconds(intervals: Iterable[tuple[float, float]]) -> float:
 def timing(timeline: Timeline) -> dict[str, float]:
     """`timing_s/gen`, ..., `timing_s/step`, in seconds: the names that verl logs."""
     return {f"timing_s/{stage}": seconds for stage, seconds in stage_seconds(timeline).items()} | {
-        "timing_s/step": step_seconds(timeline)}
+        "timing_s/step": step_seconds(timeline)
+    }
 
 
 def throughput(timeline: Timeline, *, samples: float, tokens: float) -> dict[str, float]:
     """Rates from what one iteration processes. `perf/throughput` is verl's: tokens per second *and device*."""
     seconds = step_seconds(timeline)
-    return {"perf/time_per_step": seconds, "perf/total_num_tokens": tokens,
-            "perf/throughput": tokens / seconds / timeline.ranks,
-            "tokens_per_second": tokens / seconds, "samples_per_second": samples / seconds}
+    return {
+        "perf/time_per_step": seconds,
+        "perf/total_num_tokens": tokens,
+        "perf/throughput": tokens / seconds / timeline.ranks,
+        "tokens_per_second": tokens / seconds,
+        "samples_per_second": samples / seconds,
+    }
 
 
 def overlap_share(timeline: Timeline) -> dict[str, float]:
@@ -249,8 +259,10 @@ def rank_groups(timeline: Timeline) -> list[RankGroup]:
     """
     digit = (timeline.end_seconds or 1.0) * 1e-9
     spans_of = spans_by_rank(timeline)
-    keys = {id(s): (s.firing.iteration, s.firing.stage, round(s.start_seconds / digit), round(s.end_seconds / digit))
-            for s in timeline.spans}
+    keys = {
+        id(s): (s.firing.iteration, s.firing.stage, round(s.start_seconds / digit), round(s.end_seconds / digit))
+        for s in timeline.spans
+    }
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for rank, spans in spans_of.items():
         groups[tuple(keys[id(s)] for s in spans)].append(rank)
@@ -371,9 +383,7 @@ def bound_by(timeline: Timeline) -> str:
     return f"{stage}: {cause} ({100 * seconds / path.seconds:.0f} % of the critical path)"
 
 
-def slack_seconds(
-    timeline: Timeline, needs: Callable[[Firing], Iterable[Firing]] | None = None
-) -> dict[str, float]:
+def slack_seconds(timeline: Timeline, needs: Callable[[Firing], Iterable[Firing]] | None = None) -> dict[str, float]:
     """How much longer each stage could take, anywhere in the measured iterations, without a later end.
 
     A span delays the next one on each of its ranks, and those that it released; one that waits for data inside itself

@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 # Colours that people with any kind of colour vision tell apart: the schemes "muted", "light" and "bright" of Paul Tol,
 # "Colour Schemes", SRON/EPS/TN/09-002, issue 3.2, 2021-08-18.
 STAGE_COLOURS = {
-    "gen": "#88CCEE", "old_log_prob": "#44AA99", "ref": "#117733", "values": "#999933", "reward": "#DDCC77",
-    "adv": "#AA4499", "update_critic": "#CC6677", "update_actor": "#882255", "update_weights": "#332288"}
+    "gen": "#88CCEE",
+    "old_log_prob": "#44AA99",
+    "ref": "#117733",
+    "values": "#999933",
+    "reward": "#DDCC77",
+    "adv": "#AA4499",
+    "update_critic": "#CC6677",
+    "update_actor": "#882255",
+    "update_weights": "#332288",
+}
 OTHER_COLOURS = ("#EE8866", "#77AADD", "#BBCC33", "#FFAABB")
 COMPONENT_COLOURS = ("#88CCEE", "#332288", "#44AA99", "#DDCC77", "#CC6677", "#882255", "#117733", "#999933", "#AA4499")
 CURVE_COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#777777")
@@ -50,8 +58,14 @@ def _figure(path: str | Path, height_inches: float, width_inches: float = WIDTH_
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style: Any = {"svg.hashsalt": "rlhfsim", "svg.fonttype": "none", "hatch.linewidth": 0.6, "font.size": 9,
-                  "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {
+        "svg.hashsalt": "rlhfsim",
+        "svg.fonttype": "none",
+        "hatch.linewidth": 0.6,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
@@ -69,8 +83,13 @@ class _Row(NamedTuple):
     spans: Sequence[Span]
 
 
-def gantt(timelines: Mapping[str, Timeline], path: str | Path, *, max_rows: int = MAX_ROWS,
-          window: tuple[float, float] | None = None) -> None:
+def gantt(
+    timelines: Mapping[str, Timeline],
+    path: str | Path,
+    *,
+    max_rows: int = MAX_ROWS,
+    window: tuple[float, float] | None = None,
+) -> None:
     """What each rank does when, one panel a timeline on one time axis.
 
     A row is a group of ranks that do the same at the same times; where a timeline has more than its share of
@@ -88,8 +107,9 @@ def gantt(timelines: Mapping[str, Timeline], path: str | Path, *, max_rows: int 
     stages = _stages(timelines.values())
     colours = _stage_colours(stages)
     with _figure(path, height) as figure:
-        panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False,
-                                 height_ratios=[len(rows) for rows, _ in rows_of.values()])[:, 0]
+        panels = figure.subplots(
+            len(timelines), 1, sharex=True, squeeze=False, height_ratios=[len(rows) for rows, _ in rows_of.values()]
+        )[:, 0]
         # The axis is about 10 of the figure's 12 inches; what that means for a letter or a pixel need not be exact.
         per_inch = (limits[1] - limits[0]) / (WIDTH_INCHES - 2.0)
         for axes, (label, timeline), start in zip(panels, timelines.items(), starts, strict=True):
@@ -129,8 +149,12 @@ def _headline(label: str, timeline: Timeline, skipped: int) -> str:
     strategy, cluster = info.get("strategy"), info.get("cluster")
     name = label if not isinstance(strategy, str) or strategy in label else f"{label} ({strategy})"
     where = f"{timeline.ranks} ranks" + (f" of {cluster}" if isinstance(cluster, str) else "")
-    parts = [f"{human_seconds(step_seconds(timeline))} per step", f"{100 * idle_share(timeline):.0f} % idle", where,
-             timeline.source]
+    parts = [
+        f"{human_seconds(step_seconds(timeline))} per step",
+        f"{100 * idle_share(timeline):.0f} % idle",
+        where,
+        timeline.source,
+    ]
     if skipped:
         parts.append(f"{skipped} further rows not shown")
     return f"{name}: " + ", ".join(parts)
@@ -148,8 +172,15 @@ def _stage_colours(stages: Sequence[str]) -> dict[str, str]:
     return STAGE_COLOURS | {s: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, s in enumerate(others)}
 
 
-def _draw_rows(axes: Axes, rows: Sequence[_Row], colours: Mapping[str, str], origin: float,
-               limits: tuple[float, float], per_inch: float, row_inches: float) -> None:
+def _draw_rows(
+    axes: Axes,
+    rows: Sequence[_Row],
+    colours: Mapping[str, str],
+    origin: float,
+    limits: tuple[float, float],
+    per_inch: float,
+    row_inches: float,
+) -> None:
     from matplotlib.patheffects import withStroke
 
     pixel, letter = per_inch / DPI, per_inch * 0.075
@@ -168,13 +199,29 @@ def _draw_rows(axes: Axes, rows: Sequence[_Row], colours: Mapping[str, str], ori
             middle = start + width / 2
             if width > letter * (len(span.firing.stage) + 1) and limits[0] <= middle <= limits[1]:
                 # A rim of the span's own colour keeps the letters clear of the hatching.
-                axes.text(middle, y, span.firing.stage, ha="center", va="center", fontsize=font, zorder=4, clip_on=True,
-                          color="white" if _dark(fills[-1]) else "black",
-                          path_effects=[withStroke(linewidth=2.5, foreground=fills[-1])])
+                axes.text(
+                    middle,
+                    y,
+                    span.firing.stage,
+                    ha="center",
+                    va="center",
+                    fontsize=font,
+                    zorder=4,
+                    clip_on=True,
+                    color="white" if _dark(fills[-1]) else "black",
+                    path_effects=[withStroke(linewidth=2.5, foreground=fills[-1])],
+                )
         axes.broken_barh(bars, (y - 0.4, 0.8), facecolors=fills, edgecolors="white", linewidths=edges, zorder=1)
         axes.broken_barh(_visible(hatched), (y - 0.4, 0.8), facecolor=(0, 0, 0, 0.28), linewidth=0, zorder=2)
-        axes.broken_barh([bar for bar in hatched if bar[1] > 4 * pixel], (y - 0.4, 0.8), facecolor="none",
-                         edgecolor="black", hatch="/////", linewidth=0, zorder=2)
+        axes.broken_barh(
+            [bar for bar in hatched if bar[1] > 4 * pixel],
+            (y - 0.4, 0.8),
+            facecolor="none",
+            edgecolor="black",
+            hatch="/////",
+            linewidth=0,
+            zorder=2,
+        )
         axes.broken_barh(_visible(hidden), (y - 0.4, 0.8), facecolor=(1, 1, 1, 0.7), linewidth=0, zorder=2)
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=font)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -205,10 +252,12 @@ def _gantt_legend(figure: Figure, stages: Sequence[str], colours: Mapping[str, s
     from matplotlib.patches import Patch
 
     handles: list[Artist] = [Patch(facecolor=colours[stage], label=stage) for stage in stages]
-    handles += [Patch(facecolor="#B8B8B8", hatch="/////", linewidth=0, label="hatched: exposed communication"),
-                Patch(facecolor="#D8E8EE", label="pale: waiting (data, peers, links)"),
-                Patch(facecolor=IDLE_COLOUR, label="idle"),
-                Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (4, 2)), label="end of an iteration")]
+    handles += [
+        Patch(facecolor="#B8B8B8", hatch="/////", linewidth=0, label="hatched: exposed communication"),
+        Patch(facecolor="#D8E8EE", label="pale: waiting (data, peers, links)"),
+        Patch(facecolor=IDLE_COLOUR, label="idle"),
+        Line2D([], [], color="black", linewidth=0.8, linestyle=(0, (4, 2)), label="end of an iteration"),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=8)
 
 
@@ -219,9 +268,17 @@ def _short(text: str, letters: int) -> str:
 # ---------------------------------------------------------------- speedups
 
 
-def speedup_figure(table: Sequence[Mapping[str, Any]], baseline: str, x: str, path: str | Path, *,
-                   scaling: Literal["strong", "weak"] | None = None, ideal: Literal["linear", "flat"] | None = None,
-                   x_label: str = "", title: str = "") -> None:
+def speedup_figure(
+    table: Sequence[Mapping[str, Any]],
+    baseline: str,
+    x: str,
+    path: str | Path,
+    *,
+    scaling: Literal["strong", "weak"] | None = None,
+    ideal: Literal["linear", "flat"] | None = None,
+    x_label: str = "",
+    title: str = "",
+) -> None:
     """Speedup over `baseline` along column `x`, one curve a strategy, and a CSV file of it beside the figure.
 
     Rows hold `strategy`, the column `x` (numbers, or names in the order of the rows) and `speedup`; where known `low`
@@ -250,21 +307,38 @@ def speedup_figure(table: Sequence[Mapping[str, Any]], baseline: str, x: str, pa
         _speedup_axes(axes, values, numeric, log_y=ideal == "linear")
         axes.set_xlabel(x_label or x.replace("_", " "))
         axes.set_ylabel(f"speedup over {baseline}")
-        kinds = {"strong": "strong scaling (the same work at every point)",
-                 "weak": "weak scaling (the same work per rank)", None: ""}
+        kinds = {
+            "strong": "strong scaling (the same work at every point)",
+            "weak": "weak scaling (the same work per rank)",
+            None: "",
+        }
         axes.set_title(", ".join(filter(None, (title, kinds[scaling]))), fontsize=10, wrap=True)
         figure.legend(loc="outside lower center", ncols=min(4, len(curves) + 2), frameon=False, fontsize=8)
-    _write_csv(path, ["strategy", x, "speedup", "low", "high", "measured"],
-               [row | {"strategy": strategy} for strategy, rows in curves.items() for row in map(dict, rows)])
+    _write_csv(
+        path,
+        ["strategy", x, "speedup", "low", "high", "measured"],
+        [row | {"strategy": strategy} for strategy, rows in curves.items() for row in map(dict, rows)],
+    )
 
 
-def _draw_curve(axes: Axes, strategy: str, xs: Sequence[float], rows: Sequence[Mapping[str, Any]], number: int, *,
-                joined: bool) -> None:
+def _draw_curve(
+    axes: Axes, strategy: str, xs: Sequence[float], rows: Sequence[Mapping[str, Any]], number: int, *, joined: bool
+) -> None:
     colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-    axes.plot(xs, [row["speedup"] for row in rows], color=colour, marker=MARKERS[number % len(MARKERS)], markersize=5,
-              linestyle=DASHES[number // len(CURVE_COLOURS) % len(DASHES)] if joined else "", label=strategy)
-    band = [(at, row["low"], row["high"]) for at, row in zip(xs, rows, strict=True)
-            if _known(row, "low") and _known(row, "high")]
+    axes.plot(
+        xs,
+        [row["speedup"] for row in rows],
+        color=colour,
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5,
+        linestyle=DASHES[number // len(CURVE_COLOURS) % len(DASHES)] if joined else "",
+        label=strategy,
+    )
+    band = [
+        (at, row["low"], row["high"])
+        for at, row in zip(xs, rows, strict=True)
+        if _known(row, "low") and _known(row, "high")
+    ]
     if band:
         places, low, high = zip(*band, strict=True)
         if joined:
@@ -274,8 +348,17 @@ def _draw_curve(axes: Axes, strategy: str, xs: Sequence[float], rows: Sequence[M
     points = [(at, row["measured"]) for at, row in zip(xs, rows, strict=True) if _known(row, "measured")]
     if points:
         places, seen = zip(*points, strict=True)
-        axes.scatter(places, seen, facecolor="none", edgecolor=colour, marker="*", s=130, linewidth=1.2, zorder=5,
-                     label=f"{strategy}, measured")
+        axes.scatter(
+            places,
+            seen,
+            facecolor="none",
+            edgecolor=colour,
+            marker="*",
+            s=130,
+            linewidth=1.2,
+            zorder=5,
+            label=f"{strategy}, measured",
+        )
 
 
 def _speedup_axes(axes: Axes, values: Sequence[Any], numeric: bool, log_y: bool) -> None:
@@ -325,8 +408,11 @@ def speedup_bars(table: Sequence[Mapping[str, Any]], baseline: str, path: str | 
         axes.set_xlim(0, max(ends) * 1.35)
         axes.set_yticks(range(len(table)), [_short(str(row["strategy"]), 32) for row in table])
         axes.set_ylim(len(table) - 0.5, -0.5)
-        notes = [text for column, text in (("low", "bar: interval"), ("measured", "star: measured"))
-                 if any(_known(row, column) for row in table)]
+        notes = [
+            text
+            for column, text in (("low", "bar: interval"), ("measured", "star: measured"))
+            if any(_known(row, column) for row in table)
+        ]
         axes.set_xlabel(f"speedup over {baseline}" + (f" ({', '.join(notes)})" if notes else ""))
         axes.set_title(title, loc="left", fontsize=10, wrap=True)
     _write_csv(path, ["strategy", "speedup", "low", "high", "measured", "step_seconds"], table)
@@ -358,8 +444,9 @@ def _write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[
 # ---------------------------------------------------------------- memory
 
 
-def memory_figure(phases: Mapping[str, Mapping[str, float]], path: str | Path, *, capacity_bytes: float | None = None,
-                  title: str = "") -> None:
+def memory_figure(
+    phases: Mapping[str, Mapping[str, float]], path: str | Path, *, capacity_bytes: float | None = None, title: str = ""
+) -> None:
     """Bytes of the worst rank in each phase, by component, against what the device holds; and a CSV file (bytes)."""
     if not phases:
         raise InputError("there is no memory to draw", field="phases")
@@ -371,20 +458,40 @@ def memory_figure(phases: Mapping[str, Mapping[str, float]], path: str | Path, *
         left = dict.fromkeys(phases, 0.0)
         for number, component in enumerate(components):
             widths = [phases[phase].get(component, 0.0) / 2**30 for phase in phases]
-            axes.barh(range(len(phases)), widths, 0.62, left=list(left.values()), label=component, edgecolor="white",
-                      linewidth=0.5, color=COMPONENT_COLOURS[number % len(COMPONENT_COLOURS)],
-                      hatch="" if number < len(COMPONENT_COLOURS) else "///")
+            axes.barh(
+                range(len(phases)),
+                widths,
+                0.62,
+                left=list(left.values()),
+                label=component,
+                edgecolor="white",
+                linewidth=0.5,
+                color=COMPONENT_COLOURS[number % len(COMPONENT_COLOURS)],
+                hatch="" if number < len(COMPONENT_COLOURS) else "///",
+            )
             left = {phase: at + width for (phase, at), width in zip(left.items(), widths, strict=True)}
         for y, total in enumerate(totals.values()):
             over = total > (capacity_bytes or math.inf)
             text = gib(total) + (f": {gib(total - (capacity_bytes or 0))} too much" if over else "")
             # Beyond the capacity line where the bar ends just short of it, so that line and number do not meet.
             end = max(total, capacity_bytes or 0.0) / 2**30
-            axes.text(end + 0.015 * widest, y, text, va="center", fontsize=8, weight="bold" if over else "normal",
-                      color="#B00020" if over else "black")
+            axes.text(
+                end + 0.015 * widest,
+                y,
+                text,
+                va="center",
+                fontsize=8,
+                weight="bold" if over else "normal",
+                color="#B00020" if over else "black",
+            )
         if capacity_bytes:
-            axes.axvline(capacity_bytes / 2**30, color="black", linewidth=1.4, linestyle="--",
-                         label=f"capacity {gib(capacity_bytes)}")
+            axes.axvline(
+                capacity_bytes / 2**30,
+                color="black",
+                linewidth=1.4,
+                linestyle="--",
+                label=f"capacity {gib(capacity_bytes)}",
+            )
         axes.set_xlim(0, widest * 1.4)
         axes.set_yticks(range(len(phases)), [_short(phase, 24) for phase in phases])
         axes.set_ylim(len(phases) - 0.5, -0.5)

@@ -33,8 +33,14 @@ def console() -> Console:
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr (only on a terminal); the yielded function names what begins."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True),
-                   transient=True, disable=not sys.stderr.isatty())
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
     with bar:
         task = bar.add_task("", total=total)
         started = False
@@ -53,15 +59,23 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 def fit_json(fit: Fit) -> dict[str, Any]:
     phase, component = fit.limiting
     return {
-        "fits": fit.fits, "reason": fit.reason, "peak_memory_bytes": fit.worst.bytes.total, "capacity_bytes": fit.capacity_bytes,
-        "headroom_bytes": fit.capacity_bytes - fit.worst.bytes.total, "p99_peak_memory_bytes": fit.p99_bytes,
+        "fits": fit.fits,
+        "reason": fit.reason,
+        "peak_memory_bytes": fit.worst.bytes.total,
+        "capacity_bytes": fit.capacity_bytes,
+        "headroom_bytes": fit.capacity_bytes - fit.worst.bytes.total,
+        "p99_peak_memory_bytes": fit.p99_bytes,
         "by_component": fit.worst.bytes.components,
-        "by_phase": {name: {"rank": i.rank, "bytes": i.bytes.total, "by_component": i.bytes.components}
-                     for name, i in fit.by_phase.items()},
+        "by_phase": {
+            name: {"rank": i.rank, "bytes": i.bytes.total, "by_component": i.bytes.components}
+            for name, i in fit.by_phase.items()
+        },
         "limiting": {"phase": phase, "component": component, "rank": fit.worst.rank},
         "largest_micro_batch": fit.micro_batches,
-        "host_bytes_per_node": fit.host_bytes, "host_capacity_bytes": fit.host_capacity_bytes,
-        "kv_capacity_tokens": fit.kv_capacity_tokens, "memory_fraction": fit.memory_fraction,
+        "host_bytes_per_node": fit.host_bytes,
+        "host_capacity_bytes": fit.host_capacity_bytes,
+        "kv_capacity_tokens": fit.kv_capacity_tokens,
+        "memory_fraction": fit.memory_fraction,
     }
 
 
@@ -74,10 +88,15 @@ def print_fit(setup: Setup, fit: Fit) -> None:
     narrow = Measurement.get(out, out.options.update(width=1000), table).maximum > out.width
     out.print(_short_memory_table(fit) if narrow else table)
     phase, component = fit.limiting
-    out.print(f"Worst instant: {phase} on rank {fit.worst.rank}, {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)} "
-              f"(largest part: {component}); at the 99th percentile of lengths {gib(fit.p99_bytes)}.")
+    out.print(
+        f"Worst instant: {phase} on rank {fit.worst.rank}, {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)} "
+        f"(largest part: {component}); at the 99th percentile of lengths {gib(fit.p99_bytes)}."
+    )
     if fit.kv_capacity_tokens is not None:
-        out.print(f"KV cache of one engine: {three(fit.kv_capacity_tokens)} tokens at a memory fraction of {three(fit.memory_fraction or 0)}.")
+        out.print(
+            f"KV cache of one engine: {three(fit.kv_capacity_tokens)} tokens at a memory fraction of "
+            f"{three(fit.memory_fraction or 0)}."
+        )
     if fit.host_bytes:
         out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)}.")
     out.print("Largest micro-batches that fit: " + ", ".join(f"{k}={v}" for k, v in fit.micro_batches.items()))
@@ -110,8 +129,12 @@ def _short_memory_table(fit: Fit) -> Table:
     for phase, instant in fit.by_phase.items():
         components = instant.bytes.components
         largest = max(components, key=lambda name: components[name])
-        table.add_row(phase, three(instant.bytes.total / 2**30), three((fit.capacity_bytes - instant.bytes.total) / 2**30),
-                      f"{largest} {three(components[largest] / 2**30)}")
+        table.add_row(
+            phase,
+            three(instant.bytes.total / 2**30),
+            three((fit.capacity_bytes - instant.bytes.total) / 2**30),
+            f"{largest} {three(components[largest] / 2**30)}",
+        )
     return table
 
 
@@ -121,24 +144,42 @@ def _short_memory_table(fit: Fit) -> Table:
 def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[str, Any]:
     scenario = setup.scenario
     found: dict[str, Any] = {
-        "scenario": scenario.name, "strategy": scenario.strategy.name, "engine": scenario.generation.engine,
-        "cluster": scenario.cluster.name, "gpus": scenario.cluster.gpus, "fits": fit.fits, "reason": fit.reason,
-        "peak_memory_bytes": fit.worst.bytes.total, "capacity_bytes": fit.capacity_bytes, "unverified": unverified(scenario),
-        "step_seconds": None, "stage_seconds": {}, "samples_per_second": None, "tokens_per_second": None,
+        "scenario": scenario.name,
+        "strategy": scenario.strategy.name,
+        "engine": scenario.generation.engine,
+        "cluster": scenario.cluster.name,
+        "gpus": scenario.cluster.gpus,
+        "fits": fit.fits,
+        "reason": fit.reason,
+        "peak_memory_bytes": fit.worst.bytes.total,
+        "capacity_bytes": fit.capacity_bytes,
+        "unverified": unverified(scenario),
+        "step_seconds": None,
+        "stage_seconds": {},
+        "samples_per_second": None,
+        "tokens_per_second": None,
     }
     if timeline is not None:
         seconds = step_seconds(timeline)
-        found |= {"step_seconds": seconds, "periodic_seconds": periodic_seconds(setup), "stage_seconds": stage_seconds(timeline),
-                  "samples_per_second": scenario.workload.samples / seconds,
-                  "tokens_per_second": tokens_per_iteration(scenario) / seconds,
-                  "bound_by": bound_by(timeline), "idle_share": idle_share(timeline)}
+        found |= {
+            "step_seconds": seconds,
+            "periodic_seconds": periodic_seconds(setup),
+            "stage_seconds": stage_seconds(timeline),
+            "samples_per_second": scenario.workload.samples / seconds,
+            "tokens_per_second": tokens_per_iteration(scenario) / seconds,
+            "bound_by": bound_by(timeline),
+            "idle_share": idle_share(timeline),
+        }
     return found
 
 
 def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     out, scenario = console(), setup.scenario
     seconds = step_seconds(timeline)
-    out.print(f"{setup.label} on {_cluster(scenario)}: {human_seconds(seconds)} per iteration of {scenario.workload.samples} samples.")
+    out.print(
+        f"{setup.label} on {_cluster(scenario)}: {human_seconds(seconds)} per iteration of "
+        f"{scenario.workload.samples} samples."
+    )
     table = Table(box=None, pad_edge=False)
     table.add_column("stage")
     table.add_column("seconds", justify="right")
@@ -147,8 +188,11 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         table.add_row(f"timing_s/{stage}", three(value), f"{value / seconds:.0%}")
     table.add_row("timing_s/step", three(seconds), "")
     out.print(table)
-    out.print(f"{three(scenario.workload.samples / seconds)} samples/s, {three(tokens_per_iteration(scenario) / seconds)} tokens/s, "
-              f"{three(tokens_per_iteration(scenario) / seconds / scenario.cluster.gpus)} tokens/s per GPU.")
+    tokens = tokens_per_iteration(scenario)
+    out.print(
+        f"{three(scenario.workload.samples / seconds)} samples/s, {three(tokens / seconds)} tokens/s, "
+        f"{three(tokens / seconds / scenario.cluster.gpus)} tokens/s per GPU."
+    )
     if (extra := periodic_seconds(setup)) > 0:
         out.print(f"Validation and checkpoints add {human_seconds(extra)} per iteration on average.")
     out.print(f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle.")
@@ -186,25 +230,44 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     rows = []
     for row in comparison.rows:
         interval = comparison.speedup_interval(row)
-        rows.append({
-            "strategy": row.label, "step_seconds": row.step_seconds, "speedup": comparison.speedup(row),
-            "speedup_low": interval[0] if interval else None, "speedup_high": interval[1] if interval else None,
-            "wins_in_draws": comparison.win_share(row),
-            "bound_by": bound_by(row.timeline) if row.timeline else None, "fits": row.fits, "reason": row.reason,
-            "peak_memory_bytes": row.fit.worst.bytes.total if row.fit else None,
-            "stage_seconds": stage_seconds(row.timeline) if row.timeline else {}, "used": row.used})
+        rows.append(
+            {
+                "strategy": row.label,
+                "step_seconds": row.step_seconds,
+                "speedup": comparison.speedup(row),
+                "speedup_low": interval[0] if interval else None,
+                "speedup_high": interval[1] if interval else None,
+                "wins_in_draws": comparison.win_share(row),
+                "bound_by": bound_by(row.timeline) if row.timeline else None,
+                "fits": row.fits,
+                "reason": row.reason,
+                "peak_memory_bytes": row.fit.worst.bytes.total if row.fit else None,
+                "stage_seconds": stage_seconds(row.timeline) if row.timeline else {},
+                "used": row.used,
+            }
+        )
     winner = comparison.winner
     base = comparison.base.scenario
-    return {"baseline": comparison.baseline, "baseline_settings": baseline_settings(comparison), "tuned": comparison.tuned,
-            "rows": rows, "winner": winner.label if winner else None, "why": why(comparison), "unverified": unverified(base)}
+    return {
+        "baseline": comparison.baseline,
+        "baseline_settings": baseline_settings(comparison),
+        "tuned": comparison.tuned,
+        "rows": rows,
+        "winner": winner.label if winner else None,
+        "why": why(comparison),
+        "unverified": unverified(base),
+    }
 
 
 def baseline_settings(comparison: Comparison) -> dict[str, Any]:
     """What a speedup over the baseline depends on: its engine, per-GPU batch and network."""
     scenario = comparison.base.scenario
     network = scenario.cluster.network
-    return {"engine": scenario.generation.engine, "samples_per_gpu": scenario.workload.samples / scenario.cluster.gpus,
-            "network_bytes_per_second_per_node": network.nics_per_node * network.nic_bytes_per_second.value}
+    return {
+        "engine": scenario.generation.engine,
+        "samples_per_gpu": scenario.workload.samples / scenario.cluster.gpus,
+        "network_bytes_per_second_per_node": network.nics_per_node * network.nic_bytes_per_second.value,
+    }
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -213,16 +276,29 @@ def print_comparison(comparison: Comparison) -> None:
     scenario = comparison.base.scenario
     out.print(comparison_title(comparison) + ".")
     table = Table(box=None, pad_edge=False)
-    columns = (("strategy", "left"), ("s/iteration", "right"), ("speedup", "right"), ("peak GiB", "right"),
-               ("bound by", "left"), ("uses", "left"))[: 6 if out.width >= 80 else 5]  # `--json` has what is left out
+    columns = (
+        ("strategy", "left"),
+        ("s/iteration", "right"),
+        ("speedup", "right"),
+        ("peak GiB", "right"),
+        ("bound by", "left"),
+        ("uses", "left"),
+    )[: 6 if out.width >= 80 else 5]  # `--json` has what is left out
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=justify == "right")  # type: ignore[arg-type]
     for row in comparison.rows:
         table.add_row(*_comparison_cells(comparison, row)[: len(columns)])
     out.print(table)
-    out.print(f"Speedup over {comparison.baseline} (engine {base['engine']}, {three(base['samples_per_gpu'])} samples per GPU, "
-              f"{three(base['network_bytes_per_second_per_node'] / 1e9)} GB/s per node); "
-              + ("each row with the best micro-batch, TP and split found." if comparison.tuned else "settings as given, not tuned."))
+    out.print(
+        f"Speedup over {comparison.baseline} (engine {base['engine']}, "
+        f"{three(base['samples_per_gpu'])} samples per GPU, "
+        f"{three(base['network_bytes_per_second_per_node'] / 1e9)} GB/s per node); "
+        + (
+            "each row with the best micro-batch, TP and split found."
+            if comparison.tuned
+            else "settings as given, not tuned."
+        )
+    )
     out.print(why(comparison))
     _print_unverified(out, scenario)
 
@@ -266,10 +342,16 @@ def print_sources(sources: list[dict[str, Any]]) -> None:
 
 def unverified(scenario: Scenario) -> list[str]:
     """What this result rests on and nobody has opened a document or made a measurement for."""
-    names = [name for name, _, source in scenario_sources(scenario) if source == "unverified" and _is_used(name, scenario)]
+    names = [
+        name for name, _, source in scenario_sources(scenario) if source == "unverified" and _is_used(name, scenario)
+    ]
     overheads, continuous = scenario.overheads, scenario.generation.continuous
-    defaults = {"reserved_bytes": True, "decode_step_seconds": continuous, "decode_sequence_seconds": continuous,
-                "eager_layer_seconds": not scenario.generation.graphs}
+    defaults = {
+        "reserved_bytes": True,
+        "decode_step_seconds": continuous,
+        "decode_sequence_seconds": continuous,
+        "eager_layer_seconds": not scenario.generation.graphs,
+    }
     names += [f"overheads.{name}" for name, used in defaults.items() if used and getattr(overheads, name) is None]
     kernels = scenario.cluster.gpu.kernels
     if not all(fit.measured for fit in kernels_of(kernels).fits().values()):
@@ -306,20 +388,40 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
     """One line a quantity, predictions and calibration apart, then the summary of the predictions."""
     out = console()
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("case", "left"), ("quantity", "left"), ("predicted s", "right"), ("measured s", "right"),
-                          ("spread", "right"), ("error", "right"), ("excess s", "right"), ("tolerance", "right"), ("", "left")):
+    for name, justify in (
+        ("case", "left"),
+        ("quantity", "left"),
+        ("predicted s", "right"),
+        ("measured s", "right"),
+        ("spread", "right"),
+        ("error", "right"),
+        ("excess s", "right"),
+        ("tolerance", "right"),
+        ("", "left"),
+    ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for r in results:
         verdict = "calibration" if r.role == "calibration" else "ok" if r.ok else "TOO FAR"
-        table.add_row(r.id, r.quantity, three(r.predicted), three(r.measured), f"{r.spread:.1%}", f"{r.error:+.1%}",
-                      three(r.excess_seconds), f"{r.tolerance:.0%}", verdict)
+        table.add_row(
+            r.id,
+            r.quantity,
+            three(r.predicted),
+            three(r.measured),
+            f"{r.spread:.1%}",
+            f"{r.error:+.1%}",
+            three(r.excess_seconds),
+            f"{r.tolerance:.0%}",
+            verdict,
+        )
     out.print(table)
     if found["mean_abs_error"] is None:
         out.print("No predictions among these cases.")
         return
     worst = found["worst"]
-    out.print(f"{found['predictions']} predictions in {found['groups']} groups: mean error {found['mean_abs_error']:.1%}, "
-              f"bias {found['bias']:+.1%}, worst {worst['error']:+.1%} ({worst['id']}, {worst['quantity']}).")
+    out.print(
+        f"{found['predictions']} predictions in {found['groups']} groups: mean error {found['mean_abs_error']:.1%}, "
+        f"bias {found['bias']:+.1%}, worst {worst['error']:+.1%} ({worst['id']}, {worst['quantity']})."
+    )
     if found["ranking"] is not None:
         out.print(f"Pairs that differ by more than their spread, in the right order: {found['ranking']:.0%}.")
     if found["failed"]:

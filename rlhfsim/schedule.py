@@ -98,7 +98,7 @@ class Scheduler:
                     self._offer(f)
 
     def _offer(self, f: Firing) -> None:
-        """Make f ready, or let it wait for one unmet need at a time: a blocked firing costs nothing until that is met."""
+        """Make f ready, or let it wait for one unmet need at a time: until that is met it costs nothing."""
         if f.iteration >= self.iterations or f in self._ready:
             return
         for need in self.graph.needs(f):

@@ -21,8 +21,9 @@ def shown(what: str, overrides: tuple[str, ...]) -> Any:
 
         return [{"field": f, "value": v, "source": s} for f, v, s in scenario_sources(load_scenario(what, overrides))]
     if what not in LISTINGS:
-        raise InputError(f"{what!r} is neither a listing nor a scenario file (.yaml){nearest(what, LISTINGS)}",
-                         field="show")
+        raise InputError(
+            f"{what!r} is neither a listing nor a scenario file (.yaml){nearest(what, LISTINGS)}", field="show"
+        )
     if overrides:
         raise InputError(f"overrides belong to a scenario file, not to {what!r}", field=overrides[0])
     if what in FOLDERS:
@@ -39,10 +40,23 @@ def _field_docs() -> dict[str, str]:
     from .spec import hardware
     from .spec import scenario as records
 
-    sections = {"cluster": hardware.Cluster, "cluster.node": hardware.Node, "cluster.gpu": hardware.Gpu,
-                "cluster.network": hardware.Network, "models": records.Models, "models.<role>": records.ModelUse,
-                "workload": records.Workload, "workload.*_tokens": records.Lengths, "algorithm": records.Algorithm,
-                "generation": records.Generation, "strategy": records.StrategyChoice,
-                "weight_sync": records.WeightSync, "overheads": records.Overheads, "periodic": records.Periodic,
-                "effects": records.Effects, "simulation": records.Simulation, "compare": records.Compare}
+    sections = {
+        "cluster": hardware.Cluster,
+        "cluster.node": hardware.Node,
+        "cluster.gpu": hardware.Gpu,
+        "cluster.network": hardware.Network,
+        "models": records.Models,
+        "models.<role>": records.ModelUse,
+        "workload": records.Workload,
+        "workload.*_tokens": records.Lengths,
+        "algorithm": records.Algorithm,
+        "generation": records.Generation,
+        "strategy": records.StrategyChoice,
+        "weight_sync": records.WeightSync,
+        "overheads": records.Overheads,
+        "periodic": records.Periodic,
+        "effects": records.Effects,
+        "simulation": records.Simulation,
+        "compare": records.Compare,
+    }
     return {name: (record.__doc__ or "").strip() for name, record in sections.items()}

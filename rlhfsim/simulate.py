@@ -62,10 +62,21 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
     scenario, seed = setup.scenario, setup._seed(seed)
     lengths = lengths_of(scenario, seed)
     spans = _run(setup, folded_graph(setup, lengths), lengths, scenario.simulation.iterations)
-    info = {"scenario": scenario.name, "strategy": scenario.strategy.name, "cluster": scenario.cluster.name, "seed": seed,
-            "engine": scenario.generation.engine, "ranks_per_node": scenario.cluster.node.gpus_per_node}
-    return Timeline(spans, scenario.cluster.gpus, scenario.simulation.iterations,
-                    memory=_memory_samples(setup.memory, spans), info=info)
+    info = {
+        "scenario": scenario.name,
+        "strategy": scenario.strategy.name,
+        "cluster": scenario.cluster.name,
+        "seed": seed,
+        "engine": scenario.generation.engine,
+        "ranks_per_node": scenario.cluster.node.gpus_per_node,
+    }
+    return Timeline(
+        spans,
+        scenario.cluster.gpus,
+        scenario.simulation.iterations,
+        memory=_memory_samples(setup.memory, spans),
+        info=info,
+    )
 
 
 def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], iterations: int) -> list[Span]:

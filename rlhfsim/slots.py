@@ -1,9 +1,9 @@
 """The `Slot` ratios of the paper's authors: a fraction of the ranks per model, placed correctly.
 
-Their published arithmetic starts the i-th model of a group at i times *its own* size and finds groups by ratios that
-sum to exactly 100 %, so most ratios overlap, run out of range or leave models without ranks
-(openspg branch `alignment_app_rlhf`, python/nn4k/nn4k/alignment/, model_placement.py). Here models with ratio 1 get every rank and the others are packed one after the
-other; where the authors' code would have placed differently, a note says so.
+Their published arithmetic (openspg, branch `alignment_app_rlhf`, python/nn4k/nn4k/alignment/, model_placement.py)
+starts the i-th model of a group at i times *its own* size and finds groups by ratios that sum to exactly 100 %, so most
+ratios overlap, run out of range or leave models without ranks. Here models with ratio 1 get every rank and the others
+are packed one after the other; where the authors' code would have placed differently, a note says so.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ from itertools import combinations
 
 from rlhfsim.errors import InputError, nearest
 
-NAMES = {"actor": "actor", "critic": "critic", "initial": "reference", "reference": "reference", "reward": "reward",
-         "pred_actor": "shadow_actor", "shadow_actor": "shadow_actor", "pred_critic": "shadow_critic",
-         "shadow_critic": "shadow_critic"}
+NAMES = {
+    "actor": "actor",
+    "critic": "critic",
+    "initial": "reference",
+    "reference": "reference",
+    "reward": "reward",
+    "pred_actor": "shadow_actor",
+    "shadow_actor": "shadow_actor",
+    "pred_critic": "shadow_critic",
+    "shadow_critic": "shadow_critic",
+}
 
 
 def place_slots(slots: dict[str, float], ranks: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -59,7 +67,9 @@ def _pack(ratios: dict[str, Fraction], ranks: tuple[int, ...]) -> dict[str, tupl
             used = Fraction(0)
         start, stop = round(used * len(ranks)), round((used + ratio) * len(ranks))
         if start == stop:
-            raise InputError(f"ratio {float(ratio):g} of {len(ranks)} ranks is less than one rank", field=f"strategy.slots.{model}")
+            raise InputError(
+                f"ratio {float(ratio):g} of {len(ranks)} ranks is less than one rank", field=f"strategy.slots.{model}"
+            )
         placed[model], used = ranks[start:stop], used + ratio
     return placed
 

@@ -184,8 +184,10 @@ def read_measured(path: str, x: str) -> list[Measured]:
         raise InputError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=path) from None
     needed = [name for name in ("strategy", x) if name not in columns]
     if needed or not {"speedup", "step_seconds"} & set(columns):
-        raise InputError(f"must have the columns strategy, {x}, and speedup or step_seconds, but has "
-                         f"{', '.join(columns) or 'none'}", where=f"{path}:1")
+        raise InputError(
+            f"must have the columns strategy, {x}, and speedup or step_seconds, but has {', '.join(columns) or 'none'}",
+            where=f"{path}:1",
+        )
     if not rows:
         raise InputError("has no points", where=path)
     return [_measured(f"{path}:{line}", row, x) for line, row in rows]
@@ -211,8 +213,13 @@ def _positive(text: str, field: str, where: str) -> float:
     return value
 
 
-def _measured_speedups(by_curve: Mapping[Curve, Table], bases: Mapping[Curve, Curve], measured: Sequence[Measured],
-                       x: str, same_point: bool) -> dict[tuple[str, Any], float]:
+def _measured_speedups(
+    by_curve: Mapping[Curve, Table],
+    bases: Mapping[Curve, Curve],
+    measured: Sequence[Measured],
+    x: str,
+    same_point: bool,
+) -> dict[tuple[str, Any], float]:
     """By curve and x. Measured seconds are compared with the baseline's measured ones, never with simulated ones."""
     points = _placed(by_curve, measured, x)
     found = {}
@@ -224,22 +231,29 @@ def _measured_speedups(by_curve: Mapping[Curve, Table], bases: Mapping[Curve, Cu
         base_at = at if same_point else _smallest(by_curve[base])[x]
         other, base_row = points.get((base, base_at), (None, row))
         if other is None or other.step_seconds is None or point.step_seconds is None:
-            raise InputError(f"needs measured step_seconds of the baseline {base.name!r} at {x} {base_at}",
-                             field="step_seconds", where=point.where)
+            raise InputError(
+                f"needs measured step_seconds of the baseline {base.name!r} at {x} {base_at}",
+                field="step_seconds",
+                where=point.where,
+            )
         rates = [r["samples"] / p.step_seconds for r, p in ((row, point), (base_row, other))]
         found[curve.name, at] = rates[0] / rates[1]
     return found
 
 
-def _placed(by_curve: Mapping[Curve, Table], measured: Sequence[Measured],
-            x: str) -> dict[tuple[Curve, Any], tuple[Measured, Row]]:
+def _placed(
+    by_curve: Mapping[Curve, Table], measured: Sequence[Measured], x: str
+) -> dict[tuple[Curve, Any], tuple[Measured, Row]]:
     """Every measured point with its row of the table, by curve and x."""
     named = {curve.name: curve for curve in by_curve}
     points: dict[tuple[Curve, Any], tuple[Measured, Row]] = {}
     for point in measured:
         if (curve := named.get(point.strategy)) is None:
-            raise InputError(f"is {point.strategy!r}, which is no curve{nearest(point.strategy, named)}",
-                             field="strategy", where=point.where)
+            raise InputError(
+                f"is {point.strategy!r}, which is no curve{nearest(point.strategy, named)}",
+                field="strategy",
+                where=point.where,
+            )
         row = next((row for row in by_curve[curve] if _same(row[x], point.x)), None)
         if row is None:
             raise InputError(f"is {point.x!r}, which is no point of the sweep", field=x, where=point.where)
@@ -261,8 +275,16 @@ def _same(value: Any, text: str) -> bool:
         return str(value) == text
 
 
-def draw(table: Table, baseline: str, x: str, path: str | Path, *, same_point: bool, measured: Sequence[Measured] = (),
-         title: str = "") -> None:
+def draw(
+    table: Table,
+    baseline: str,
+    x: str,
+    path: str | Path,
+    *,
+    same_point: bool,
+    measured: Sequence[Measured] = (),
+    title: str = "",
+) -> None:
     """Speedup curves over the baseline, with the ideal line where x counts GPUs, and a CSV file of them beside it."""
     by_curve = curves(table, x)
     bases = set(_bases(by_curve, baseline).values())
@@ -275,6 +297,13 @@ def draw(table: Table, baseline: str, x: str, path: str | Path, *, same_point: b
         notes.append("mixed scaling (neither the work nor the work per rank is the same)")
     if any(math.isnan(row["speedup"]) for row in rows):
         notes.append("gaps: does not fit")
-    speedup_figure(rows, name, x, path, scaling=None if kind == "mixed" else kind,
-                   ideal="linear" if scales(table, x) and not same_point else None,
-                   x_label="GPUs" if x == "gpus" else x, title=", ".join(filter(None, notes)))
+    speedup_figure(
+        rows,
+        name,
+        x,
+        path,
+        scaling=None if kind == "mixed" else kind,
+        ideal="linear" if scales(table, x) and not same_point else None,
+        x_label="GPUs" if x == "gpus" else x,
+        title=", ".join(filter(None, notes)),
+    )

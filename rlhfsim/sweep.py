@@ -44,8 +44,19 @@ BAD_INPUT, FITS_NOT, INTERRUPTED = 2, 3, 130
 
 Point = dict[str, Any]  # overrides by dotted key
 
-BEFORE_STAGES = ("strategy", "gpus", "samples", "fits", "reason", "step_seconds", "step_seconds_low",
-                 "step_seconds_high", "draw_seconds", "samples_per_second", "tokens_per_second")
+BEFORE_STAGES = (
+    "strategy",
+    "gpus",
+    "samples",
+    "fits",
+    "reason",
+    "step_seconds",
+    "step_seconds_low",
+    "step_seconds_high",
+    "draw_seconds",
+    "samples_per_second",
+    "tokens_per_second",
+)
 AFTER_STAGES = ("peak_memory_bytes", "bound_by", "used", "key")
 TEXTS = ("strategy", "reason", "draw_seconds", "bound_by", "used", "key")
 
@@ -68,8 +79,12 @@ class Task:
     def known(self) -> dict[str, Any]:
         """The columns that need no simulation."""
         cluster, workload = (self.scenario.cluster, self.scenario.workload) if self.scenario else (None, None)
-        return self.swept | {"strategy": self.label, "gpus": cluster and cluster.gpus,
-                             "samples": workload and workload.samples, "reason": self.reason}
+        return self.swept | {
+            "strategy": self.label,
+            "gpus": cluster and cluster.gpus,
+            "samples": workload and workload.samples,
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,15 @@ def points_of(overrides: Sequence[str], zipped: bool = False) -> tuple[list[Poin
     return [{key: values[i % len(values)] for key, values in parsed} for i in range(points)], swept
 
 
-def plan(path: str, overrides: Sequence[str], *, strategies: bool = False, tune: bool = True, zipped: bool = False,
-         jobs: int | None = None) -> Sweep:
+def plan(
+    path: str,
+    overrides: Sequence[str],
+    *,
+    strategies: bool = False,
+    tune: bool = True,
+    zipped: bool = False,
+    jobs: int | None = None,
+) -> Sweep:
     """Resolve and check every point. strategies: all rows of `compare`, else only the scenario's own strategy.
 
     Raises InputError if nothing can be simulated; a single invalid point becomes a line with its reason.
@@ -138,8 +160,9 @@ def _compared(path: str, points: Sequence[Point]) -> Compare | None:
     raise first or InputError("there are no points")
 
 
-def _tasks(path: str, point: Point, swept: Sequence[str], strategies: bool, rows: Compare | None,
-           tune: bool) -> list[Task]:
+def _tasks(
+    path: str, point: Point, swept: Sequence[str], strategies: bool, rows: Compare | None, tune: bool
+) -> list[Task]:
     scenarios = _scenarios(path, point, strategies, rows)
     return [_task(row, scenario, point, swept, tune) for row, scenario in scenarios.items()]
 
@@ -209,8 +232,9 @@ def run(sweep: Sweep, out: str | Path, jobs: int | None = None) -> Table:
                     done[task.key] = cells
                     show(task.label)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted: {len(done)} of {len(sweep.tasks)} rows are in {path}; the same "
-                                    "command continues there") from None
+            raise KeyboardInterrupt(
+                f"interrupted: {len(done)} of {len(sweep.tasks)} rows are in {path}; the same command continues there"
+            ) from None
         _replace(path, b"".join(map(_line, [sweep.columns, *(done[task.key] for task in sweep.tasks)])))
     if Path(out) != path:
         _write_parquet(path, Path(out), sweep.columns)
@@ -228,18 +252,25 @@ def _simulated(task: Task, tune: bool) -> tuple[Task, dict[str, Any]]:
         return name, values | {"reason": str(error)}
     except DoesNotFit as error:
         return name, values | {"fits": False, "reason": str(error)}
-    values |= {"fits": row.fits, "reason": row.reason, "used": json.dumps(row.used),
-               "peak_memory_bytes": row.fit and float(row.fit.worst.bytes.total)}
+    values |= {
+        "fits": row.fits,
+        "reason": row.reason,
+        "used": json.dumps(row.used),
+        "peak_memory_bytes": row.fit and float(row.fit.worst.bytes.total),
+    }
     if row.timeline is None or row.step_seconds is None:
         return name, values
     low, high = interval(row.draws, row.step_seconds)
     return name, values | {
-        "step_seconds": row.step_seconds, "step_seconds_low": low, "step_seconds_high": high,
+        "step_seconds": row.step_seconds,
+        "step_seconds_low": low,
+        "step_seconds_high": high,
         "draw_seconds": json.dumps([float(s) for s in row.draws]),
         "samples_per_second": row.scenario.workload.samples / row.step_seconds,
         "tokens_per_second": tokens_per_iteration(row.scenario) / row.step_seconds,
         "bound_by": bound_by(row.timeline),
-        **{f"timing_s/{stage}": seconds for stage, seconds in stage_seconds(row.timeline).items()}}
+        **{f"timing_s/{stage}": seconds for stage, seconds in stage_seconds(row.timeline).items()},
+    }
 
 
 # -- the file -----------------------------------------------------------------------------------------------------
@@ -311,8 +342,11 @@ def _lines_in(file: BinaryIO, path: Path, sweep: Sweep) -> dict[str, list[str]]:
 
 
 def _foreign(path: Path, line: int, found: str) -> InputError:
-    return InputError(f"is not this sweep's table ({found}; the scenario, the values, the rows or the version of "
-                      "rlhfsim differ) and stays as it is: name another --out", where=f"{path}:{line}")
+    return InputError(
+        f"is not this sweep's table ({found}; the scenario, the values, the rows or the version of "
+        "rlhfsim differ) and stays as it is: name another --out",
+        where=f"{path}:{line}",
+    )
 
 
 def _line(cells: Sequence[str]) -> bytes:
@@ -379,8 +413,9 @@ def _write_parquet(source: Path, out: Path, columns: Sequence[str]) -> None:
 
     numbers = [name for name in columns if "second" in name or "bytes" in name or name.startswith("timing_s/")]
     types = dict.fromkeys(numbers, float64()) | dict.fromkeys(TEXTS, string())
-    table = arrow_csv.read_csv(source, arrow_csv.ReadOptions(use_threads=False),
-                               convert_options=arrow_csv.ConvertOptions(column_types=types))
+    table = arrow_csv.read_csv(
+        source, arrow_csv.ReadOptions(use_threads=False), convert_options=arrow_csv.ConvertOptions(column_types=types)
+    )
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         parquet.write_table(table, temporary)
@@ -392,10 +427,21 @@ def _write_parquet(source: Path, out: Path, columns: Sequence[str]) -> None:
 # -- the verb -----------------------------------------------------------------------------------------------------
 
 
-def main(scenario: str, overrides: Sequence[str], *, out: str = "sweep.csv", strategies: bool = False,
-         baseline: str | None = None, as_given: bool = False, zipped: bool = False, plot_path: str | None = None,
-         x: str | None = None, measured: str | None = None, jobs: int | None = None,
-         same_point: bool | None = None) -> int:
+def main(
+    scenario: str,
+    overrides: Sequence[str],
+    *,
+    out: str = "sweep.csv",
+    strategies: bool = False,
+    baseline: str | None = None,
+    as_given: bool = False,
+    zipped: bool = False,
+    plot_path: str | None = None,
+    x: str | None = None,
+    measured: str | None = None,
+    jobs: int | None = None,
+    same_point: bool | None = None,
+) -> int:
     """Run a sweep and draw its curves; the exit code. Everything given is checked before anything is simulated.
 
     same_point: speedups over the baseline at the same x; default: over the baseline at its smallest x where x counts
@@ -422,8 +468,10 @@ def main(scenario: str, overrides: Sequence[str], *, out: str = "sweep.csv", str
         return INTERRUPTED
     timed = sum(row["step_seconds"] is not None for row in table)
     invalid = sum(row["fits"] is None for row in table)
-    print(f"{out}: {len(table)} rows, {len(table) - timed - invalid} of them do not fit, {invalid} are invalid",
-          file=sys.stderr)
+    print(
+        f"{out}: {len(table)} rows, {len(table) - timed - invalid} of them do not fit, {invalid} are invalid",
+        file=sys.stderr,
+    )
     if plot_path and x and timed:
         draw(table, baseline, x, plot_path, same_point=bool(same_point), measured=points, title=Path(scenario).stem)
         print(f"{plot_path}, {Path(plot_path).with_suffix('.csv')}", file=sys.stderr)
@@ -443,5 +491,8 @@ def _check_plot_path(plot_path: str, table_path: Path) -> None:
         if target.is_dir() or not target.parent.is_dir() or not os.access(place, os.W_OK):
             raise InputError("cannot be written", field="--plot", where=str(target))
     if path.with_suffix(".csv").resolve() == table_path.resolve():
-        raise InputError(f"the figure's numbers would go to {table_path}, which is the table: give one another name",
-                         field="--plot", where=plot_path)
+        raise InputError(
+            f"the figure's numbers would go to {table_path}, which is the table: give one another name",
+            field="--plot",
+            where=plot_path,
+        )

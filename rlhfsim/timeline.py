@@ -89,8 +89,11 @@ class Timeline:
         return max((s.end_seconds for s in self.spans), default=0.0)
 
     def of(self, *, stage: str | None = None, iteration: int | None = None) -> list[Span]:
-        return [s for s in self.spans if (stage is None or s.firing.stage == stage)
-                and (iteration is None or s.firing.iteration == iteration)]
+        return [
+            s
+            for s in self.spans
+            if (stage is None or s.firing.stage == stage) and (iteration is None or s.firing.iteration == iteration)
+        ]
 
 
 def write(timeline: Timeline, path: str | Path) -> None:
@@ -98,11 +101,20 @@ def write(timeline: Timeline, path: str | Path) -> None:
 
     The header counts both, so that a file that was cut off is noticed. `info` must be JSON data without tuples.
     """
-    header = {"rlhfsim_timeline": VERSION, "source": timeline.source, "ranks": timeline.ranks,
-              "iterations": timeline.iterations, "info": timeline.info,
-              "spans": len(timeline.spans), "memory_samples": len(timeline.memory)}
+    header = {
+        "rlhfsim_timeline": VERSION,
+        "source": timeline.source,
+        "ranks": timeline.ranks,
+        "iterations": timeline.iterations,
+        "info": timeline.info,
+        "spans": len(timeline.spans),
+        "memory_samples": len(timeline.memory),
+    }
     lines: Iterable[dict[str, Any]] = (
-        header, *({"span": asdict(s)} for s in timeline.spans), *({"memory": asdict(m)} for m in timeline.memory))
+        header,
+        *({"span": asdict(s)} for s in timeline.spans),
+        *({"memory": asdict(m)} for m in timeline.memory),
+    )
     text = "".join(json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines)
     Path(path).write_text(text, encoding="utf-8")
 
@@ -135,8 +147,9 @@ def read(path: str | Path) -> Timeline:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as a timeline ({getattr(error, 'strerror', None) or error})",
-                         where=str(path)) from None
+        raise InputError(
+            f"cannot be read as a timeline ({getattr(error, 'strerror', None) or error})", where=str(path)
+        ) from None
 
     def parse(adapter: TypeAdapter[Any], number: int) -> Any:
         try:
@@ -160,8 +173,11 @@ def read(path: str | Path) -> Timeline:
         else:
             memory.append(row.memory)
     if (len(spans), len(memory)) != (header.spans, header.memory_samples):
-        raise InputError(f"holds {len(spans)} spans and {len(memory)} memory samples, but the header promises "
-                         f"{header.spans} and {header.memory_samples}: was it cut off?", where=f"{path}:{len(lines)}")
+        raise InputError(
+            f"holds {len(spans)} spans and {len(memory)} memory samples, but the header promises "
+            f"{header.spans} and {header.memory_samples}: was it cut off?",
+            where=f"{path}:{len(lines)}",
+        )
     return Timeline(spans, header.ranks, header.iterations, header.source, memory, header.info)
 
 
@@ -172,8 +188,12 @@ def _check_version(line: str, path: str | Path) -> None:
     except (ValueError, KeyError, TypeError):
         raise InputError("the header is not a JSON object with rlhfsim_timeline", where=f"{path}:1") from None
     if version != VERSION:
-        raise InputError(f"version {version!r}, but this program reads version {VERSION}: write the file again with "
-                         "the same version of rlhfsim", field="rlhfsim_timeline", where=f"{path}:1")
+        raise InputError(
+            f"version {version!r}, but this program reads version {VERSION}: write the file again with "
+            "the same version of rlhfsim",
+            field="rlhfsim_timeline",
+            where=f"{path}:1",
+        )
 
 
 def check(timeline: Timeline) -> Timeline:
@@ -198,8 +218,11 @@ def check(timeline: Timeline) -> Timeline:
     for span in sorted(timeline.spans, key=lambda s: (s.start_seconds, s.end_seconds)):
         for rank in span.ranks:
             before = last.get(rank)
-            _require(before is None or before.end_seconds <= span.start_seconds + _rounding(span), span,
-                     f"rank {rank} is still held by {before and before.firing}")
+            _require(
+                before is None or before.end_seconds <= span.start_seconds + _rounding(span),
+                span,
+                f"rank {rank} is still held by {before and before.firing}",
+            )
             last[rank] = span
     for sample in timeline.memory:
         if not 0 <= sample.rank < timeline.ranks or any(not b >= 0 for b in sample.bytes_by_component.values()):
@@ -214,14 +237,18 @@ def _check_span(span: Span, timeline: Timeline) -> None:
     _require(len(span.ranks) == len(set(span.ranks)) > 0, span, "no ranks, or one of them twice")
     _require(all(0 <= rank < timeline.ranks for rank in span.ranks), span, f"of {timeline.ranks} ranks")
     _require(span.released_by != span.firing, span, "released by itself")
-    _require(all(seconds >= 0 for seconds in (*span.detail.values(), *span.bound.values())), span,
-             "negative detail or bound")
+    _require(
+        all(seconds >= 0 for seconds in (*span.detail.values(), *span.bound.values())), span, "negative detail or bound"
+    )
     replicas = per_replica(span)
     _require(len(span.ranks) % len(replicas) == 0, span, f"{len(replicas)} replicas do not share the ranks equally")
     for parts in replicas:
         _require(all(part >= 0 for part in parts), span, f"negative part in {parts}")
-        _require(abs(sum(parts) - span.seconds) <= 1e-9 * span.seconds + _rounding(span), span,
-                 f"compute, communication, peer, data, link {parts} do not sum to {span.seconds} s")
+        _require(
+            abs(sum(parts) - span.seconds) <= 1e-9 * span.seconds + _rounding(span),
+            span,
+            f"compute, communication, peer, data, link {parts} do not sum to {span.seconds} s",
+        )
 
 
 def per_replica(span: Span) -> list[tuple[float, float, float, float, float]]:
@@ -230,8 +257,10 @@ def per_replica(span: Span) -> list[tuple[float, float, float, float, float]]:
     count = max(map(len, columns))
     _require({len(column) for column in columns} <= {1, count}, span, "parts of different numbers of replicas")
     full = [column * count if len(column) == 1 else column for column in columns]
-    return [(compute, communication, peers, span.data_seconds, span.link_seconds)
-            for compute, communication, peers in zip(*full, strict=True)]
+    return [
+        (compute, communication, peers, span.data_seconds, span.link_seconds)
+        for compute, communication, peers in zip(*full, strict=True)
+    ]
 
 
 def _rounding(span: Span) -> float:

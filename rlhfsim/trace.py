@@ -28,8 +28,14 @@ class _Track(NamedTuple):
     spans: Sequence[Span]
 
 
-def write_trace(timelines: Mapping[str, Timeline], path: str | Path, *, ranks: Sequence[int] | None = None,
-                max_tracks: int = MAX_TRACKS, flows: bool = True) -> None:
+def write_trace(
+    timelines: Mapping[str, Timeline],
+    path: str | Path,
+    *,
+    ranks: Sequence[int] | None = None,
+    max_tracks: int = MAX_TRACKS,
+    flows: bool = True,
+) -> None:
     """Write the timelines, each under its label, into one trace file. Same timelines, same bytes.
 
     ranks: show these, unfolded. Otherwise groups of like ranks, evenly chosen where there are more than `max_tracks`
@@ -62,8 +68,9 @@ def write_trace(timelines: Mapping[str, Timeline], path: str | Path, *, ranks: S
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def _shown(timeline: Timeline, ranks: Sequence[int] | None,
-           max_tracks: int) -> tuple[list[tuple[str, int, Sequence[Span]]], int]:
+def _shown(
+    timeline: Timeline, ranks: Sequence[int] | None, max_tracks: int
+) -> tuple[list[tuple[str, int, Sequence[Span]]], int]:
     """(name, first rank, spans) of each track, and how many groups of ranks have none."""
     if ranks is not None:
         for rank in ranks:
@@ -89,17 +96,35 @@ def _slice(track: _Track, span: Span) -> Event:
     """A complete event. Where the replicas differ, its seconds are those of the replica of the track's rank."""
     replicas = per_replica(span)
     compute, communication, peers, data, link = replicas[
-        span.ranks.index(track.rank) * len(replicas) // len(span.ranks)]
+        span.ranks.index(track.rank) * len(replicas) // len(span.ranks)
+    ]
     start, end = round(span.start_seconds * 1e9), round(span.end_seconds * 1e9)
     args = {
-        "iteration": span.firing.iteration, "chunk": span.firing.chunk, "place": span.firing.place,
-        "model": span.model, "kind": span.kind, "ranks": rank_text(span.ranks),
-        "compute_seconds": compute, "communication_seconds": communication, "wait_peers_seconds": peers,
-        "wait_data_seconds": data, "wait_link_seconds": link,
+        "iteration": span.firing.iteration,
+        "chunk": span.firing.chunk,
+        "place": span.firing.place,
+        "model": span.model,
+        "kind": span.kind,
+        "ranks": rank_text(span.ranks),
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "wait_peers_seconds": peers,
+        "wait_data_seconds": data,
+        "wait_link_seconds": link,
         "released_by": "nothing" if span.released_by is None else _text(span.released_by),
-        "detail_seconds": span.detail, "bound_seconds": span.bound}
-    return {"ph": "X", "name": span.firing.stage, "cat": base_stage(span.firing.stage), "pid": track.process,
-            "tid": track.rank, "ts": start / 1e3, "dur": (end - start) / 1e3, "args": args}
+        "detail_seconds": span.detail,
+        "bound_seconds": span.bound,
+    }
+    return {
+        "ph": "X",
+        "name": span.firing.stage,
+        "cat": base_stage(span.firing.stage),
+        "pid": track.process,
+        "tid": track.rank,
+        "ts": start / 1e3,
+        "dur": (end - start) / 1e3,
+        "args": args,
+    }
 
 
 def _text(firing: Firing) -> str:
@@ -112,8 +137,14 @@ def _counters(track: _Track, timeline: Timeline) -> Iterator[Event]:
     components = sorted({name for sample in samples for name in sample.bytes_by_component})
     for sample in samples:
         values = {name: sample.bytes_by_component.get(name, 0.0) for name in components}
-        yield {"ph": "C", "name": f"memory of rank {track.rank} (bytes)", "pid": track.process, "tid": track.rank,
-               "ts": _microseconds(sample.seconds), "args": values}
+        yield {
+            "ph": "C",
+            "name": f"memory of rank {track.rank} (bytes)",
+            "pid": track.process,
+            "tid": track.rank,
+            "ts": _microseconds(sample.seconds),
+            "args": values,
+        }
 
 
 def _flows(tracks: Sequence[_Track], arrows: Iterator[int]) -> Iterator[Event]:
@@ -133,5 +164,11 @@ def _flows(tracks: Sequence[_Track], arrows: Iterator[int]) -> Iterator[Event]:
             # One nanosecond before the end, since a viewer ties an arrow to the slice in which it begins.
             out = max(_microseconds(before.start_seconds), _microseconds(before.end_seconds) - 1e-3)
             yield {**common, "ph": "s", "pid": giver.process, "tid": giver.rank, "ts": round(out, 3)}
-            yield {**common, "ph": "f", "bp": "e", "pid": track.process, "tid": track.rank,
-                   "ts": _microseconds(span.start_seconds)}
+            yield {
+                **common,
+                "ph": "f",
+                "bp": "e",
+                "pid": track.process,
+                "tid": track.rank,
+                "ts": _microseconds(span.start_seconds),
+            }

@@ -121,9 +121,21 @@ class Result:
         return self.role == "calibration" or abs(self.error) <= self.tolerance + self.spread
 
     def as_json(self) -> dict[str, Any]:
-        return {"id": self.id, "quantity": self.quantity, "predicted": self.predicted, "measured": self.measured,
-                "error": self.error, "excess_seconds": self.excess_seconds, "role": self.role, "group": self.group,
-                "spread": self.spread, "low": self.low, "high": self.high, "tolerance": self.tolerance, "ok": self.ok}
+        return {
+            "id": self.id,
+            "quantity": self.quantity,
+            "predicted": self.predicted,
+            "measured": self.measured,
+            "error": self.error,
+            "excess_seconds": self.excess_seconds,
+            "role": self.role,
+            "group": self.group,
+            "spread": self.spread,
+            "low": self.low,
+            "high": self.high,
+            "tolerance": self.tolerance,
+            "ok": self.ok,
+        }
 
 
 def find_cases(paths: Iterable[str | Path]) -> list[Path]:
@@ -155,12 +167,28 @@ def run_case(path: Path) -> list[Result]:
     for quantity, value in measured.items():
         values = [p[quantity] for p in predictions if quantity in p]
         if not values:
-            raise InputError(f"the simulation has no {quantity!r} (it has {', '.join(predictions[0])})", where=str(path),
-                             field=f"measured.{quantity}")
+            raise InputError(
+                f"the simulation has no {quantity!r} (it has {', '.join(predictions[0])})",
+                where=str(path),
+                field=f"measured.{quantity}",
+            )
         tolerance = case.tolerance.step_seconds if quantity == "step_seconds" else case.tolerance.stages
-        interval = (float(np.quantile(values, 0.05)), float(np.quantile(values, 0.95))) if len(values) > 1 else (None, None)
-        results.append(Result(case.id, quantity, float(np.median(values)), value.value, case.role, case.group,
-                              value.spread, tolerance, *interval))
+        interval = (
+            (float(np.quantile(values, 0.05)), float(np.quantile(values, 0.95))) if len(values) > 1 else (None, None)
+        )
+        results.append(
+            Result(
+                case.id,
+                quantity,
+                float(np.median(values)),
+                value.value,
+                case.role,
+                case.group,
+                value.spread,
+                tolerance,
+                *interval,
+            )
+        )
     return results
 
 
@@ -180,7 +208,9 @@ def _measured(case: Case, path: Path) -> dict[str, Measured]:
         run = timeline.read(path.parent / case.timeline)
         intervals = metrics.step_intervals(run)
         found["step_seconds"] = Measured(value=metrics.step_seconds(run), low=min(intervals), high=max(intervals))
-        found |= {stage: Measured(value=seconds) for stage, seconds in metrics.stage_seconds(run).items() if seconds > 0}
+        found |= {
+            stage: Measured(value=seconds) for stage, seconds in metrics.stage_seconds(run).items() if seconds > 0
+        }
     return found | case.measured
 
 
@@ -198,8 +228,11 @@ def _check_role(case: Case, scenario: Scenario, path: Path) -> None:
     fitted_on = set(scenario.cluster.gpu.fitted_on)
     files = [path] + ([path.parent / case.timeline] if case.timeline else [])
     if case.role == "prediction" and (used := [f.name for f in files if digest(f) in fitted_on]):
-        raise InputError(f"is 'prediction', but {scenario.cluster.gpu.name} was fitted on {', '.join(used)}",
-                         field="role", where=str(path))
+        raise InputError(
+            f"is 'prediction', but {scenario.cluster.gpu.name} was fitted on {', '.join(used)}",
+            field="role",
+            where=str(path),
+        )
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
@@ -210,7 +243,8 @@ def summary(results: list[Result]) -> dict[str, Any]:
     with_interval = [r for r in predictions if r.low is not None and r.high is not None]
     worst = max(steps, key=lambda r: abs(r.error), default=None)
     return {
-        "predictions": len(steps), "groups": len({r.group for r in steps}),
+        "predictions": len(steps),
+        "groups": len({r.group for r in steps}),
         "mean_abs_error": float(np.abs(errors).mean()) if len(errors) else None,
         "bias": float(errors.mean()) if len(errors) else None,
         "worst": {"id": worst.id, "quantity": worst.quantity, "error": worst.error} if worst else None,

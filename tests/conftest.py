@@ -62,11 +62,18 @@ def per_sample(graph: StageGraph, seconds: dict[str, float], samples: int) -> Se
     def of(f: Firing) -> float:
         share = len(samples_of(graph, f, samples)) / samples
         return seconds.get(base_stage(f.stage), 0.0) * share * everyone / graph.at(f.stage).size
+
     return of
 
 
-def simulate(graph: StageGraph | Fold, seconds: Seconds, iterations: int = 1, *, message_bytes: float = 0.0,
-             bytes_per_second: float = 1.0) -> Timeline:
+def simulate(
+    graph: StageGraph | Fold,
+    seconds: Seconds,
+    iterations: int = 1,
+    *,
+    message_bytes: float = 0.0,
+    bytes_per_second: float = 1.0,
+) -> Timeline:
     """The checked timeline of a checked graph."""
     fold = graph if isinstance(graph, Fold) else unfolded(check(graph))
     spans = run(fold, FixedCost(seconds, message_bytes), OneLink(bytes_per_second), iterations)  # type: ignore[arg-type]
@@ -89,11 +96,16 @@ def devices(draw: st.DrawFn, ranks: int = 8) -> Devices:
 
 
 @st.composite
-def strategy_graphs(draw: st.DrawFn, names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated"),
-                    ) -> StageGraph:
+def strategy_graphs(
+    draw: st.DrawFn,
+    names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated"),
+) -> StageGraph:
     """Graphs of all strategies with any options that can finish."""
-    algorithm = ppo.build(epochs=draw(st.integers(1, 2)), minibatches=draw(st.sampled_from((1, 2, 3))),
-                          share_actor_critic=draw(st.booleans()))
+    algorithm = ppo.build(
+        epochs=draw(st.integers(1, 2)),
+        minibatches=draw(st.sampled_from((1, 2, 3))),
+        share_actor_critic=draw(st.booleans()),
+    )
     name, where = draw(st.sampled_from(names)), draw(devices())
     if name == "colocated":
         return check(colocated.build(algorithm, where, calls=draw(st.integers(1, 3))))
@@ -104,15 +116,27 @@ def strategy_graphs(draw: st.DrawFn, names: tuple[str, ...] = ("colocated", "int
     models = ["shadow_actor", *dict.fromkeys(s.model for s in algorithm.of_kind("score", "train"))]
     shadow = draw(st.booleans()) and "critic" in models
     shares = dict.fromkeys([*models, *(["shadow_critic"] if shadow else [])], 1.0) | {"shadow_actor": 2.0}
-    return check(disaggregated.build(
-        algorithm, Devices(tuple(range(8)), 8, replica={"shadow_actor": 2}), batches=pieces * algorithm.minibatches,
-        replicas=replicas, spread=draw(st.sampled_from(("robin", "first"))), capacity=draw(st.integers(1, 3)),
-        shadow_critic=shadow, recompute_log_probs=draw(st.booleans()), split=split and shares))
+    return check(
+        disaggregated.build(
+            algorithm,
+            Devices(tuple(range(8)), 8, replica={"shadow_actor": 2}),
+            batches=pieces * algorithm.minibatches,
+            replicas=replicas,
+            spread=draw(st.sampled_from(("robin", "first"))),
+            capacity=draw(st.integers(1, 3)),
+            shadow_critic=shadow,
+            recompute_log_probs=draw(st.booleans()),
+            split=split and shares,
+        )
+    )
 
 
 def _interleaved(draw: st.DrawFn, scores: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"calls": draw(st.integers(1, 2)), "mode": draw(st.sampled_from(("sync", "async"))),
-                               "concat": draw(st.booleans())}
+    options: dict[str, Any] = {
+        "calls": draw(st.integers(1, 2)),
+        "mode": draw(st.sampled_from(("sync", "async"))),
+        "concat": draw(st.booleans()),
+    }
     if draw(st.booleans()):
         return options | {"ratio": draw(st.sampled_from((0.25, 0.5, 0.75)))}
     order = draw(st.permutations(range(8)))

@@ -94,9 +94,14 @@ class Tell:
         if stage.kind in ("train", "sync") and stage.size > 1:
             self.groups.all_reduce(torch.ones(100), stage.ranks_of(f.place))
         names = {name for *_, carries in self.graph.out_edges(f.stage, data="carries") for name in carries}
-        return {lane: {name: torch.tensor(made(f, lane, name), dtype=torch.int32 if name == "mask" else torch.int64)
-                       for name in names}
-                for lane in stage.lanes_of(f.place) if stage.home(lane, f.place) == self.rank}
+        return {
+            lane: {
+                name: torch.tensor(made(f, lane, name), dtype=torch.int32 if name == "mask" else torch.int64)
+                for name in names
+            }
+            for lane in stage.lanes_of(f.place)
+            if stage.home(lane, f.place) == self.rank
+        }
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,9 @@ def _join(rank: int, ranks: int, port: int) -> dist.TCPStore:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=ranks,
-                            timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+    )
     return store
 
 
@@ -180,11 +186,22 @@ def suffer(rank: int, ranks: int, port: int, graph: StageGraph, trouble: Trouble
         found = spans.timeline(graph, spans.read(records, ranks), ranks, 3, info={"failure": reason})
         write(found, folder / "timeline.jsonl")
 
-    watch = Watch(dist.PrefixStore("watch", store), rank, ranks, meter, timeout_seconds=2.0, silence_seconds=2.5,
-                  save=save)
+    watch = Watch(
+        dist.PrefixStore("watch", store), rank, ranks, meter, timeout_seconds=2.0, silence_seconds=2.5, save=save
+    )
     watch.start()
     groups = Groups(rank, rank_sets(graph, {}), meter)
     work, file = Tell(graph, rank, groups, Sleeps(), trouble), spans.RecordFile(records, rank, Clock())
-    run(graph, rank, work, 3, dist.PrefixStore("run", store), groups, Clock(), results=LaneStore(), watch=watch,
-        file=file)
+    run(
+        graph,
+        rank,
+        work,
+        3,
+        dist.PrefixStore("run", store),
+        groups,
+        Clock(),
+        results=LaneStore(),
+        watch=watch,
+        file=file,
+    )
     watch.close()

@@ -63,8 +63,9 @@ def _rank(folder: Path, rank: int) -> None:
     warnings.simplefilter("ignore")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=RANKS,
-                            timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
     log = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()), RANKS, rank == 0, timedelta(seconds=60))
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         begin = time.monotonic()
@@ -99,8 +100,11 @@ def _job(rank: int, store: Any, changes: dict[str, Any], iterations: int, broken
         spans = [(r.firing, r.start, r.end) for r in records]
         parts: list[Any] = [None] * RANKS
         dist.all_gather_object(parts, (mine, spans, error))
-    return {"weights": [part[0] for part in parts], "spans": [part[1] for part in parts],
-            "errors": [part[2] for part in parts if part[2]]}
+    return {
+        "weights": [part[0] for part in parts],
+        "spans": [part[1] for part in parts],
+        "errors": [part[2] for part in parts if part[2]],
+    }
 
 
 # --- what breaks a run -----------------------------------------------------------------------------------------------

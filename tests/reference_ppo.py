@@ -55,7 +55,9 @@ class Reference:
     @staticmethod
     def _hidden(model: models.Decoder, tokens: list[int]) -> Tensor:
         ids = torch.tensor([tokens])
-        return model.body(input_ids=ids, position_ids=torch.arange(len(tokens))[None], use_cache=False).last_hidden_state[0]
+        return model.body(
+            input_ids=ids, position_ids=torch.arange(len(tokens))[None], use_cache=False
+        ).last_hidden_state[0]
 
     def _log_probs(self, model: models.Decoder, tokens: list[int], start: int) -> Tensor:
         logits = model.lm_head(self._hidden(model, tokens))  # type: ignore[misc]
@@ -72,8 +74,14 @@ class Reference:
         prompts, lengths = draw_lengths(workload, self.seed, iteration, length_dir())
         sampled = workload.responses == "sampled"
         limit = workload.response_tokens.longest if sampled else int(lengths[sample])
-        r = generate.request((self.seed, iteration), sample, sample // workload.responses_per_prompt, int(prompts[sample]),
-                             limit, vocabulary)
+        r = generate.request(
+            (self.seed, iteration),
+            sample,
+            sample // workload.responses_per_prompt,
+            int(prompts[sample]),
+            limit,
+            vocabulary,
+        )
         noise = generate._gumbel(torch.device("cpu"), vocabulary)
         tokens = r.prompt.tolist()
         for offset in r.noise:
@@ -96,14 +104,18 @@ class Reference:
         n, discount = len(rewards), self.algorithm.discount
         surprise = [rewards[t] + (discount * values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
         fade = discount * self.algorithm.gae_lambda
-        advantage = torch.stack([sum((fade ** (k - t) * surprise[k] for k in range(t, n)), torch.tensor(0.0)) for t in range(n)])
+        advantage = torch.stack(
+            [sum((fade ** (k - t) * surprise[k] for k in range(t, n)), torch.tensor(0.0)) for t in range(n)]
+        )
         return tokens, start, old, values, advantage, advantage + values
 
     def _update(self, samples: list[tuple[list[int], int, Tensor, Tensor, Tensor, Tensor]]) -> None:
         a, policy, value, count = self.algorithm, torch.tensor(0.0), torch.tensor(0.0), 0
         for tokens, start, old, old_values, advantage, returns in samples:
             ratio = torch.exp(self._log_probs(self.actor, tokens, start) - old)
-            policy = policy - torch.min(ratio * advantage, ratio.clamp(1 - a.clip_ratio, 1 + a.clip_ratio) * advantage).sum()
+            policy = (
+                policy - torch.min(ratio * advantage, ratio.clamp(1 - a.clip_ratio, 1 + a.clip_ratio) * advantage).sum()
+            )
             now = self._values(self.critic, tokens, start)
             near = torch.minimum(torch.maximum(now, old_values - a.clip_values), old_values + a.clip_values)
             value = value + torch.max((now - returns) ** 2, (near - returns) ** 2).sum() / 2

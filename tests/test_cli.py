@@ -79,16 +79,36 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process(folder: Path, code: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, text=True, capture_output=True,
-                          timeout=60, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
 
 
 # -- exit codes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", [
-    "--help", "-h", "--version", "fits --help", "fits small.yaml", "simulate small.yaml",
-    "compare small.yaml --as-given", "sweep small.yaml --jobs 1", "show gpus", "show small.yaml"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "-h",
+        "--version",
+        "fits --help",
+        "fits small.yaml",
+        "simulate small.yaml",
+        "compare small.yaml --as-given",
+        "sweep small.yaml --jobs 1",
+        "show gpus",
+        "show small.yaml",
+    ],
+)
 def test_fine_is_0(run: Run, line: str) -> None:
     code, out, _ = run(line)
     assert code == 0
@@ -102,27 +122,30 @@ def test_not_fitting_is_3(run: Run, verb: str) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("line, hint", [
-    ("shw", "'show'"),
-    ("simulate small.yaml --jsn", "--json"),
-    ("simulate", "SCENARIO"),
-    ("simulate smal.yaml", "smal.yaml"),
-    ("fits small.yaml cluster.nods=2", "nodes"),
-    ("fits small.yaml cluster.nodes=two", "cluster.nodes"),
-    ("fits small.yaml cluster.nodes", "cluster.nodes"),
-    ("simulate small.yaml strategy.name=colocatd", "'colocated'"),
-    ("simulate small.yaml strategy.cals=2", "'calls'"),
-    ("compare small.yaml --baseline 'colocated, hybird'", "'colocated, hybrid'"),
-    ("compare small.yaml cluster.gpus_per_node=1 --baseline 'disaggregated, engine'", "too few"),
-    ("sweep small.yaml --x gpus", "--plot"),
-    ("sweep small.yaml --jobs 0", "--jobs"),
-    ("show gpu", "'gpus'"),
-    ("show smal.yaml", "smal.yaml"),
-    ("show gpus cluster.nodes=1", "cluster.nodes=1"),
-    ("trace", "TIMELINES"),
-    ("trace none.jsonl", "none.jsonl"),
-    ("plot none.jsonl", "none.jsonl"),
-])
+@pytest.mark.parametrize(
+    "line, hint",
+    [
+        ("shw", "'show'"),
+        ("simulate small.yaml --jsn", "--json"),
+        ("simulate", "SCENARIO"),
+        ("simulate smal.yaml", "smal.yaml"),
+        ("fits small.yaml cluster.nods=2", "nodes"),
+        ("fits small.yaml cluster.nodes=two", "cluster.nodes"),
+        ("fits small.yaml cluster.nodes", "cluster.nodes"),
+        ("simulate small.yaml strategy.name=colocatd", "'colocated'"),
+        ("simulate small.yaml strategy.cals=2", "'calls'"),
+        ("compare small.yaml --baseline 'colocated, hybird'", "'colocated, hybrid'"),
+        ("compare small.yaml cluster.gpus_per_node=1 --baseline 'disaggregated, engine'", "too few"),
+        ("sweep small.yaml --x gpus", "--plot"),
+        ("sweep small.yaml --jobs 0", "--jobs"),
+        ("show gpu", "'gpus'"),
+        ("show smal.yaml", "smal.yaml"),
+        ("show gpus cluster.nodes=1", "cluster.nodes=1"),
+        ("trace", "TIMELINES"),
+        ("trace none.jsonl", "none.jsonl"),
+        ("plot none.jsonl", "none.jsonl"),
+    ],
+)
 def test_bad_input_is_2_and_says_what_is_meant(run: Run, line: str, hint: str) -> None:
     code, out, err = run(line)
     assert (code, out) == (2, "")
@@ -132,18 +155,24 @@ def test_bad_input_is_2_and_says_what_is_meant(run: Run, line: str, hint: str) -
 
 def test_anything_else_is_1_with_a_traceback(outside: Path) -> None:
     """A defect of the program is not the user's: it must neither look like bad input nor be hidden."""
-    done = process(outside, "import rlhfsim.simulate, rlhfsim.cli\n"
-                            "rlhfsim.simulate.prepare = lambda scenario: {}['defect']\n"
-                            "rlhfsim.cli.main(['simulate', 'small.yaml'])")
+    done = process(
+        outside,
+        "import rlhfsim.simulate, rlhfsim.cli\n"
+        "rlhfsim.simulate.prepare = lambda scenario: {}['defect']\n"
+        "rlhfsim.cli.main(['simulate', 'small.yaml'])",
+    )
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "defect" in done.stderr
 
 
 def test_interrupted_is_130_without_a_traceback(outside: Path) -> None:
-    done = process(outside, "import os, signal, time\nimport rlhfsim.simulate, rlhfsim.cli\n"
-                            "def long(setup):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)\n"
-                            "rlhfsim.simulate.simulate = long\n"
-                            "rlhfsim.cli.main(['simulate', 'small.yaml'])")
+    done = process(
+        outside,
+        "import os, signal, time\nimport rlhfsim.simulate, rlhfsim.cli\n"
+        "def long(setup):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)\n"
+        "rlhfsim.simulate.simulate = long\n"
+        "rlhfsim.cli.main(['simulate', 'small.yaml'])",
+    )
     assert done.returncode == 130
     assert done.stdout == "" and "interrupted" in done.stderr and "Traceback" not in done.stderr
 
@@ -153,8 +182,9 @@ def test_a_closed_pipe_is_no_traceback(outside: Path, line: str) -> None:
     """`rlhfsim ... | head -1`, with a reader that has gone before anything is written."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = f"{shlex.quote(sys.executable)} -m rlhfsim.cli {line} | true"
-    done = subprocess.run(command, shell=True, cwd=outside, env=environment, text=True, capture_output=True, timeout=60,
-                          check=False)
+    done = subprocess.run(
+        command, shell=True, cwd=outside, env=environment, text=True, capture_output=True, timeout=60, check=False
+    )
     assert done.stderr == ""
 
 
@@ -163,8 +193,15 @@ def test_a_closed_pipe_is_no_traceback(outside: Path, line: str) -> None:
 
 def test_fits_as_json(run: Run) -> None:
     found = run("fits small.yaml --json").json
-    assert {"fits", "peak_memory_bytes", "capacity_bytes", "by_component", "by_phase", "limiting",
-            "largest_micro_batch"} <= set(found)
+    assert {
+        "fits",
+        "peak_memory_bytes",
+        "capacity_bytes",
+        "by_component",
+        "by_phase",
+        "limiting",
+        "largest_micro_batch",
+    } <= set(found)
     assert found["fits"] is True
     assert sum(found["by_component"].values()) == pytest.approx(found["peak_memory_bytes"], rel=1e-12)
     for phase in found["by_phase"].values():
@@ -178,8 +215,10 @@ def test_fits_as_json(run: Run) -> None:
 
 def test_largest_micro_batch_fits_and_the_next_does_not(run: Run) -> None:
     """Pasted back as an override, for a scenario in which memory and not the samples is the limit."""
-    crowded = ("fits small.yaml --json workload.prompts=4096 workload.prompt_tokens=2048 algorithm.minibatches=1 "
-               "generation.batch_samples=64 models.actor.flash_attention=false models.critic.flash_attention=false")
+    crowded = (
+        "fits small.yaml --json workload.prompts=4096 workload.prompt_tokens=2048 algorithm.minibatches=1 "
+        "generation.batch_samples=64 models.actor.flash_attention=false models.critic.flash_attention=false"
+    )
     found = run(crowded).json["largest_micro_batch"]
     key = "models.actor.micro_batch_samples"
     assert 1 < found[key] < 4096 / 8
@@ -190,8 +229,14 @@ def test_largest_micro_batch_fits_and_the_next_does_not(run: Run) -> None:
 
 def test_simulate_as_json(run: Run) -> None:
     found = run("simulate small.yaml --json").json
-    assert {"step_seconds", "stage_seconds", "samples_per_second", "tokens_per_second", "peak_memory_bytes",
-            "fits"} <= set(found)
+    assert {
+        "step_seconds",
+        "stage_seconds",
+        "samples_per_second",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "fits",
+    } <= set(found)
     assert set(found["stage_seconds"]) == STEPS
     assert sum(found["stage_seconds"].values()) == pytest.approx(found["step_seconds"], rel=1e-9)  # one after the other
     assert found["samples_per_second"] == pytest.approx(32 / found["step_seconds"])
@@ -211,8 +256,10 @@ def test_simulate_that_does_not_fit_as_json(run: Run) -> None:
 @pytest.fixture(scope="module")
 def compared(outside: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`compare --json`: tuned, and as given."""
-    found = [process(outside, f"from rlhfsim.cli import main\nmain(['compare', 'small.yaml', '--json', *{more}])")
-             for more in ([], ["--as-given"])]
+    found = [
+        process(outside, f"from rlhfsim.cli import main\nmain(['compare', 'small.yaml', '--json', *{more}])")
+        for more in ([], ["--as-given"])
+    ]
     assert [done.stderr for done in found] == ["", ""]
     tuned, given = (json.loads(done.stdout) for done in found)
     return tuned, given
@@ -280,13 +327,26 @@ def no_work(*_: Any, **__: Any) -> None:
     raise AssertionError("work was done before the output was looked at")
 
 
-@pytest.mark.parametrize("line", [
-    "simulate small.yaml --timeline missing/t.jsonl", "simulate small.yaml --trace missing/t.json",
-    "simulate small.yaml --plot missing/t.png", "simulate small.yaml --plot t.pdf", "simulate small.yaml --timeline .",
-    "simulate small.yaml --trace small.yaml/t.json", "compare small.yaml --out small.yaml",
-    "compare small.yaml --out small.yaml/out", "trace t.jsonl --out missing/t.json", "plot t.jsonl --out missing/t.png",
-    "plot t.jsonl --out t.gif", "sweep small.yaml --out missing/t.csv", "sweep small.yaml --out t.xlsx",
-    "sweep small.yaml --plot missing/t.png", "sweep small.yaml --plot t.pdf"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "simulate small.yaml --timeline missing/t.jsonl",
+        "simulate small.yaml --trace missing/t.json",
+        "simulate small.yaml --plot missing/t.png",
+        "simulate small.yaml --plot t.pdf",
+        "simulate small.yaml --timeline .",
+        "simulate small.yaml --trace small.yaml/t.json",
+        "compare small.yaml --out small.yaml",
+        "compare small.yaml --out small.yaml/out",
+        "trace t.jsonl --out missing/t.json",
+        "plot t.jsonl --out missing/t.png",
+        "plot t.jsonl --out t.gif",
+        "sweep small.yaml --out missing/t.csv",
+        "sweep small.yaml --out t.xlsx",
+        "sweep small.yaml --plot missing/t.png",
+        "sweep small.yaml --plot t.pdf",
+    ],
+)
 def test_unusable_outputs_are_refused_before_any_work(run: Run, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for work in ("simulate.prepare", "compare.compare", "timeline.read", "sweep._simulated"):
         monkeypatch.setattr(f"rlhfsim.{work}", no_work)
@@ -327,12 +387,19 @@ def test_timelines_side_by_side_even_with_equal_names(run: Run) -> None:
 
 
 @pytest.mark.parametrize("verb", ["trace", "plot"])
-@pytest.mark.parametrize("damage, line", [
-    (lambda lines: [], 1), (lambda lines: ["{}", *lines[1:]], 1), (lambda lines: ["\x00", *lines], 1),
-    (lambda lines: [lines[0].replace('"rlhfsim_timeline": 1', '"rlhfsim_timeline": 99'), *lines[1:]], 1),
-    (lambda lines: lines[:-1], None), (lambda lines: [*lines[:-1], lines[-1][:20]], None),
-    (lambda lines: [lines[0], lines[1].replace('"start_seconds"', '"start"'), *lines[2:]], 2),
-], ids=["empty", "no header", "binary", "version", "cut", "cut inside a line", "field"])
+@pytest.mark.parametrize(
+    "damage, line",
+    [
+        (lambda lines: [], 1),
+        (lambda lines: ["{}", *lines[1:]], 1),
+        (lambda lines: ["\x00", *lines], 1),
+        (lambda lines: [lines[0].replace('"rlhfsim_timeline": 1', '"rlhfsim_timeline": 99'), *lines[1:]], 1),
+        (lambda lines: lines[:-1], None),
+        (lambda lines: [*lines[:-1], lines[-1][:20]], None),
+        (lambda lines: [lines[0], lines[1].replace('"start_seconds"', '"start"'), *lines[2:]], 2),
+    ],
+    ids=["empty", "no header", "binary", "version", "cut", "cut inside a line", "field"],
+)
 def test_broken_timelines(run: Run, verb: str, damage: Callable[[list[str]], list[str]], line: int | None) -> None:
     assert run("simulate small.yaml --timeline good.jsonl").code == 0
     lines = Path("good.jsonl").read_text().splitlines()
@@ -358,10 +425,18 @@ def test_figures_of_compare(run: Run) -> None:
 # -- show ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what, some", [
-    ("models", {"llama-7b", "qwen2.5-0.5b"}), ("gpus", {"a100-80g-sxm"}), ("nodes", {"a100-80g-sxm-x8"}),
-    ("clusters", {"a100-80g-sxm"}), ("kernels", {"ampere"}), ("algorithms", {"ppo"}),
-    ("strategies", {"colocated", "interleaved", "disaggregated"})])
+@pytest.mark.parametrize(
+    "what, some",
+    [
+        ("models", {"llama-7b", "qwen2.5-0.5b"}),
+        ("gpus", {"a100-80g-sxm"}),
+        ("nodes", {"a100-80g-sxm-x8"}),
+        ("clusters", {"a100-80g-sxm"}),
+        ("kernels", {"ampere"}),
+        ("algorithms", {"ppo"}),
+        ("strategies", {"colocated", "interleaved", "disaggregated"}),
+    ],
+)
 def test_show_names(run: Run, what: str, some: set[str]) -> None:
     text, names = run(f"show {what}"), run(f"show {what} --json").json
     assert text.code == 0
@@ -394,11 +469,18 @@ def on_terminal(folder: Path, columns: int, lines: list[str], **environment: str
     """What these commands print on a terminal of so many columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    code = ("import shlex, sys\nfrom rlhfsim.cli import main\nfor line in sys.argv[1:]:\n    try:\n"
-            "        main(shlex.split(line))\n    except SystemExit:\n        pass\n")
+    code = (
+        "import shlex, sys\nfrom rlhfsim.cli import main\nfor line in sys.argv[1:]:\n    try:\n"
+        "        main(shlex.split(line))\n    except SystemExit:\n        pass\n"
+    )
     given = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
-    with subprocess.Popen([sys.executable, "-c", code, *lines], cwd=folder, stdout=follower, stderr=follower,
-                          env={**given, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **environment}) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *lines],
+        cwd=folder,
+        stdout=follower,
+        stderr=follower,
+        env={**given, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **environment},
+    ) as child:
         os.close(follower)
         shown = b""
         while True:
@@ -415,8 +497,14 @@ def on_terminal(folder: Path, columns: int, lines: list[str], **environment: str
 
 
 def test_narrow_terminals_and_no_colour(outside: Path) -> None:
-    lines = ["fits small.yaml", "simulate small.yaml", f"simulate small.yaml {TOO_LARGE}",
-             "compare small.yaml --as-given", "show gpus", "show small.yaml"]
+    lines = [
+        "fits small.yaml",
+        "simulate small.yaml",
+        f"simulate small.yaml {TOO_LARGE}",
+        "compare small.yaml --as-given",
+        "show gpus",
+        "show small.yaml",
+    ]
     shown = on_terminal(outside, 60, lines, NO_COLOR="1")
     assert not re.search(r"\x1b\[[\d;]*\b(3|4|9|10)[0-8]", shown)  # no colours; bold and italics may be there
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
@@ -438,12 +526,19 @@ def test_labels_are_shown_as_they_are(run: Run) -> None:
 # -- start --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, unneeded", [
-    ("--help", ("numpy", "pydantic", "networkx", "rich")),
-    ("show gpus", ("numpy", "pydantic", "networkx", "rich")),
-    ("fits small.yaml", ("simpy", "matplotlib", "joblib", "scipy")),
-    ("compare small.yaml --as-given", ("matplotlib", "joblib", "scipy"))])
+@pytest.mark.parametrize(
+    "line, unneeded",
+    [
+        ("--help", ("numpy", "pydantic", "networkx", "rich")),
+        ("show gpus", ("numpy", "pydantic", "networkx", "rich")),
+        ("fits small.yaml", ("simpy", "matplotlib", "joblib", "scipy")),
+        ("compare small.yaml --as-given", ("matplotlib", "joblib", "scipy")),
+    ],
+)
 def test_only_what_is_needed_is_imported(outside: Path, line: str, unneeded: tuple[str, ...]) -> None:
-    done = process(outside, f"import sys\nfrom rlhfsim.cli import main\ntry:\n    main({shlex.split(line)})\n"
-                            f"finally:\n    print([m for m in {unneeded} if m in sys.modules], file=sys.stderr)")
+    done = process(
+        outside,
+        f"import sys\nfrom rlhfsim.cli import main\ntry:\n    main({shlex.split(line)})\n"
+        f"finally:\n    print([m for m in {unneeded} if m in sys.modules], file=sys.stderr)",
+    )
     assert done.stderr == "[]\n"

@@ -22,25 +22,58 @@ from rlhfsim.spec.hardware import Cluster, Gpu, Network, Node
 RINGS: tuple[Op, ...] = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
 # Everything at nominal rate, nothing takes time to start: what remains are bytes over rates.
 IDEAL = Collectives(
-    {op: {8: Curve(0.0, 1.0, 1.0)} for op in (*RINGS, "send", "to_host", "from_host")}, hop_seconds=0.0,
-    network_hop_seconds=1e-30, network_tree_hop_seconds=1e-30, network_efficiency=1.0, network_exponent=1.0,
-    pcie_efficiency=1.0)
+    {op: {8: Curve(0.0, 1.0, 1.0)} for op in (*RINGS, "send", "to_host", "from_host")},
+    hop_seconds=0.0,
+    network_hop_seconds=1e-30,
+    network_tree_hop_seconds=1e-30,
+    network_efficiency=1.0,
+    network_exponent=1.0,
+    pcie_efficiency=1.0,
+)
 
 
 def value(x: float) -> Sourced:
     return Sourced(value=x, source="unverified")
 
 
-def make_cluster(nodes: int = 2, gpus: int = 8, link: Any = "nvswitch", *, nics: int = 8, nic: float = 25e9,
-                 nvlink: float | None = 300e9, pcie: float = 32e9, per_switch: int = 2, memory: float = 400e9,
-                 leaf: int | None = None, oversubscription: float = 1.0, architecture: str = "ampere") -> Cluster:
-    gpu = Gpu(name="gpu", architecture=architecture, kernels="none", memory_bytes=value(80e9),
-              memory_bytes_per_second=value(2e12), flops_per_second={"bf16": value(312e12)}, multiprocessors=value(108),
-              nvlink_bytes_per_second=value(nvlink) if nvlink else None, pcie_bytes_per_second=value(pcie))
-    node = Node(name="node", gpu="gpu", gpus_per_node=gpus, gpu_link=link, pcie_gpus_per_switch=per_switch,
-                host_memory_bytes=value(1e12), host_memory_bytes_per_second=value(memory))
-    network = Network(nics_per_node=nics, nic_bytes_per_second=value(nic), nodes_per_leaf=leaf,
-                      oversubscription=oversubscription)
+def make_cluster(
+    nodes: int = 2,
+    gpus: int = 8,
+    link: Any = "nvswitch",
+    *,
+    nics: int = 8,
+    nic: float = 25e9,
+    nvlink: float | None = 300e9,
+    pcie: float = 32e9,
+    per_switch: int = 2,
+    memory: float = 400e9,
+    leaf: int | None = None,
+    oversubscription: float = 1.0,
+    architecture: str = "ampere",
+) -> Cluster:
+    gpu = Gpu(
+        name="gpu",
+        architecture=architecture,
+        kernels="none",
+        memory_bytes=value(80e9),
+        memory_bytes_per_second=value(2e12),
+        flops_per_second={"bf16": value(312e12)},
+        multiprocessors=value(108),
+        nvlink_bytes_per_second=value(nvlink) if nvlink else None,
+        pcie_bytes_per_second=value(pcie),
+    )
+    node = Node(
+        name="node",
+        gpu="gpu",
+        gpus_per_node=gpus,
+        gpu_link=link,
+        pcie_gpus_per_switch=per_switch,
+        host_memory_bytes=value(1e12),
+        host_memory_bytes_per_second=value(memory),
+    )
+    network = Network(
+        nics_per_node=nics, nic_bytes_per_second=value(nic), nodes_per_leaf=leaf, oversubscription=oversubscription
+    )
     return Cluster(name="hand-made", node=node, gpu=gpu, nodes=nodes, network=network)
 
 
@@ -60,8 +93,16 @@ def bus_bandwidth(topology: ClusterTopology, op: Op, ranks: range, payload: floa
 # --- closed forms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("op", "factor"), [("all_reduce", 2 * 7 / 8), ("all_gather", 7 / 8), ("reduce_scatter", 7 / 8),
-                                            ("all_to_all", 7 / 8), ("broadcast", 1.0)])
+@pytest.mark.parametrize(
+    ("op", "factor"),
+    [
+        ("all_reduce", 2 * 7 / 8),
+        ("all_gather", 7 / 8),
+        ("reduce_scatter", 7 / 8),
+        ("all_to_all", 7 / 8),
+        ("broadcast", 1.0),
+    ],
+)
 def test_one_node_is_limited_by_the_ports(op: Op, factor: float) -> None:
     t = ClusterTopology(make_cluster(), IDEAL)
     assert seconds(t, op, [range(8)], 3e9) == pytest.approx(factor * 3e9 / 300e9, rel=1e-12)
@@ -74,8 +115,10 @@ def test_efficiency_and_latency_curve_as_nccl_tests_defines_them() -> None:
     assert seconds(t, "all_reduce", [range(8)], 1e8) == pytest.approx((22e-6**0.6 + wire**0.6) ** (1 / 0.6), rel=1e-12)
 
 
-@pytest.mark.parametrize(("op", "factor"), [("all_reduce", 2 * 15 / 16), ("all_gather", 15 / 16),
-                                            ("all_to_all", 8 * 8 / 16), ("broadcast", 1.0)])
+@pytest.mark.parametrize(
+    ("op", "factor"),
+    [("all_reduce", 2 * 15 / 16), ("all_gather", 15 / 16), ("all_to_all", 8 * 8 / 16), ("broadcast", 1.0)],
+)
 def test_across_nodes_a_group_uses_all_nics_of_its_node(op: Op, factor: float) -> None:
     t = ClusterTopology(make_cluster(nodes=2), IDEAL)
     assert seconds(t, op, [range(16)], 1e9) == pytest.approx(factor * 1e9 / (8 * 25e9), rel=1e-12)
@@ -101,8 +144,9 @@ def test_two_nics_of_a_gpu_are_limited_by_its_pcie_slot() -> None:
 
 
 def test_tree_between_two_nodes_sends_the_payload_once() -> None:
-    tree = Collectives(IDEAL.inside, network_efficiency=1.0, network_exponent=1.0, pcie_efficiency=1.0,
-                       two_node_tree_efficiency=1.0)
+    tree = Collectives(
+        IDEAL.inside, network_efficiency=1.0, network_exponent=1.0, pcie_efficiency=1.0, two_node_tree_efficiency=1.0
+    )
     two, four = (ClusterTopology(make_cluster(nodes=n), tree) for n in (2, 4))
     assert two.route("all_reduce", (tuple(range(16)),)).usage["node0 nic0 out"] == pytest.approx(1 / 8)
     assert four.route("all_reduce", (tuple(range(32)),)).usage["node0 nic0 out"] == pytest.approx(2 * 31 / 32 / 8)
@@ -114,7 +158,8 @@ def test_a_ring_crosses_each_leaf_uplink_once_in_each_direction(oversubscription
     uplink = 4 * 8 * 25e9 / oversubscription
     usage = t.route("all_gather", (tuple(range(64)),)).usage
     assert {link: u for link, u in usage.items() if link.startswith("leaf")} == pytest.approx(
-        {f"leaf{i} {way}": 63 / 64 for i in (0, 1) for way in ("up", "down")})
+        {f"leaf{i} {way}": 63 / 64 for i in (0, 1) for way in ("up", "down")}
+    )
     assert t.capacities["leaf0 up"] == uplink
     # One ring asks a leaf for what one node's NICs carry: it binds only when 4:1 leaves it just that, ...
     assert seconds(t, "all_gather", [range(64)], 1e9) == pytest.approx(63 / 64 * 1e9 / 200e9, rel=1e-12)
@@ -123,7 +168,8 @@ def test_a_ring_crosses_each_leaf_uplink_once_in_each_direction(oversubscription
     assert seconds(t, "all_gather", rings, 1e9) == pytest.approx(15 / 16 * 1e9 / 200e9 * oversubscription, rel=1e-12)
     # ... and an all-to-all sends half of everything across.
     assert seconds(t, "all_to_all", [range(64)], 1e9) == pytest.approx(
-        max(32 * 32 / 64 * 1e9 / uplink, 56 / 64 * 1e9 / 25e9), rel=1e-12)
+        max(32 * 32 / 64 * 1e9 / uplink, 56 / 64 * 1e9 / 25e9), rel=1e-12
+    )
     # Inside a leaf nothing changes.
     assert not [x for x in t.route("all_gather", (tuple(range(32)),)).usage if x.startswith("leaf")]
 
@@ -173,9 +219,16 @@ def test_a_group_of_one_sends_nothing() -> None:
 # --- the graph and symmetry ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cluster", [
-    make_cluster(nodes=4, leaf=2), make_cluster(nodes=3, link="pcie", nvlink=None), make_cluster(nodes=2, per_switch=1),
-    make_cluster(nodes=4, leaf=2, nics=4, link="pcie", per_switch=1), make_cluster(nodes=2, gpus=4, nics=8)])
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        make_cluster(nodes=4, leaf=2),
+        make_cluster(nodes=3, link="pcie", nvlink=None),
+        make_cluster(nodes=2, per_switch=1),
+        make_cluster(nodes=4, leaf=2, nics=4, link="pcie", per_switch=1),
+        make_cluster(nodes=2, gpus=4, nics=8),
+    ],
+)
 def test_a_send_uses_the_links_of_a_path(cluster: Cluster) -> None:
     t = ClusterTopology(cluster, IDEAL)
     for a, b in [(0, 1), (0, 3), (1, 2), (0, cluster.gpus - 1), (cluster.gpus - 1, 2)]:
@@ -191,8 +244,11 @@ def test_a_send_uses_the_links_of_a_path(cluster: Cluster) -> None:
 
 def test_every_link_is_an_edge_of_the_graph() -> None:
     t = ClusterTopology(make_cluster(nodes=4, leaf=2))
-    rates = {link: rate for _, _, link, rate in (
-        (u, v, d["link"], d["bytes_per_second"]) for u, v, d in t.graph.edges(data=True)) if link}
+    rates = {
+        link: rate
+        for _, _, link, rate in ((u, v, d["link"], d["bytes_per_second"]) for u, v, d in t.graph.edges(data=True))
+        if link
+    }
     assert rates == t.capacities
 
 
@@ -205,27 +261,38 @@ def test_what_leaves_enters_and_renaming_ranks_inside_a_node_changes_nothing(dat
     order = [data.draw(st.permutations(range(4))) for _ in range(4)]
     renamed = [4 * (r // 4) + order[r // 4][r % 4] for r in group]
     assert sorted(t.route(op, (tuple(group),)).usage.values()) == pytest.approx(
-        sorted(t.route(op, (tuple(renamed),)).usage.values()))
+        sorted(t.route(op, (tuple(renamed),)).usage.values())
+    )
     assert seconds(t, op, [group], 1e8) == pytest.approx(seconds(t, op, [renamed], 1e8), rel=1e-12)
     usage = t.route(op, (tuple(group),)).usage
     for out, into in (("nvlink out", "nvlink in"), ("out", "in"), ("up", "down")):
-        sent, taken = (sum(u for x, u in usage.items() if x.endswith(way) and ("nic" in x or way not in ("out", "in")))
-                       for way in (out, into))
+        sent, taken = (
+            sum(u for x, u in usage.items() if x.endswith(way) and ("nic" in x or way not in ("out", "in")))
+            for way in (out, into)
+        )
         if op != "broadcast" or out != "nvlink out":  # only the chain's average is not split exactly inside a node
             assert sent == pytest.approx(taken)
 
 
 @settings(deadline=None, max_examples=60)
-@given(op=st.sampled_from((*RINGS, "send", "to_host")),
-       ranks=st.lists(st.integers(0, 31), min_size=2, max_size=2, unique=True),
-       size=st.integers(2, 32), factor=st.floats(1.0, 10.0), what=st.sampled_from(["nvlink", "nic", "pcie", "memory"]),
-       payload=st.floats(1.0, 1e11), link=st.sampled_from(["nvswitch", "pcie"]))
-def test_more_bandwidth_is_never_slower_alone(op: Op, ranks: list[int], size: int, factor: float, what: str,
-                                              payload: float, link: str) -> None:
+@given(
+    op=st.sampled_from((*RINGS, "send", "to_host")),
+    ranks=st.lists(st.integers(0, 31), min_size=2, max_size=2, unique=True),
+    size=st.integers(2, 32),
+    factor=st.floats(1.0, 10.0),
+    what=st.sampled_from(["nvlink", "nic", "pcie", "memory"]),
+    payload=st.floats(1.0, 1e11),
+    link=st.sampled_from(["nvswitch", "pcie"]),
+)
+def test_more_bandwidth_is_never_slower_alone(
+    op: Op, ranks: list[int], size: int, factor: float, what: str, payload: float, link: str
+) -> None:
     group = {"send": tuple(ranks), "to_host": (ranks[0],)}.get(op, tuple(range(size)))
     base = {"nvlink": 300e9, "nic": 25e9, "pcie": 32e9, "memory": 100e9}
-    slow, fast = (ClusterTopology(make_cluster(nodes=4, link=link, leaf=2, oversubscription=4.0, **rates))
-                  for rates in (base, {**base, what: base[what] * factor}))
+    slow, fast = (
+        ClusterTopology(make_cluster(nodes=4, link=link, leaf=2, oversubscription=4.0, **rates))
+        for rates in (base, {**base, what: base[what] * factor})
+    )
     assert seconds(fast, op, [group], payload) <= seconds(slow, op, [group], payload) * (1 + 1e-12)
 
 
@@ -271,35 +338,43 @@ def a100(nodes: int, nics: int = 8) -> ClusterTopology:
     return ClusterTopology(make_cluster(nodes=nodes, nics=nics))
 
 
-@pytest.mark.parametrize(("topology", "op", "ranks", "payload", "measured", "error"), [
-    # NVIDIA/nccl-tests issue 212, maintainer, 2024-05-06: 8 H100, NVLink SHARP 480 GB/s; ring collectives 370 GB/s.
-    (h100(1), "all_reduce", range(8), 8e9, 480e9, 0.05),
-    (h100(1), "all_gather", range(8), 8e9, 370e9, 0.12),
-    # NVIDIA/nccl-tests issue 149: 8 A100, up to 1 GB, about 200 GB/s.
-    (a100(1), "all_reduce", range(8), 1e9, 200e9, 0.10),
-    # NVIDIA/nccl issue 1048, 2023-11-01: 8 A100 232.5 GB/s; two nodes with 4 HDR NICs 86 GB/s.
-    (a100(1), "all_reduce", range(8), 4e9, 232.5e9, 0.05),
-    (a100(2, nics=4), "all_reduce", range(16), 4e9, 86e9, 0.12),
-    # NVIDIA/nccl-tests issue 119, 2022-11-17: three nodes of 8 A100 with 4 HDR NICs, up to 128 MB, average 84.8 GB/s.
-    (a100(3, nics=4), "all_reduce", range(24), 128e6, 84.8e9, 0.12),
-    # NVIDIA/nccl issue 2409, 2026-09-14: two nodes of 8 H100 with 8 NDR NICs, about 470 GB/s expected.
-    (h100(2), "all_reduce", range(16), 8e9, 470e9, 0.15),
-    # NVIDIA/nccl issue 1218, 2024-03-12: 32 nodes of 8 H100, 340 GB/s with 8 NICs of (not stated, taken as) 400 Gbit/s.
-    (h100(32), "all_reduce", range(256), 8e9, 340e9, 0.12),
-])
-def test_published_bus_bandwidth(topology: ClusterTopology, op: Op, ranks: range, payload: float, measured: float,
-                                 error: float) -> None:
+@pytest.mark.parametrize(
+    ("topology", "op", "ranks", "payload", "measured", "error"),
+    [
+        # NVIDIA/nccl-tests issue 212, maintainer, 2024-05-06: 8 H100, NVLink SHARP 480 GB/s; ring collectives 370 GB/s.
+        (h100(1), "all_reduce", range(8), 8e9, 480e9, 0.05),
+        (h100(1), "all_gather", range(8), 8e9, 370e9, 0.12),
+        # NVIDIA/nccl-tests issue 149: 8 A100, up to 1 GB, about 200 GB/s.
+        (a100(1), "all_reduce", range(8), 1e9, 200e9, 0.10),
+        # NVIDIA/nccl issue 1048, 2023-11-01: 8 A100 232.5 GB/s; two nodes with 4 HDR NICs 86 GB/s.
+        (a100(1), "all_reduce", range(8), 4e9, 232.5e9, 0.05),
+        (a100(2, nics=4), "all_reduce", range(16), 4e9, 86e9, 0.12),
+        # NVIDIA/nccl-tests issue 119, 2022-11-17: three nodes of 8 A100, 4 HDR NICs, up to 128 MB, average 84.8 GB/s.
+        (a100(3, nics=4), "all_reduce", range(24), 128e6, 84.8e9, 0.12),
+        # NVIDIA/nccl issue 2409, 2026-09-14: two nodes of 8 H100 with 8 NDR NICs, about 470 GB/s expected.
+        (h100(2), "all_reduce", range(16), 8e9, 470e9, 0.15),
+        # NVIDIA/nccl issue 1218, 2024-03-12: 32 nodes of 8 H100, 340 GB/s, 8 NICs of (not stated: taken as) 400 Gbit/s.
+        (h100(32), "all_reduce", range(256), 8e9, 340e9, 0.12),
+    ],
+)
+def test_published_bus_bandwidth(
+    topology: ClusterTopology, op: Op, ranks: range, payload: float, measured: float, error: float
+) -> None:
     assert bus_bandwidth(topology, op, ranks, payload) == pytest.approx(measured, rel=error)
 
 
-@pytest.mark.parametrize(("topology", "ranks", "measured", "error"), [
-    # NVIDIA/nccl issue 652, 2022-03-18: 32 nodes of 8 A100, 4 HDR NICs: 63 us.
-    (a100(32, nics=4), range(256), 63e-6, 0.30),
-    # NVIDIA/nccl-tests issue 150, 2023-06-29: two A100 on two nodes, HDR: 19 us.
-    (a100(2), range(0, 16, 8), 19e-6, 0.30),
-])
-def test_published_latency_of_a_small_all_reduce(topology: ClusterTopology, ranks: range, measured: float,
-                                                 error: float) -> None:
+@pytest.mark.parametrize(
+    ("topology", "ranks", "measured", "error"),
+    [
+        # NVIDIA/nccl issue 652, 2022-03-18: 32 nodes of 8 A100, 4 HDR NICs: 63 us.
+        (a100(32, nics=4), range(256), 63e-6, 0.30),
+        # NVIDIA/nccl-tests issue 150, 2023-06-29: two A100 on two nodes, HDR: 19 us.
+        (a100(2), range(0, 16, 8), 19e-6, 0.30),
+    ],
+)
+def test_published_latency_of_a_small_all_reduce(
+    topology: ClusterTopology, ranks: range, measured: float, error: float
+) -> None:
     assert seconds(topology, "all_reduce", [ranks], 8.0) == pytest.approx(measured, rel=error)
 
 

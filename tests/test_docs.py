@@ -29,8 +29,16 @@ def run(command: str, folder: Path) -> str:
     words = shlex.split(command)
     assert words[0] == "rlhfsim", f"only rlhfsim commands are run: {command}"
     environment = {**os.environ, "COLUMNS": "118", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "rlhfsim.cli", *words[1:]], cwd=folder, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhfsim.cli", *words[1:]],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+        check=False,
+    )
     return re.sub(r"[ \t]+$", "", done.stdout, flags=re.MULTILINE)
 
 
@@ -69,6 +77,7 @@ def update() -> None:
     import tempfile
 
     for page in PAGES:
+
         def printed(match: re.Match[str]) -> str:
             with tempfile.TemporaryDirectory() as folder:
                 return f"```console\n$ {match['command']}\n{run(match['command'], prepare(Path(folder)))}```"

@@ -56,7 +56,8 @@ def test_a_firing_stands_for_whole_places_with_their_lanes(graph: StageGraph) ->
             places = small.places(Firing(0, stage.name, 0, place))
             seen += places
             assert sorted(r for block in folded.ranks_of(place) for r in small.ranks[block]) == sorted(
-                r for p in places for r in stage.ranks_of(p))
+                r for p in places for r in stage.ranks_of(p)
+            )
             lanes = {lane for block in folded.lanes_of(place) for lane in small.lanes[block]}
             assert lanes == {lane for p in places for lane in stage.lanes_of(p)}
         assert sorted(seen) == list(range(stage.places))
@@ -96,21 +97,25 @@ ALONE = Devices(W, 8, dict.fromkeys(SCORES, 1) | {"gen": 1})
 PAIRS = Devices(W, 8, dict.fromkeys(SCORES, 2) | {"gen": 8})
 
 
-@pytest.mark.parametrize("build, where, options, blocks, spans", [
-    (colocated.build, Devices(W, 8), {"calls": 4}, 1, 4 * 5 + 4 * 2),
-    (colocated.build, ALONE, {"calls": 4}, 1, 4 * 5 + 4 * 2),
-    (colocated.build, PAIRS, {"calls": 4}, 1, 4 * 5 + 4 * 2),
-    (interleaved.build, Devices(W, 8), {"mode": "sync"}, 2, None),
-    (interleaved.build, ALONE, {"mode": "sync"}, 2, None),
-    (interleaved.build, PAIRS, {}, 2, None),
-    (interleaved.build, ALONE, {"ratio": 0.25}, 4, None),
-    (interleaved.build, ALONE, {"ratio": 0.25, "mode": "sync", "calls": 3}, 4, None),
-    (interleaved.build, Devices(W, 8), {"concat": True}, 2, None),
-    (disaggregated.build, Devices(W, 8), {"batches": 16}, 6, 16 * 4 + 4 * 2 + 2),
-    (disaggregated.build, Devices(W, 8), {"batches": 16, "replicas": 16}, 21, 16 * 4 + 4 * 2 + 2),
-])
-def test_a_thousand_ranks_are_a_handful(build: Any, where: Devices, options: dict[str, Any], blocks: int,
-                                        spans: int | None) -> None:
+@pytest.mark.parametrize(
+    "build, where, options, blocks, spans",
+    [
+        (colocated.build, Devices(W, 8), {"calls": 4}, 1, 4 * 5 + 4 * 2),
+        (colocated.build, ALONE, {"calls": 4}, 1, 4 * 5 + 4 * 2),
+        (colocated.build, PAIRS, {"calls": 4}, 1, 4 * 5 + 4 * 2),
+        (interleaved.build, Devices(W, 8), {"mode": "sync"}, 2, None),
+        (interleaved.build, ALONE, {"mode": "sync"}, 2, None),
+        (interleaved.build, PAIRS, {}, 2, None),
+        (interleaved.build, ALONE, {"ratio": 0.25}, 4, None),
+        (interleaved.build, ALONE, {"ratio": 0.25, "mode": "sync", "calls": 3}, 4, None),
+        (interleaved.build, Devices(W, 8), {"concat": True}, 2, None),
+        (disaggregated.build, Devices(W, 8), {"batches": 16}, 6, 16 * 4 + 4 * 2 + 2),
+        (disaggregated.build, Devices(W, 8), {"batches": 16, "replicas": 16}, 21, 16 * 4 + 4 * 2 + 2),
+    ],
+)
+def test_a_thousand_ranks_are_a_handful(
+    build: Any, where: Devices, options: dict[str, Any], blocks: int, spans: int | None
+) -> None:
     graph = build(ppo.build(minibatches=4), where, **options)
     small = fold(graph)
     assert len(small.ranks) == blocks
@@ -122,4 +127,5 @@ def test_a_thousand_ranks_are_a_handful(build: Any, where: Devices, options: dic
     if spans is not None:
         assert len(timeline.spans) == spans
     assert sum(len(s.ranks) for s in timeline.spans) == sum(
-        len(graph.at(f.stage).ranks_of(f.place)) for f in graph.program())
+        len(graph.at(f.stage).ranks_of(f.place)) for f in graph.program()
+    )

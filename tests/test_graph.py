@@ -31,8 +31,9 @@ def pair(u: dict[str, object], v: dict[str, object], lanes: int = 4, **edge: obj
 
 def needs(graph: StageGraph, chunk: int = 0, place: int = 0, iteration: int = 0) -> set[tuple[int, int, int]]:
     """(iteration, chunk, place) of u that v needs."""
-    return {(n.iteration, n.chunk, n.place) for n in graph.needs(Firing(iteration, "v", chunk, place))
-            if n.stage == "u"}
+    return {
+        (n.iteration, n.chunk, n.place) for n in graph.needs(Firing(iteration, "v", chunk, place)) if n.stage == "u"
+    }
 
 
 # ---------------------------------------------------------------- needs
@@ -49,13 +50,16 @@ def test_a_barrier_waits_for_every_firing_where_places_take_turns() -> None:
     assert needs(graph) == {(0, 4, 0), (0, 3, 1)}
 
 
-@pytest.mark.parametrize("u_chunks, v_chunks, expected", [
-    (4, 4, [{0}, {1}, {2}, {3}]),
-    (4, 2, [{1}, {3}]),  # chunks 0 and 2 are implied: a place fires in order
-    (2, 4, [{0}, {0}, {1}, {1}]),
-    (3, 2, [{1}, {2}]),  # chunk 0 of 2 overlaps two thirds
-    (2, 3, [{0}, {1}, {1}]),
-])
+@pytest.mark.parametrize(
+    "u_chunks, v_chunks, expected",
+    [
+        (4, 4, [{0}, {1}, {2}, {3}]),
+        (4, 2, [{1}, {3}]),  # chunks 0 and 2 are implied: a place fires in order
+        (2, 4, [{0}, {0}, {1}, {1}]),
+        (3, 2, [{1}, {2}]),  # chunk 0 of 2 overlaps two thirds
+        (2, 3, [{0}, {1}, {1}]),
+    ],
+)
 def test_streams_overlap_chunks(u_chunks: int, v_chunks: int, expected: list[set[int]]) -> None:
     graph = pair({"chunks": u_chunks}, {"chunks": v_chunks}, stream=True)
     assert [{c for _, c, _ in needs(graph, k)} for k in range(v_chunks)] == expected
@@ -137,9 +141,15 @@ def test_a_barrier_receives_every_chunk() -> None:
     assert same(graph) == 2 * 3 * 4
 
 
-stages = st.fixed_dictionaries({"size": st.sampled_from((1, 2, 4)), "chunks": st.integers(1, 4),
-                                "epochs": st.integers(1, 3), "spread": st.sampled_from(("each", "robin")),
-                                "serves": st.sampled_from((range(8), range(4), range(2, 6)))})
+stages = st.fixed_dictionaries(
+    {
+        "size": st.sampled_from((1, 2, 4)),
+        "chunks": st.integers(1, 4),
+        "epochs": st.integers(1, 3),
+        "spread": st.sampled_from(("each", "robin")),
+        "serves": st.sampled_from((range(8), range(4), range(2, 6))),
+    }
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -164,8 +174,10 @@ def test_samples_are_handled_once_and_made_before(graph: StageGraph, samples: in
         before = reachable(graph, f)
         for u, _, edge in graph.in_edges(f.stage, data=True):
             if not edge["lag"]:
-                made, ever = ({i for g in some if g.stage == u for i in samples_of(graph, g, samples).tolist()}
-                              for some in (before, firings(graph)))
+                made, ever = (
+                    {i for g in some if g.stage == u for i in samples_of(graph, g, samples).tolist()}
+                    for some in (before, firings(graph))
+                )
                 assert set(ids) & ever <= made, (f, u)
     for (stage, _), ids in handled.items():
         if not stage.startswith("ids"):
@@ -220,7 +232,13 @@ def test_colocated_program() -> None:
     assert names == 2 * ["gen", "old_log_prob", "ref", "reward", "values"] + 4 * ["update_critic", "update_actor"]
     shared = colocated.build(ppo.build(share_actor_critic=True), Devices((0, 1), 2, own_engine=True))
     assert [f.stage for f in shared.program()] == [
-        "gen", "ref", "reward", "old_log_prob", "update_actor", "update_weights"]
+        "gen",
+        "ref",
+        "reward",
+        "old_log_prob",
+        "update_actor",
+        "update_weights",
+    ]
 
 
 def test_a_loop_of_unequal_pieces_alternates_in_proportion() -> None:
@@ -234,15 +252,18 @@ def test_a_loop_of_unequal_pieces_alternates_in_proportion() -> None:
 # ---------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("more, said", [
-    ({"ranks": ()}, "no ranks"),
-    ({"ranks": (0, 1, 0)}, "named twice"),
-    ({"ranks": range(6), "size": 4}, "6 ranks do not divide into places of 4"),
-    ({"ranks": range(6), "size": 0}, "places of 0"),
-    ({"ranks": range(6), "size": 2}, "4 lanes do not spread over 3 places"),
-    ({"ranks": range(4), "chunks": 0}, "0 chunks"),
-    ({"ranks": range(4), "epochs": 0}, "0 epochs"),
-])
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"ranks": ()}, "no ranks"),
+        ({"ranks": (0, 1, 0)}, "named twice"),
+        ({"ranks": range(6), "size": 4}, "6 ranks do not divide into places of 4"),
+        ({"ranks": range(6), "size": 0}, "places of 0"),
+        ({"ranks": range(6), "size": 2}, "4 lanes do not spread over 3 places"),
+        ({"ranks": range(4), "chunks": 0}, "0 chunks"),
+        ({"ranks": range(4), "epochs": 0}, "0 epochs"),
+    ],
+)
 def test_impossible_stages(more: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=f"stage s: .*{said}"):
         StageGraph(lanes=4).stage("s", "score", "m", **more)  # type: ignore[arg-type]

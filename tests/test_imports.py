@@ -48,8 +48,9 @@ def test_imports_are_read_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "p" / "q").mkdir(parents=True)
     file = tmp_path / "p" / "q" / "m.py"
-    file.write_text("import a.b\nfrom . import c\nfrom ..d import e\n"
-                    "if TYPE_CHECKING:\n    import t\ndef f():\n    import g\n")
+    file.write_text(
+        "import a.b\nfrom . import c\nfrom ..d import e\nif TYPE_CHECKING:\n    import t\ndef f():\n    import g\n"
+    )
     everything = {"a.b", "p.q", "p.q.c", "p.d", "p.d.e", "t", "g"}
     assert imports(file) == everything
     assert imports(file, lazy=False, type_only=False) == everything - {"t", "g"}
@@ -71,8 +72,12 @@ def test_an_algorithm_knows_at_most_the_graph(file: Path) -> None:
 def test_the_simulator_needs_no_framework_and_no_real_runs() -> None:
     files = modules("rlhfsim")
     assert len(files) > 30
-    wrong = {f"{file.relative_to(ROOT)}: {name}" for file in files for name in imports(file)
-             if within(name, "torch", "deepspeed", "transformers", "real")}
+    wrong = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in files
+        for name in imports(file)
+        if within(name, "torch", "deepspeed", "transformers", "real")
+    }
     assert not wrong
 
 
@@ -90,8 +95,12 @@ def test_the_graph_knows_no_seconds_and_no_bytes(name: str) -> None:
 
 
 def test_real_runs_know_nothing_of_the_simulator() -> None:
-    wrong = {f"{file.relative_to(ROOT)}: {name}" for file in modules("real") for name in imports(file)
-             if within(name, "rlhfsim.sim", "rlhfsim.costs", "rlhfsim.plan", "simpy")}
+    wrong = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in modules("real")
+        for name in imports(file)
+        if within(name, "rlhfsim.sim", "rlhfsim.costs", "rlhfsim.plan", "simpy")
+    }
     assert not wrong
 
 

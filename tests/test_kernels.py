@@ -78,7 +78,7 @@ def test_a_wrong_file_is_refused(tmp_path):
     for old, new in (("compute_efficiency: 0.765", "compute_efficiency: 1.1"), ("source: vidur,", "source: vidor,")):
         assert old in text
         (tmp_path / "bad.yaml").write_text(text.replace(old, new))
-        with pytest.raises(InputError, match="less than or equal to 1|vidor"):
+        with pytest.raises(InputError, match=r"less than or equal to 1|vidor"):
             load_kernels(tmp_path / "bad.yaml")
 
 

@@ -24,8 +24,10 @@ COSTS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 7.0])
 @st.composite
 def networks(draw: Any) -> tuple[list[dict[str, float]], dict[str, float], list[float]]:
     capacities = {link: draw(st.floats(0.5, 50.0)) for link in LINKS}
-    usages = [draw(st.dictionaries(st.sampled_from(LINKS), COSTS, min_size=1, max_size=4))
-              for _ in range(draw(st.integers(1, 6)))]
+    usages = [
+        draw(st.dictionaries(st.sampled_from(LINKS), COSTS, min_size=1, max_size=4))
+        for _ in range(draw(st.integers(1, 6)))
+    ]
     demands = [draw(st.one_of(st.just(math.inf), st.floats(0.01, 50.0))) for _ in usages]
     return usages, capacities, demands
 
@@ -48,8 +50,9 @@ def twin(usages: list[dict[str, float]], capacities: dict[str, float], demands: 
         if level:
             rows += [[-1.0 if j == i else 0.0 for j in range(n)] + [1.0] for i in range(n) if i not in fixed]
             rhs += [0.0] * (n - len(fixed))
-        bounds = [(fixed[i] * (1 - 1e-11), fixed[i]) if i in fixed else (floors.get(i, 0.0), upper[i])
-                  for i in range(n)]
+        bounds = [
+            (fixed[i] * (1 - 1e-11), fixed[i]) if i in fixed else (floors.get(i, 0.0), upper[i]) for i in range(n)
+        ]
         solved = linprog([-x for x in objective], A_ub=rows, b_ub=rhs, bounds=[*bounds, (0, None)], method="highs")
         assert solved.status == 0, solved.message
         return -float(solved.fun)
@@ -117,8 +120,13 @@ def test_another_flow_can_make_one_faster() -> None:
 
 # --- segments in simulated time --------------------------------------------------------------------------------------
 
-ROUTES = {1: Route({"nic": 1.0, "left": 1.0}, 0.0, 1.0), 2: Route({"nic": 1.0, "right": 1.0}, 0.0, 1.0),
-          3: Route({"far": 1.0}, 0.0, 1.0), 4: Route({"right": 1.0}, 0.0, 1.0), 5: Route({}, 0.0, 1.0)}
+ROUTES = {
+    1: Route({"nic": 1.0, "left": 1.0}, 0.0, 1.0),
+    2: Route({"nic": 1.0, "right": 1.0}, 0.0, 1.0),
+    3: Route({"far": 1.0}, 0.0, 1.0),
+    4: Route({"right": 1.0}, 0.0, 1.0),
+    5: Route({}, 0.0, 1.0),
+}
 
 
 class Topology:
@@ -207,8 +215,11 @@ def test_hidden_transfers_come_out_when_the_link_is_too_slow_for_all() -> None:
 
 
 def test_segments_without_traffic_are_one_event() -> None:
-    done, _ = simulate((0.0, segment(5, 1e9, compute=4.0)), (0.0, Segment("compute", np.array([[1.0], [2.0]]))),
-                       (0.0, segment(1, 0.0, compute=1.0)))
+    done, _ = simulate(
+        (0.0, segment(5, 1e9, compute=4.0)),
+        (0.0, Segment("compute", np.array([[1.0], [2.0]]))),
+        (0.0, segment(1, 0.0, compute=1.0)),
+    )
     assert [d[0] for d in done] == pytest.approx([4.0, 2.0, 1.0])
     assert done[1][1].peers == pytest.approx([1.0, 0.0])
 
@@ -223,11 +234,17 @@ def test_several_transfers_of_a_segment_do_not_slow_each_other() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 4), st.floats(0.1, 200), st.floats(0, 5), st.booleans()),
-                min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 20), st.integers(1, 4), st.floats(0.1, 200), st.floats(0, 5), st.booleans()),
+        min_size=1,
+        max_size=8,
+    )
+)
 def test_never_faster_than_alone_no_ghosts_same_again(jobs: list[tuple[float, int, float, float, bool]]) -> None:
-    plan = [(start, segment(route, payload, compute, prefetch=int(ahead)))
-            for start, route, payload, compute, ahead in jobs]
+    plan = [
+        (start, segment(route, payload, compute, prefetch=int(ahead))) for start, route, payload, compute, ahead in jobs
+    ]
     done, end = simulate(*plan)
     assert end == max(d[0] for d in done)  # nothing is left in the calendar after the last end
     assert all(elapsed.seconds >= alone * (1 - 1e-9) for _, elapsed, alone in done)
@@ -235,15 +252,31 @@ def test_never_faster_than_alone_no_ghosts_same_again(jobs: list[tuple[float, in
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(st.tuples(st.integers(0, 15), st.integers(2, 8), st.sampled_from(["all_gather", "all_to_all"]),
-                                   st.floats(1e6, 1e9)), min_size=1, max_size=2), min_size=2, max_size=5))
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.integers(0, 15),
+                st.integers(2, 8),
+                st.sampled_from(["all_gather", "all_to_all"]),
+                st.floats(1e6, 1e9),
+            ),
+            min_size=1,
+            max_size=2,
+        ),
+        min_size=2,
+        max_size=5,
+    )
+)
 def test_the_pool_looks_at_few_links_and_finds_the_rates_of_all(jobs: list[list[tuple[int, int, Any, float]]]) -> None:
     topology = ClusterTopology(make_cluster(nodes=4, gpus=4, nics=2, leaf=2, oversubscription=3.0))
     env = simpy.Environment()
     pool = LinkPool(env, topology)
     for job in jobs:
-        transfers = tuple(Transfer(op, (tuple((first + 3 * i) % 16 for i in range(size)),), payload)
-                          for first, size, op, payload in job)
+        transfers = tuple(
+            Transfer(op, (tuple((first + 3 * i) % 16 for i in range(size)),), payload)
+            for first, size, op, payload in job
+        )
         env.process(pool.run(Segment("job", np.zeros((1, 1)), transfers=transfers)))
     while env.peek() == 0.0:
         env.step()

@@ -60,19 +60,33 @@ def test_stage_seconds_are_unions_and_halves_of_a_stage_are_one() -> None:
 
 
 def test_stage_seconds_leave_out_the_first_of_several_iterations() -> None:
-    spans = [span("gen", (0,), 0.0, 9.0), span("gen", (0,), 9.0, 2.0, iteration=1),
-             span("gen", (0,), 11.0, 3.0, iteration=2)]
+    spans = [
+        span("gen", (0,), 0.0, 9.0),
+        span("gen", (0,), 9.0, 2.0, iteration=1),
+        span("gen", (0,), 11.0, 3.0, iteration=2),
+    ]
     assert metrics.stage_seconds(check(Timeline(spans, 1, 3))) == {"gen": 2.5}
 
 
 def test_disaggregated_by_hand() -> None:
     timeline = disaggregated()
-    assert metrics.timing(timeline) == {"timing_s/gen": 4.0, "timing_s/ref": 2.0, "timing_s/reward": 3.0,
-                                        "timing_s/update_actor": 3.0, "timing_s/step": 10.0}
+    assert metrics.timing(timeline) == {
+        "timing_s/gen": 4.0,
+        "timing_s/ref": 2.0,
+        "timing_s/reward": 3.0,
+        "timing_s/update_actor": 3.0,
+        "timing_s/step": 10.0,
+    }
     second = metrics.measured(timeline)
     account = metrics.rank_seconds(timeline, second)
-    assert metrics.total_seconds(account) == {"compute": 3 + 2 + 2 * 2 + 2.5 + 3 * 2, "wait_peers": 0, "wait_data": 0,
-                                              "communication": 1 + 1 + 0.5 + 3 * 0.5, "wait_link": 1.5, "idle": 37.0}
+    assert metrics.total_seconds(account) == {
+        "compute": 3 + 2 + 2 * 2 + 2.5 + 3 * 2,
+        "wait_peers": 0,
+        "wait_data": 0,
+        "communication": 1 + 1 + 0.5 + 3 * 0.5,
+        "wait_link": 1.5,
+        "idle": 37.0,
+    }
     assert metrics.idle_share(timeline) == 37 / 60
     assert metrics.group_seconds(timeline)[4,]["idle"] == 4.0
     assert set(metrics.group_seconds(timeline)) == {(0, 1), (2, 3), (4,), (5,)}
@@ -80,10 +94,16 @@ def test_disaggregated_by_hand() -> None:
     path = metrics.critical_path(timeline)
     assert path.seconds == 10.0
     assert path.by_stage() == {"gen": 4.0, "reward": 3.0, "update_actor": 3.0}
-    assert path.table() == {("reward", "compute"): 2.5, ("gen", "hbm"): 2.0, ("update_actor", "flops"): 2.0,
-                            ("gen", "exposed communication"): 1.0, ("gen", "launch"): 1.0,
-                            ("reward", "exposed communication"): 0.5, ("update_actor", "exposed communication"): 0.5,
-                            ("update_actor", "shared links"): 0.5}
+    assert path.table() == {
+        ("reward", "compute"): 2.5,
+        ("gen", "hbm"): 2.0,
+        ("update_actor", "flops"): 2.0,
+        ("gen", "exposed communication"): 1.0,
+        ("gen", "launch"): 1.0,
+        ("reward", "exposed communication"): 0.5,
+        ("update_actor", "exposed communication"): 0.5,
+        ("update_actor", "shared links"): 0.5,
+    }
     assert sum(path.by_cause().values()) == 10.0
     assert metrics.bound_by(timeline) == "reward: compute (25 % of the critical path)"
 
@@ -100,7 +120,12 @@ def test_slack_is_how_much_longer_a_stage_may_take() -> None:
 
     assert metrics.slack_seconds(timeline)["values"] == 8.0
     assert metrics.slack_seconds(timeline, needs) == {
-        "gen": 0.0, "reward": 0.0, "ref": 1.0, "update_actor": 0.0, "values": 5.0}
+        "gen": 0.0,
+        "reward": 0.0,
+        "ref": 1.0,
+        "update_actor": 0.0,
+        "values": 5.0,
+    }
 
 
 def test_slack_of_what_was_interrupted_and_of_what_waits_inside() -> None:
@@ -121,8 +146,13 @@ def test_overlap_share() -> None:
 
 def test_throughput_has_verl_names_and_units() -> None:
     rates = metrics.throughput(disaggregated(), samples=20, tokens=6000)
-    assert rates == {"perf/time_per_step": 10.0, "perf/total_num_tokens": 6000, "perf/throughput": 100.0,
-                     "tokens_per_second": 600.0, "samples_per_second": 2.0}
+    assert rates == {
+        "perf/time_per_step": 10.0,
+        "perf/total_num_tokens": 6000,
+        "perf/throughput": 100.0,
+        "tokens_per_second": 600.0,
+        "samples_per_second": 2.0,
+    }
 
 
 def test_path_through_waits_inside_spans_gaps_and_interruptions() -> None:
@@ -133,26 +163,42 @@ def test_path_through_waits_inside_spans_gaps_and_interruptions() -> None:
     train = span("update_actor", (1,), 0.0, 3.0, data=7.5, after=rest)
     path = metrics.critical_path(check(Timeline([gen, sync, rest, train], 2, 1)))
     assert [(s.span.firing.stage, s.start_seconds) for s in path.steps] == [
-        ("gen", 0.0), ("update_weights", 4.0), ("gen", 5.5), ("update_actor", 7.5)]
-    assert path.table() == {("gen", "compute"): 6.0, ("update_actor", "compute"): 3.0,
-                            ("update_weights", "exposed communication"): 1.0, ("update_weights", "dispatch"): 0.5}
+        ("gen", 0.0),
+        ("update_weights", 4.0),
+        ("gen", 5.5),
+        ("update_actor", 7.5),
+    ]
+    assert path.table() == {
+        ("gen", "compute"): 6.0,
+        ("update_actor", "compute"): 3.0,
+        ("update_weights", "exposed communication"): 1.0,
+        ("update_weights", "dispatch"): 0.5,
+    }
     assert path.seconds == 10.5
 
 
 def test_path_follows_the_replica_that_does_not_wait() -> None:
     both = Span(Firing(0, "gen", 0, 0), "generate", "actor", (0, 1), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
     assert metrics.critical_path(check(Timeline([both], 2, 1))).by_cause() == {
-        "compute": 3.0, "exposed communication": 1.0}
+        "compute": 3.0,
+        "exposed communication": 1.0,
+    }
 
 
 def test_like_ranks_are_one_group() -> None:
     timeline = disaggregated()
     groups = metrics.rank_groups(timeline)
     assert {g.label: g.stages for g in groups} == {
-        "0": ("gen",), "1": ("gen",), "2-3": ("ref", "update_actor"), "4": ("reward", "update_actor"), "5": ()}
+        "0": ("gen",),
+        "1": ("gen",),
+        "2-3": ("ref", "update_actor"),
+        "4": ("reward", "update_actor"),
+        "5": (),
+    }
     # Two places that run at the same times fold, whatever their numbers.
-    timeline.spans += [replace(s, ranks=(5,), firing=s.firing._replace(place=2))
-                       for s in timeline.spans if s.ranks == (0,)]
+    timeline.spans += [
+        replace(s, ranks=(5,), firing=s.firing._replace(place=2)) for s in timeline.spans if s.ranks == (0,)
+    ]
     assert metrics.rank_groups(check(timeline))[0].ranks == (0, 5)
     assert metrics.rank_text((7, 1, 2, 3, 9)) == "1-3, 7, 9"
 
@@ -163,7 +209,11 @@ def test_memory_peaks_name_instant_phase_and_content() -> None:
     assert peak == (2, 7.0, "train", 80.0, {"weights": 20.0, "optimizer": 60.0})
     assert {rank: p.bytes for rank, p in metrics.peaks_by_rank(timeline).items()} == {0: 40.0, 2: 80.0}
     assert {phase: p.bytes for phase, p in metrics.peaks_by_phase(timeline).items()} == {
-        "generate": 40.0, "idle": 10.0, "score": 25.0, "train": 80.0}
+        "generate": 40.0,
+        "idle": 10.0,
+        "score": 25.0,
+        "train": 80.0,
+    }
     assert list(metrics.peaks_by_phase(timeline)) == ["generate", "idle", "score", "train"]
     timeline.memory.append(MemorySample(1, 7.0, "train", {"weights": 80.0}))
     assert metrics.memory_peak(timeline).rank == 1  # equal peaks: the lowest rank
@@ -181,8 +231,10 @@ def test_every_rank_second_is_exactly_one_thing(timeline: Timeline) -> None:
     assert sum(metrics.total_seconds(account).values()) == approx(timeline.ranks * window.seconds)
     for rank in range(timeline.ranks):
         held = [s for s in timeline.spans if rank in s.ranks]
-        free = sum(not any(s.start_seconds <= t < s.end_seconds for s in held)
-                   for t in range(int(window.start_seconds), int(window.end_seconds)))
+        free = sum(
+            not any(s.start_seconds <= t < s.end_seconds for s in held)
+            for t in range(int(window.start_seconds), int(window.end_seconds))
+        )
         assert account["idle"][rank] == approx(free)
         own = [per_replica(s)[s.ranks.index(rank) * len(per_replica(s)) // len(s.ranks)] for s in held if s.seconds]
         for part, column in zip(metrics.BUSY_PARTS, zip(*own, strict=True), strict=False):
@@ -194,8 +246,7 @@ def test_every_rank_second_is_exactly_one_thing(timeline: Timeline) -> None:
 def test_windows_add_up(timeline: Timeline, cuts: list[float]) -> None:
     start, end = metrics.whole(timeline)
     edges = [start, *sorted(start + c * (end - start) for c in cuts), end]
-    pieces = [metrics.total_seconds(metrics.rank_seconds(timeline, metrics.Window(a, b)))
-              for a, b in pairwise(edges)]
+    pieces = [metrics.total_seconds(metrics.rank_seconds(timeline, metrics.Window(a, b))) for a, b in pairwise(edges)]
     total = metrics.total_seconds(metrics.rank_seconds(timeline))
     for part in metrics.PARTS:
         assert sum(piece[part] for piece in pieces) == approx(total[part], abs=1e-9)
@@ -273,8 +324,14 @@ def test_twice_the_durations_is_twice_everything(timeline: Timeline) -> None:
 def test_the_order_of_spans_in_the_file_does_not_matter(timeline: Timeline, random: object) -> None:
     shuffled = replace(timeline, spans=list(timeline.spans))
     random.shuffle(shuffled.spans)  # type: ignore[attr-defined]
-    for measure in (metrics.step_seconds, metrics.stage_seconds, metrics.slack_seconds, metrics.overlap_share,
-                    metrics.idle_share, lambda t: metrics.critical_path(t).table()):
+    for measure in (
+        metrics.step_seconds,
+        metrics.stage_seconds,
+        metrics.slack_seconds,
+        metrics.overlap_share,
+        metrics.idle_share,
+        lambda t: metrics.critical_path(t).table(),
+    ):
         assert measure(shuffled) == approx(measure(timeline))
     assert metrics.bound_by(shuffled) == metrics.bound_by(timeline)
 
@@ -295,9 +352,22 @@ def test_colocated_has_no_idle_and_no_overlap() -> None:
 # ---------------------------------------------------------------- numbers for people, and who imports whom
 
 
-@pytest.mark.parametrize("value, shown", [
-    (0, "0"), (1, "1.00"), (0.012345, "0.0123"), (9.996, "10.0"), (999.6, "1000"), (12345, "12300"), (-2.5, "-2.50"),
-    (1234567, "1.23e+06"), (0.00001234, "1.23e-05"), (float("inf"), "inf"), (float("nan"), "nan")])
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (0, "0"),
+        (1, "1.00"),
+        (0.012345, "0.0123"),
+        (9.996, "10.0"),
+        (999.6, "1000"),
+        (12345, "12300"),
+        (-2.5, "-2.50"),
+        (1234567, "1.23e+06"),
+        (0.00001234, "1.23e-05"),
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+    ],
+)
 def test_three_digits(value: float, shown: str) -> None:
     assert text.three(value) == shown
 
@@ -307,10 +377,25 @@ def test_three_digits_are_right(value: float) -> None:
     assert float(text.three(value)) == approx(value, rel=5.01e-3, abs=0)
 
 
-@pytest.mark.parametrize("seconds, shown", [
-    (0, "0 s"), (85e-6, "85.0 µs"), (0.0123, "12.3 ms"), (0.99949, "999 ms"), (0.9997, "1.00 s"), (4.5, "4.50 s"),
-    (59.96, "1 min 0 s"), (125, "2 min 5 s"), (3599.7, "1 h 0 min"), (12000, "3 h 20 min"), (86399, "1 d 0 h"),
-    (187200, "2 d 4 h"), (-4.5, "-4.50 s"), (float("inf"), "inf s")])
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [
+        (0, "0 s"),
+        (85e-6, "85.0 µs"),
+        (0.0123, "12.3 ms"),
+        (0.99949, "999 ms"),
+        (0.9997, "1.00 s"),
+        (4.5, "4.50 s"),
+        (59.96, "1 min 0 s"),
+        (125, "2 min 5 s"),
+        (3599.7, "1 h 0 min"),
+        (12000, "3 h 20 min"),
+        (86399, "1 d 0 h"),
+        (187200, "2 d 4 h"),
+        (-4.5, "-4.50 s"),
+        (float("inf"), "inf s"),
+    ],
+)
 def test_human_seconds(seconds: float, shown: str) -> None:
     assert text.human_seconds(seconds) == shown
 

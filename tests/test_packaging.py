@@ -26,8 +26,15 @@ workload:
 def python(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """This Python, without a PYTHONPATH unless one is given. Raises AssertionError where it fails."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | options.pop("environment", {})
-    done = subprocess.run([sys.executable, *map(str, arguments)], text=True, capture_output=True, timeout=120,
-                          check=False, env=environment, **options)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env=environment,
+        **options,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -35,8 +42,12 @@ def python(*arguments: str | Path, **options: Any) -> subprocess.CompletedProces
 def needed() -> list[str]:
     """Files of the checkout that a user's copy must have."""
     kept = ("rlhfsim", "hw_specs", "traces")
-    return sorted(str(path.relative_to(ROOT)) for folder in kept for path in (ROOT / folder).rglob("*")
-                  if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(
+        str(path.relative_to(ROOT))
+        for folder in kept
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +78,21 @@ def copies(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 def rlhfsim(folder: Path, line: str, at: Path) -> subprocess.CompletedProcess[str]:
     """The installed command, with that copy of rlhfsim and no other."""
-    start = (f"import site, sys; site.addsitedir({str(folder)!r}); import rlhfsim; "
-             "print(rlhfsim.__file__, file=sys.stderr); from rlhfsim.cli import main; main()")
+    start = (
+        f"import site, sys; site.addsitedir({str(folder)!r}); import rlhfsim; "
+        "print(rlhfsim.__file__, file=sys.stderr); from rlhfsim.cli import main; main()"
+    )
     return python("-c", start, *line.split(), cwd=at)
 
 
 def test_wheel_and_checkout_say_the_same(copies: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "scenario.yaml").write_text(SCENARIO)
-    for line in ("show gpus --json", "show scenario.yaml --json", "fits scenario.yaml --json",
-                 "simulate scenario.yaml --json"):
+    for line in (
+        "show gpus --json",
+        "show scenario.yaml --json",
+        "fits scenario.yaml --json",
+        "simulate scenario.yaml --json",
+    ):
         answers = {kind: rlhfsim(folder, line, tmp_path) for kind, folder in copies.items()}
         assert answers["installed"].stderr.startswith(str(copies["installed"]))
         assert answers["editable"].stderr.startswith(str(ROOT))
@@ -85,6 +102,11 @@ def test_wheel_and_checkout_say_the_same(copies: dict[str, Path], tmp_path: Path
 
 def test_the_command_is_installed(copies: dict[str, Path], tmp_path: Path) -> None:
     for folder in copies.values():
-        done = python(folder / "bin" / "rlhfsim", "show", "gpus", cwd=tmp_path, environment={
-            "PYTHONPATH": str(folder if folder.name.startswith("installed") else ROOT)})
+        done = python(
+            folder / "bin" / "rlhfsim",
+            "show",
+            "gpus",
+            cwd=tmp_path,
+            environment={"PYTHONPATH": str(folder if folder.name.startswith("installed") else ROOT)},
+        )
         assert "a100-80g-sxm" in done.stdout.splitlines()

@@ -19,15 +19,28 @@ from rlhfsim.errors import InputError
 from rlhfsim.timeline import Timeline, check
 
 GIB = 2**30
-CURVES = [{"strategy": s, "gpus": g, "speedup": k * (g / 8) ** 0.9, "low": 0.9 * k * (g / 8) ** 0.9,
-           "high": 1.1 * k * (g / 8) ** 0.9, **({"measured": 2.5} if g == 16 and s == "disaggregated" else {})}
-          for s, k in (("disaggregated", 1.5), ("colocated", 1.0)) for g in (64, 8, 16, 32)]
+CURVES = [
+    {
+        "strategy": s,
+        "gpus": g,
+        "speedup": k * (g / 8) ** 0.9,
+        "low": 0.9 * k * (g / 8) ** 0.9,
+        "high": 1.1 * k * (g / 8) ** 0.9,
+        **({"measured": 2.5} if g == 16 and s == "disaggregated" else {}),
+    }
+    for s, k in (("disaggregated", 1.5), ("colocated", 1.0))
+    for g in (64, 8, 16, 32)
+]
 BARS: list[dict[str, Any]] = [
     {"strategy": "colocated", "speedup": 1.0, "step_seconds": 27.0},
     {"strategy": "interleaved, asynchronous, half of the ranks", "speedup": 0.96, "low": 0.9, "high": 1.02},
-    {"strategy": "disaggregated", "speedup": 1.62, "low": 1.5, "high": 1.75, "measured": 1.7, "step_seconds": 16.6}]
-PHASES = {"generate": {"weights": 14 * GIB, "KV cache": 50 * GIB}, "score": {"weights": 14 * GIB, "logits": 64 * GIB},
-          "train actor": {"weights": 14 * GIB, "optimizer": 84 * GIB, "activations": 9 * GIB}}
+    {"strategy": "disaggregated", "speedup": 1.62, "low": 1.5, "high": 1.75, "measured": 1.7, "step_seconds": 16.6},
+]
+PHASES = {
+    "generate": {"weights": 14 * GIB, "KV cache": 50 * GIB},
+    "score": {"weights": 14 * GIB, "logits": 64 * GIB},
+    "train actor": {"weights": 14 * GIB, "optimizer": 84 * GIB, "activations": 9 * GIB},
+}
 
 
 @pytest.fixture
@@ -56,8 +69,11 @@ def labels(figure: Any) -> list[Any]:
     # matplotlib keeps tick labels beyond the ends of an axis, but does not draw them
     ticks = {t for axis in axises for t in axis.get_majorticklabels() + axis.get_minorticklabels()}
     drawn_ticks = {tick.label1 for axis in axises for tick in axis._update_ticks()}
-    return [(t.get_text(), t.get_window_extent(renderer)) for t in figure.findobj(Text)
-            if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn_ticks)]
+    return [
+        (t.get_text(), t.get_window_extent(renderer))
+        for t in figure.findobj(Text)
+        if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn_ticks)
+    ]
 
 
 def assert_legible(figure: Any) -> None:
@@ -93,9 +109,17 @@ def test_gantt_says_what_it_shows(tmp_path: Path) -> None:
     path = tmp_path / "g.svg"
     plot.gantt({"colocated": colocated(), "disaggregated": disaggregated()}, path)
     svg = path.read_text()
-    for text in ("colocated: 15.0 s per step, 0 % idle, 6 ranks of 3 x test node, simulated",
-                 "disaggregated: 10.0 s per step, 62 % idle", "gen", "update_actor", "exposed communication", "idle",
-                 "seconds (inside", "2-3", "end of an iteration"):
+    for text in (
+        "colocated: 15.0 s per step, 0 % idle, 6 ranks of 3 x test node, simulated",
+        "disaggregated: 10.0 s per step, 62 % idle",
+        "gen",
+        "update_actor",
+        "exposed communication",
+        "idle",
+        "seconds (inside",
+        "2-3",
+        "end of an iteration",
+    ):
         assert text in svg, text
 
 
@@ -151,15 +175,19 @@ def test_speedup_figure_and_its_csv(tmp_path: Path, drawn: list[Any]) -> None:
     assert list(rows[0]) == ["strategy", "gpus", "speedup", "low", "high", "measured"]
     assert [row["gpus"] for row in rows] == ["8", "16", "32", "64"] * 2
     assert float(rows[3]["speedup"]) == next(
-        r["speedup"] for r in CURVES if r["gpus"] == 64 and r["strategy"] == "disaggregated")
+        r["speedup"] for r in CURVES if r["gpus"] == 64 and r["strategy"] == "disaggregated"
+    )
     ideal = next(line for line in drawn[0].axes[0].lines if "ideal" in line.get_label())
     assert list(ideal.get_ydata()) == [1, 2, 4, 8]
     assert_legible(drawn[0])
 
 
 def test_speedup_figure_over_names(tmp_path: Path, drawn: list[Any]) -> None:
-    table = [{"strategy": s, "model": m, "speedup": 1.2, "low": 1.1, "high": 1.3} for s in ("a", "b")
-             for m in ("llama-7b-with-a-long-name", "opt-66b", "opt-13b", "pythia-12b", "gpt-neox-20b", "bloom-7b1")]
+    table = [
+        {"strategy": s, "model": m, "speedup": 1.2, "low": 1.1, "high": 1.3}
+        for s in ("a", "b")
+        for m in ("llama-7b-with-a-long-name", "opt-66b", "opt-13b", "pythia-12b", "gpt-neox-20b", "bloom-7b1")
+    ]
     plot.speedup_figure(table, "colocated", "model", tmp_path / "s.png", scaling="weak", title="an experiment")
     assert drawn[0].axes[0].get_title() == "an experiment, weak scaling (the same work per rank)"
     assert_legible(drawn[0])
@@ -180,8 +208,10 @@ def test_memory_figure(tmp_path: Path, drawn: list[Any]) -> None:
     assert_legible(drawn[0])
     texts = {text for text, _ in labels(drawn[0])}
     assert {"64.0 GiB", "78.0 GiB", "107 GiB: 27.0 GiB too much", "capacity 80.0 GiB", "KV cache"} <= texts
-    ends = [max(p.get_x() + p.get_width() for p in drawn[0].axes[0].patches if round(p.get_y() + 0.31) == y)
-            for y in range(3)]
+    ends = [
+        max(p.get_x() + p.get_width() for p in drawn[0].axes[0].patches if round(p.get_y() + 0.31) == y)
+        for y in range(3)
+    ]
     assert ends == pytest.approx([64, 78, 107])
     assert (tmp_path / "m.csv").read_text().splitlines()[0] == "phase,weights,KV cache,logits,optimizer,activations"
 
@@ -190,7 +220,8 @@ DRAW: dict[str, Callable[[Path], None]] = {
     "gantt": lambda path: plot.gantt({"a": colocated(), "b": disaggregated()}, path),
     "speedup": lambda path: plot.speedup_figure(CURVES, "colocated", "gpus", path, ideal="flat"),
     "bars": lambda path: plot.speedup_bars(BARS, "colocated", path),
-    "memory": lambda path: plot.memory_figure(PHASES, path)}
+    "memory": lambda path: plot.memory_figure(PHASES, path),
+}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

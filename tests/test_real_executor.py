@@ -52,8 +52,9 @@ STATIC: dict[str, StageGraph] = {
     "interleaved sync": interleaved.build(ppo.build(), ALONE, mode="sync"),
     "interleaved concat": interleaved.build(ppo.build(), ALONE, concat=True, mode="sync", calls=2),
     "interleaved 3:1": interleaved.build(ppo.build(), ALONE, owners={"reference": [0, 2, 3], "reward": [1]}),
-    "interleaved critic": interleaved.build(ppo.build(), EIGHT, owners={
-        "reference": [4, 5, 6, 7], "reward": [0, 1, 2, 3], "critic": [2, 3, 4, 5]}),
+    "interleaved critic": interleaved.build(
+        ppo.build(), EIGHT, owners={"reference": [4, 5, 6, 7], "reward": [0, 1, 2, 3], "critic": [2, 3, 4, 5]}
+    ),
     "interleaved engine": interleaved.build(SHARED, ENGINES, ratio=0.25),
     "disaggregated": disaggregated.build(ppo.build(minibatches=2), EIGHT, batches=4),
     "disaggregated replicas": disaggregated.build(ppo.build(minibatches=2), EIGHT, batches=4, replicas=2, capacity=2),
@@ -72,8 +73,13 @@ def ranks() -> Iterator[Ranks]:
     found.close()
 
 
-def performed(ranks: Ranks, graph: StageGraph, folder: Path, sleeps: Sleeps = Sleeps(),  # noqa: B008
-              iterations: int = 3) -> tuple[Timeline, list[rank_processes.Seen]]:
+def performed(
+    ranks: Ranks,
+    graph: StageGraph,
+    folder: Path,
+    sleeps: Sleeps = Sleeps(),  # noqa: B008
+    iterations: int = 3,
+) -> tuple[Timeline, list[rank_processes.Seen]]:
     """The merged timeline of all ranks, and what each saw."""
     seen = ranks.call(rank_processes.perform, Job(graph, iterations, folder, sleeps))
     return spans.timeline(graph, spans.read(folder, 8), 8, iterations), seen
@@ -123,8 +129,12 @@ def test_real_ranks_do_what_the_simulator_says(ranks: Ranks, tmp_path: Path, nam
     assert Counter(s.firing for s in timeline.spans) == Counter(s.firing for s in simulated.spans)
     assert orders(timeline) == orders(simulated)
     for rank, found in enumerate(seen):
-        wanted = {(s.firing, g, lane): fields for s in timeline.spans for g, lane, fields in graph.receives(s.firing)
-                  if graph.at(s.firing.stage).home(lane, s.firing.place) == rank}
+        wanted = {
+            (s.firing, g, lane): fields
+            for s in timeline.spans
+            for g, lane, fields in graph.receives(s.firing)
+            if graph.at(s.firing.stage).home(lane, s.firing.place) == rank
+        }
         assert {(f, g, lane) for f, g, lane, _ in found} == wanted.keys()
         for f, g, lane, fields in found:
             assert fields == {field: made(g, lane, field) for field in wanted[f, g, lane]}
@@ -146,8 +156,12 @@ def test_the_first_free_replica_takes_the_next_batch(ranks: Ranks, tmp_path: Pat
     turns = Counter(s.firing.place for s in timeline.of(stage="gen"))
     assert turns.total() == 18 and turns[1] >= 2 * turns[0]
     offered = Counter((f.iteration, f.chunk) for f in (s.firing for s in timeline.of(stage="gen")))
-    got = Counter(tuple(fields["tokens"][i] for i in (0, 2)) for found in seen for f, g, _, fields in found
-                  if f.stage == "ref" and g.stage == "gen")
+    got = Counter(
+        tuple(fields["tokens"][i] for i in (0, 2))
+        for found in seen
+        for f, g, _, fields in found
+        if f.stage == "ref" and g.stage == "gen"
+    )
     assert offered == got and set(got.values()) == {1}  # every batch arrives once, under whatever number
 
 
@@ -171,8 +185,10 @@ def test_a_missing_edge_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
     broken.remove_edge("reward", "update_actor")
     timeline, _ = performed(ranks, broken, tmp_path, Sleeps(0.001, {"reward": 0.05}))
     assert unmet(broken, timeline) == []
-    assert any("stage='update_actor'" in text and "needs Firing(iteration=0, stage='reward'" in text
-               for text in unmet(whole, timeline))
+    assert any(
+        "stage='update_actor'" in text and "needs Firing(iteration=0, stage='reward'" in text
+        for text in unmet(whole, timeline)
+    )
 
 
 # ---------------------------------------------------------------- spans
@@ -185,7 +201,7 @@ def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
     found = spans.read(tmp_path, 8)
     f = Firing(1, "update_actor", 0, 0)
     for rank, record in found.records[f].items():  # as if rank 2 had come late
-        (key, [(called, entered, left)]), = record.measured.calls.items()
+        ((key, [(called, entered, left)]),) = record.measured.calls.items()
         late = 50_000_000
         times = (called + late, entered + late, left + late) if rank == 2 else (called, entered, left + late)
         measured = replace(record.measured, calls={key: [times]})
@@ -247,8 +263,13 @@ def test_spans_of_shifted_clocks_are_put_in_order(ranks: Ranks, tmp_path: Path) 
 
 
 def test_fields_survive_packing() -> None:
-    fields = {"tokens": torch.arange(7).reshape(1, 7), "mask": torch.ones(3, dtype=torch.bool),
-              "none": torch.empty(0, 4), "values": torch.randn(2, 3, dtype=torch.bfloat16), "score": torch.tensor(2.5)}
+    fields = {
+        "tokens": torch.arange(7).reshape(1, 7),
+        "mask": torch.ones(3, dtype=torch.bool),
+        "none": torch.empty(0, 4),
+        "values": torch.randn(2, 3, dtype=torch.bfloat16),
+        "score": torch.tensor(2.5),
+    }
     shapes = json.loads(json.dumps(shapes_of(fields)))
     packed = pack(fields)
     assert len(packed) == packed_bytes(shapes)
@@ -296,8 +317,12 @@ def test_harm_to_one_rank_ends_all(tmp_path: Path, name: str) -> None:
     (tmp_path / "ranks").mkdir()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     began = time.monotonic()
-    processes = [rank_processes.CONTEXT.Process(target=rank_processes.suffer, daemon=True, args=(
-        rank, 3, store.port, graph, trouble, tmp_path)) for rank in range(3)]
+    processes = [
+        rank_processes.CONTEXT.Process(
+            target=rank_processes.suffer, daemon=True, args=(rank, 3, store.port, graph, trouble, tmp_path)
+        )
+        for rank in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -309,7 +334,7 @@ def test_harm_to_one_rank_ends_all(tmp_path: Path, name: str) -> None:
     assert codes == [-9 if trouble.kind == "killed" and r == trouble.rank else 1 for r in range(3)]
     assert took < 15.0
     lines = [line for rank in range(3) for line in (tmp_path / f"stderr{rank}").read_text().splitlines()]
-    said, = (line for line in lines if line.startswith("real.run: "))
+    (said,) = (line for line in lines if line.startswith("real.run: "))
     assert f"rank {trouble.rank} " in said and f"{trouble.firing.stage}[0] of iteration 1" in said
     timeline = check_timeline(read(tmp_path / "timeline.jsonl"))
     assert timeline.info["failure"] in said
@@ -340,11 +365,16 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
         for domain in DOMAINS:
             if rank not in domain:
                 continue
-            config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
-                      "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
+            config = {
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": stage},
+                "gradient_clipping": 1.0,
+                "zero_allow_untested_optimizer": True,
+            }
             with groups.deepspeed(domain):
-                partitioned = deepspeed.zero.Init(data_parallel_group=groups.of(domain), config_dict_or_path=config,
-                                                  enabled=stage == 3)
+                partitioned = deepspeed.zero.Init(
+                    data_parallel_group=groups.of(domain), config_dict_or_path=config, enabled=stage == 3
+                )
                 torch.manual_seed(0)
                 with partitioned:
                     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -424,8 +454,14 @@ def command(folder: Path, *arguments: str, ranks: int = 0, **environment: str) -
     clean = {name: value for name, value in os.environ.items() if name not in names}
     files = [str(folder / "main.py"), str(folder / "scenario.yaml")]
     clean |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *launcher, *files, *arguments], capture_output=True, text=True, timeout=60,
-                          check=False, env=clean | environment)
+    return subprocess.run(
+        [sys.executable, *launcher, *files, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=clean | environment,
+    )
 
 
 def test_the_command_writes_a_timeline(tmp_path: Path) -> None:
@@ -452,20 +488,30 @@ def test_the_command_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
 def test_bad_input_is_one_message(tmp_path: Path) -> None:
     done = command(tmp_path)
     assert done.returncode == 2
-    assert done.stderr == ("real.run: cluster: the scenario runs on 2 ranks, but 1 were started (torchrun "
-                           "--nproc-per-node 2 -m real.run ...)\n")
+    assert done.stderr == (
+        "real.run: cluster: the scenario runs on 2 ranks, but 1 were started (torchrun "
+        "--nproc-per-node 2 -m real.run ...)\n"
+    )
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("cluster.gpus_per_nod=1",), "gpus_per_nod"),
-    (("cluster.gpus_per_node=1", "--iterations", "0"), "--iterations: is 0"),
-    (("cluster.gpus_per_node=1", "--silence", "0"), "--silence: is 0.0"),
-    (("cluster.gpus_per_node=1", "--out", "/nowhere/at/all.jsonl"), "--out: "),
-    (("cluster.gpus_per_node=1", "models.actor.spec=opt-175b"), "models: the 1 ranks of a machine need at least"),
-    (("strategy=disaggregated",), "strategy"),
-])
-def test_bad_input_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-                                arguments: tuple[str, ...], said: str) -> None:
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("cluster.gpus_per_nod=1",), "gpus_per_nod"),
+        (("cluster.gpus_per_node=1", "--iterations", "0"), "--iterations: is 0"),
+        (("cluster.gpus_per_node=1", "--silence", "0"), "--silence: is 0.0"),
+        (("cluster.gpus_per_node=1", "--out", "/nowhere/at/all.jsonl"), "--out: "),
+        (("cluster.gpus_per_node=1", "models.actor.spec=opt-175b"), "models: the 1 ranks of a machine need at least"),
+        (("strategy=disaggregated",), "strategy"),
+    ],
+)
+def test_bad_input_exits_with_2(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -23,9 +22,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from reference_ppo import Reference  # noqa: E402
 from scenarios import scenario  # noqa: E402
 
-from real import generate, models, ppo, stages  # noqa: E402
+from real import models  # noqa: E402
 from rlhfsim.batch import samples_of  # noqa: E402
-from rlhfsim.errors import InputError  # noqa: E402
 from rlhfsim.firing import Firing  # noqa: E402
 from rlhfsim.layout import graph_of  # noqa: E402
 from rlhfsim.spec.scenario import Scenario  # noqa: E402
@@ -40,8 +38,12 @@ BASE: dict[str, Any] = {
     "cluster": {"spec": "a100-80g-sxm", "nodes": 1, "gpus_per_node": 4},
     "models.actor": TINY,
     "models.critic": {"micro_batch_samples": 1},
-    "workload": {"prompts": 8, "prompt_tokens": {"distribution": "uniform", "min_tokens": 3, "max_tokens": 9},
-                 "response_tokens": {"distribution": "uniform", "min_tokens": 2, "max_tokens": 12}, "padded": False},
+    "workload": {
+        "prompts": 8,
+        "prompt_tokens": {"distribution": "uniform", "min_tokens": 3, "max_tokens": 9},
+        "response_tokens": {"distribution": "uniform", "min_tokens": 2, "max_tokens": 12},
+        "padded": False,
+    },
     "algorithm": {"name": "ppo", "epochs": 2, "minibatches": 1, "optimizer": "sgd", "learning_rate": 0.5},
 }
 ON_SIX = {"cluster": {"spec": "a100-80g-sxm", "nodes": 1, "gpus_per_node": 6}, "strategy.batches": 4}
@@ -57,18 +59,43 @@ def on_policy() -> dict[str, dict[str, Any]]:
     return {
         "colocated_per_token": job("colocated", "zero3_per_token"),
         "colocated_hybrid_padded": job("colocated", "hybrid", **{"workload.padded": True, "strategy.calls": 2}),
-        "colocated_zero2": job("colocated", "hybrid", **{"models.actor.zero_stage": 2, "models.critic.zero_stage": 1,
-                                                         "models.actor.offload_optimizer": True}),
+        "colocated_zero2": job(
+            "colocated",
+            "hybrid",
+            **{"models.actor.zero_stage": 2, "models.critic.zero_stage": 1, "models.actor.offload_optimizer": True},
+        ),
         "colocated_engine": job("colocated", "engine", **{"generation.max_sequences": 1}),
         "interleaved_async": job("interleaved", "hybrid", **{"strategy.calls": 2}),
-        "interleaved_sync": job("interleaved", "hybrid", **{
-            "strategy.mode": "sync", "models.actor.zero_stage": 0, "models.critic.zero_stage": 0,
-            "models.actor.backend": "torch", "models.critic.backend": "torch"}),
+        "interleaved_sync": job(
+            "interleaved",
+            "hybrid",
+            **{
+                "strategy.mode": "sync",
+                "models.actor.zero_stage": 0,
+                "models.critic.zero_stage": 0,
+                "models.actor.backend": "torch",
+                "models.critic.backend": "torch",
+            },
+        ),
         "interleaved_concat": job("interleaved", "engine", **{"strategy.concat": True, "strategy.ratio": 0.25}),
         "disaggregated": job("disaggregated", "engine", **ON_SIX),
-        "disaggregated_values_by_critic": job("disaggregated", "engine", **ON_SIX | {
-            "strategy.shadow_critic": False, "strategy.replicas": 2, "weight_sync": {"method": "broadcast"},
-            "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4], "critic": [5]}}),
+        "disaggregated_values_by_critic": job(
+            "disaggregated",
+            "engine",
+            **ON_SIX
+            | {
+                "strategy.shadow_critic": False,
+                "strategy.replicas": 2,
+                "weight_sync": {"method": "broadcast"},
+                "strategy.ranks": {
+                    "shadow_actor": [0, 1],
+                    "reference": [2],
+                    "reward": [3],
+                    "actor": [4],
+                    "critic": [5],
+                },
+            },
+        ),
     }
 
 
@@ -76,16 +103,30 @@ LORA = {"models.actor.lora_rank": 4, "models.critic.trainable_layers": 1, "model
 OTHERS = {
     "two_minibatches": job("colocated", "hybrid", **{"algorithm.minibatches": 2}),
     "two_minibatches_apart": job("disaggregated", "engine", **ON_SIX | {"algorithm.minibatches": 2}),
-    "adam_lora": job("colocated", "engine", **LORA | {"algorithm.optimizer": "adam", "algorithm.learning_rate": 0.01,
-                                                      "algorithm.adam_epsilon": 0.1}),
+    "adam_lora": job(
+        "colocated",
+        "engine",
+        **LORA | {"algorithm.optimizer": "adam", "algorithm.learning_rate": 0.01, "algorithm.adam_epsilon": 0.1},
+    ),
     "lora_apart": job("disaggregated", "engine", **ON_SIX | LORA),
-    "shared_sampled": job("disaggregated", "engine", **ON_SIX | {
-        "models.share_actor_critic": True, "strategy.ranks": TWO_TRAIN, "workload.responses": "sampled",
-        "algorithm.reward": "function", "workload.responses_per_prompt": 2, "workload.prompts": 4}),
+    "shared_sampled": job(
+        "disaggregated",
+        "engine",
+        **ON_SIX
+        | {
+            "models.share_actor_critic": True,
+            "strategy.ranks": TWO_TRAIN,
+            "workload.responses": "sampled",
+            "algorithm.reward": "function",
+            "workload.responses_per_prompt": 2,
+            "workload.prompts": 4,
+        },
+    ),
 }
 BROKEN = {
     "broken_order": job("disaggregated", "engine", **ON_SIX) | {"broken": "sync_first"},
-    "broken_buffer": job("interleaved", "hybrid", **{"strategy.calls": 2, "workload.padded": False}) | {"broken": "one_buffer"},
+    "broken_buffer": job("interleaved", "hybrid", **{"strategy.calls": 2, "workload.padded": False})
+    | {"broken": "one_buffer"},
     "broken_edge": job("interleaved", "hybrid") | {"broken": "no_ref"},
 }
 
@@ -112,8 +153,10 @@ def mini_batches(found: Scenario) -> Any:
     """By the graph: the samples of each optimizer step."""
     graph, _ = graph_of(found)
     stage = graph.at("update_actor")
-    return lambda iteration: [samples_of(graph, Firing(iteration, stage.name, chunk, 0), found.workload.samples)
-                              for chunk in range(stage.firings)]
+    return lambda iteration: [
+        samples_of(graph, Firing(iteration, stage.name, chunk, 0), found.workload.samples)
+        for chunk in range(stage.firings)
+    ]
 
 
 @cache
@@ -124,12 +167,16 @@ def _expected(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     reference.run(ITERATIONS, mini_batches(found))
     weights = {name: dict(model.named_parameters()) for name, model in trained(reference).items()}
     start = {name: dict(model.named_parameters()) for name, model in trained(before).items()}
-    moved = {name: max(float((w - start[name][n]).abs().max()) for n, w in own.items()) for name, own in weights.items()}
+    moved = {
+        name: max(float((w - start[name][n]).abs().max()) for n, w in own.items()) for name, own in weights.items()
+    }
     return weights, moved
 
 
 def trained(reference: Reference) -> dict[str, models.Decoder]:
-    return {"actor": reference.actor} | ({"critic": reference.critic} if reference.critic is not reference.actor else {})
+    return {"actor": reference.actor} | (
+        {"critic": reference.critic} if reference.critic is not reference.actor else {}
+    )
 
 
 def differences(result: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]:
@@ -139,7 +186,9 @@ def differences(result: dict[str, Any], changes: dict[str, Any]) -> dict[str, fl
     for own in result["weights"]:
         for name, found in own.items():
             assert found.keys() == weights[name].keys()
-            worst[name] = max([worst[name], *(float((w - weights[name][n]).abs().max()) / moved[name] for n, w in found.items())])
+            worst[name] = max(
+                [worst[name], *(float((w - weights[name][n]).abs().max()) / moved[name] for n, w in found.items())]
+            )
     assert {name for own in result["weights"] for name in own} == set(weights)
     return worst
 

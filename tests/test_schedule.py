@@ -46,8 +46,13 @@ def drive(graph: StageGraph, iterations: int, seed: int) -> dict[int, list[Firin
             busy -= set(graph.ranks(f))
             log.add(scheduler.done(f))
     assert scheduler.left == 0, scheduler.stuck()
-    assert log == {Firing(i, s.name, c, p) for i in range(iterations) for s in graph.stages()
-                   for c in range(s.firings) for p in s.all_places(c)}
+    assert log == {
+        Firing(i, s.name, c, p)
+        for i in range(iterations)
+        for s in graph.stages()
+        for c in range(s.firings)
+        for p in s.all_places(c)
+    }
     assert count == len(log)
     return order
 
@@ -60,9 +65,18 @@ def graphs(draw: st.DrawFn) -> StageGraph:
         ranks = draw(st.permutations(range(6)))[: draw(st.sampled_from((1, 2, 4)))]
         size = draw(st.sampled_from((None, 1)))
         after = draw(st.lists(st.sampled_from(names), max_size=2, unique=True)) if names else []
-        names.append(graph.stage(f"s{k}", "score", "m", ranks, size=size, chunks=draw(st.integers(1, 4)),
-                                 epochs=draw(st.sampled_from((1, 1, 2))),
-                                 spread=draw(st.sampled_from(("each", "each", "robin", "first")))))
+        names.append(
+            graph.stage(
+                f"s{k}",
+                "score",
+                "m",
+                ranks,
+                size=size,
+                chunks=draw(st.integers(1, 4)),
+                epochs=draw(st.sampled_from((1, 1, 2))),
+                spread=draw(st.sampled_from(("each", "each", "robin", "first"))),
+            )
+        )
         for u in after:
             stream = draw(st.booleans())
             graph.link(u, names[-1], stream=stream, capacity=draw(st.sampled_from((None, 1, 2))) if stream else None)
@@ -103,8 +117,15 @@ def free_pipeline(capacity: int, chunks: int, spread: str = "each", stages: int 
     graph = StageGraph()
     for k in range(stages):
         size = 2 if spread != "each" and k == 0 else 1
-        graph.stage(f"s{k}", "score", "m", range(2 * k, 2 * k + size), size=1, chunks=chunks,
-                    spread=spread if k == 0 else "each")  # type: ignore[arg-type]
+        graph.stage(
+            f"s{k}",
+            "score",
+            "m",
+            range(2 * k, 2 * k + size),
+            size=1,
+            chunks=chunks,
+            spread=spread if k == 0 else "each",
+        )  # type: ignore[arg-type]
         if k:
             graph.link(f"s{k - 1}", f"s{k}", stream=True, capacity=capacity)
     return check(graph)
@@ -179,6 +200,7 @@ def test_stuck_says_who_waits_for_whom() -> None:
 
 def test_check_names_the_circle_that_capacity_makes() -> None:
     """w begins when all four chunks of u are done: one in w's hands, one in u's, the others must fit the channel."""
+
     def graph(capacity: int) -> StageGraph:
         graph = StageGraph()
         graph.stage("u", "score", "m", (0,), chunks=4)

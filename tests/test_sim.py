@@ -22,7 +22,8 @@ from rlhfsim.timeline import Span, Timeline
 
 NAMES = ("gen", *SCORES, "update_actor", "update_critic", "update_weights", "ids")
 seconds_of = st.lists(st.sampled_from((0.0, 0.25, 1.0, 1.0, 3.0)), min_size=len(NAMES), max_size=len(NAMES)).map(
-    lambda drawn: dict(zip(NAMES, drawn, strict=True)))
+    lambda drawn: dict(zip(NAMES, drawn, strict=True))
+)
 wires = st.sampled_from((0.0, 0.5, 2.0))
 EIGHT = Devices(tuple(range(8)), 8)
 
@@ -54,8 +55,13 @@ def test_critical_path_is_at_most_the_iteration(graph: StageGraph, seconds: dict
     timeline = simulate(graph, by_stage(seconds), message_bytes=wire)
     path = metrics.critical_path(timeline)
     assert path.seconds <= timeline.end_seconds + 1e-9
-    work = sum(seconds[metrics.base_stage(f.stage)] for s in graph.stages() for c in range(s.firings)
-               for p in s.all_places(c) for f in [Firing(0, s.name, c, p)])
+    work = sum(
+        seconds[metrics.base_stage(f.stage)]
+        for s in graph.stages()
+        for c in range(s.firings)
+        for p in s.all_places(c)
+        for f in [Firing(0, s.name, c, p)]
+    )
     messages = sum(1 for f in {s.firing for s in timeline.spans} for _ in graph.receives(f))
     assert timeline.end_seconds <= work + wire * 2 * messages + 1e-9
     if not wire:  # spans that release one another leave no gap: the path explains all of the time
@@ -64,8 +70,9 @@ def test_critical_path_is_at_most_the_iteration(graph: StageGraph, seconds: dict
 
 @settings(max_examples=60, deadline=None)
 @given(strategy_graphs(), seconds_of, wires, st.integers(1, 3))
-def test_twice_the_seconds_is_twice_the_timeline(graph: StageGraph, seconds: dict[str, float], wire: float,
-                                                 iterations: int) -> None:
+def test_twice_the_seconds_is_twice_the_timeline(
+    graph: StageGraph, seconds: dict[str, float], wire: float, iterations: int
+) -> None:
     once = simulate(graph, by_stage(seconds), iterations, message_bytes=wire)
     twice = simulate(graph, by_stage({s: 2 * x for s, x in seconds.items()}), iterations, message_bytes=2 * wire)
     assert [s.firing for s in once.spans] == [s.firing for s in twice.spans]
@@ -125,7 +132,12 @@ def test_all_that_ends_at_an_instant_ends_before_anyone_decides() -> None:
     seconds = {0: 1.0, 1: 2.0, 2: 1.0}
     spans = simulate(graph, lambda f: seconds.get(f.chunk, 1.0)).spans
     assert [(s.firing.chunk, s.firing.place, s.start_seconds) for s in spans] == [
-        (0, 0, 0.0), (1, 1, 0.0), (2, 0, 1.0), (3, 0, 2.0), (4, 1, 2.0)]
+        (0, 0, 0.0),
+        (1, 1, 0.0),
+        (2, 0, 1.0),
+        (3, 0, 2.0),
+        (4, 1, 2.0),
+    ]
 
 
 # ---------------------------------------------------------------- messages
@@ -143,8 +155,12 @@ def test_a_message_delays_its_consumer() -> None:
     """6 bytes at 4 bytes/s: 1.5 s after each result; the producer goes on meanwhile. The wait is booked as such."""
     spans = simulate(chain(), by_stage({"u": 2.0, "v": 1.0}), message_bytes=6.0, bytes_per_second=4.0).spans
     times = {s.firing[1:3]: (s.start_seconds, s.data_seconds, s.end_seconds) for s in spans}
-    assert times == {("u", 0): (0.0, 0.0, 2.0), ("u", 1): (2.0, 0.0, 4.0),
-                     ("v", 0): (2.0, 1.5, 4.5), ("v", 1): (4.5, 1.0, 6.5)}  # the second arrives at 5.5
+    assert times == {
+        ("u", 0): (0.0, 0.0, 2.0),
+        ("u", 1): (2.0, 0.0, 4.0),
+        ("v", 0): (2.0, 1.5, 4.5),
+        ("v", 1): (4.5, 1.0, 6.5),
+    }  # the second arrives at 5.5
 
 
 def test_messages_share_a_link() -> None:
@@ -160,6 +176,7 @@ def test_messages_share_a_link() -> None:
 
 def test_a_barrier_waits_for_the_first_chunks_message_too() -> None:
     """v starts after u's last chunk; the first chunk's message is slow and still must have arrived."""
+
     class FirstIsLarge(FixedCost):
         def message(self, messages: list[Message]) -> Transfer:
             return Transfer("send", ((0, 1),), 10.0 if messages[0].producer.chunk == 0 else 1.0)
@@ -172,8 +189,12 @@ def test_a_barrier_waits_for_the_first_chunks_message_too() -> None:
 
 def test_later_epochs_do_not_wait_again() -> None:
     graph = disaggregated.build(ppo.build(epochs=3), EIGHT, batches=1)
-    timeline = simulate(graph, by_stage({"reward": 1.0, "update_actor": 1.0, "update_critic": 1.0}), message_bytes=1.0,
-                        bytes_per_second=1e3)
+    timeline = simulate(
+        graph,
+        by_stage({"reward": 1.0, "update_actor": 1.0, "update_critic": 1.0}),
+        message_bytes=1.0,
+        bytes_per_second=1e3,
+    )
     waits = {s.firing[1:3]: s.data_seconds for s in timeline.spans if s.data_seconds}
     assert ("update_actor", 0) in waits and ("update_actor", 1) not in waits
 

@@ -31,7 +31,8 @@ def place(ratios: tuple[float | str, ...], world: int) -> tuple[dict[str, Ranks]
         numbers = list(map(int, re.findall(r"\d+", other)))
         assert numbers or other == "no ranks"
         theirs[ours.removeprefix("slots: ").partition(" ")[0]] = tuple(
-            range(numbers[0], numbers[1] + 1) if " to " in other else numbers)
+            range(numbers[0], numbers[1] + 1) if " to " in other else numbers
+        )
     return placed, theirs
 
 
@@ -40,18 +41,21 @@ def block(first: int, last: int) -> Ranks:
 
 
 # Models with the expected result of their code; () for models that get no ranks.
-@pytest.mark.parametrize("ratios, world, theirs", [
-    ((1, 1, 0.5, 0.5), 8, {"reference": block(0, 3), "reward": block(4, 7)}),
-    ((0.25,) * 4, 8, {"actor": (0, 1), "critic": (2, 3), "reference": (4, 5), "reward": (6, 7)}),
-    ((1, 1, 0.75, 0.25), 8, {"reference": block(0, 5), "reward": (2, 3)}),  # overlap; 6 and 7 idle
-    ((1, 1, 0.25, 0.75), 8, {"reward": block(6, 11)}),  # out of range
-    ((0.4, 0.4, 0.1, 0.1), 8, {"reference": (), "reward": ()}),
-    ((0.4, 0.4, 0.1, 0.1), 32, {"reference": block(6, 8), "reward": block(9, 11)}),  # on the actor's ranks
-    ((0.5,) * 4, 8, dict.fromkeys(("actor", "critic", "reference"), block(0, 3))),  # the last of six pairs wins
-    ((1, 1, 1 / 3, 2 / 3), 9, {"reference": (), "reward": ()}),  # the sum of percentages misses 100
-    ((0.1, 0.5, 0.3, 0.1), 10, dict.fromkeys(("actor", "critic", "reference", "reward"), ())),
-    ((1, 1, 0.5, 0.5), 7, {"reference": block(0, 2), "reward": block(3, 5)}),  # rank 6 owns neither
-])
+@pytest.mark.parametrize(
+    "ratios, world, theirs",
+    [
+        ((1, 1, 0.5, 0.5), 8, {"reference": block(0, 3), "reward": block(4, 7)}),
+        ((0.25,) * 4, 8, {"actor": (0, 1), "critic": (2, 3), "reference": (4, 5), "reward": (6, 7)}),
+        ((1, 1, 0.75, 0.25), 8, {"reference": block(0, 5), "reward": (2, 3)}),  # overlap; 6 and 7 idle
+        ((1, 1, 0.25, 0.75), 8, {"reward": block(6, 11)}),  # out of range
+        ((0.4, 0.4, 0.1, 0.1), 8, {"reference": (), "reward": ()}),
+        ((0.4, 0.4, 0.1, 0.1), 32, {"reference": block(6, 8), "reward": block(9, 11)}),  # on the actor's ranks
+        ((0.5,) * 4, 8, dict.fromkeys(("actor", "critic", "reference"), block(0, 3))),  # the last of six pairs wins
+        ((1, 1, 1 / 3, 2 / 3), 9, {"reference": (), "reward": ()}),  # the sum of percentages misses 100
+        ((0.1, 0.5, 0.3, 0.1), 10, dict.fromkeys(("actor", "critic", "reference", "reward"), ())),
+        ((1, 1, 0.5, 0.5), 7, {"reference": block(0, 2), "reward": block(3, 5)}),  # rank 6 owns neither
+    ],
+)
 def test_published_arithmetic(ratios: tuple[float, ...], world: int, theirs: dict[str, Ranks]) -> None:
     """What differs from ours is in a note, and nothing else is; ours is in range, disjoint and complete."""
     placed, noted = place(ratios, world)
@@ -65,10 +69,18 @@ def test_published_arithmetic(ratios: tuple[float, ...], world: int, theirs: dic
 
 
 def test_ours() -> None:
-    assert place((1, 1, 0.75, 0.25), 8)[0] == {"actor": tuple(range(8)), "critic": tuple(range(8)),
-                                               "reference": (0, 1, 2, 3, 4, 5), "reward": (6, 7)}
+    assert place((1, 1, 0.75, 0.25), 8)[0] == {
+        "actor": tuple(range(8)),
+        "critic": tuple(range(8)),
+        "reference": (0, 1, 2, 3, 4, 5),
+        "reward": (6, 7),
+    }
     assert {m: len(own) for m, own in place((0.4, 0.4, 0.1, 0.1), 32)[0].items()} == {
-        "actor": 13, "critic": 13, "reference": 3, "reward": 3}
+        "actor": 13,
+        "critic": 13,
+        "reference": 3,
+        "reward": 3,
+    }
     pairs = place((0.5,) * 4, 8)[0]  # two groups, one after the other
     assert pairs["actor"] == pairs["reference"] == (0, 1, 2, 3)
     assert pairs["critic"] == pairs["reward"] == (4, 5, 6, 7)
@@ -85,19 +97,22 @@ def test_ratios_that_sum_to_one_are_disjoint_and_complete(parts: list[int], time
     assert [len(own) for own in placed.values()] == [p * times for p in parts]
 
 
-@pytest.mark.parametrize("slots, said", [
-    ({"crtic": 1}, "no model 'crtic'.*critic"),
-    ({"actor": 0}, "outside 0"),
-    ({"actor": 1.5}, "outside 0"),
-    ({"actor": -0.5}, "outside 0"),
-    ({"actor": float("nan")}, "is no ratio"),
-    ({"actor": True}, "is no ratio"),
-    ({"actor": None}, "is no ratio"),
-    ({"actor": "half"}, "is no ratio"),
-    ({"actor": "1/0"}, "is no ratio"),
-    ({"actor": 0.05}, "less than one rank"),
-    ({"initial": 0.5, "reference": 0.5}, "reference is named twice"),
-])
+@pytest.mark.parametrize(
+    "slots, said",
+    [
+        ({"crtic": 1}, "no model 'crtic'.*critic"),
+        ({"actor": 0}, "outside 0"),
+        ({"actor": 1.5}, "outside 0"),
+        ({"actor": -0.5}, "outside 0"),
+        ({"actor": float("nan")}, "is no ratio"),
+        ({"actor": True}, "is no ratio"),
+        ({"actor": None}, "is no ratio"),
+        ({"actor": "half"}, "is no ratio"),
+        ({"actor": "1/0"}, "is no ratio"),
+        ({"actor": 0.05}, "less than one rank"),
+        ({"initial": 0.5, "reference": 0.5}, "reference is named twice"),
+    ],
+)
 def test_bad_ratios_name_their_field(slots: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         place_slots(slots, tuple(range(8)))  # type: ignore[arg-type]

@@ -21,8 +21,16 @@ from rlhfsim.strategies import Devices, colocated, disaggregated, divide, interl
 
 EIGHT = Devices(tuple(range(8)), 8)
 ALONE = Devices(tuple(range(8)), 8, dict.fromkeys(SCORES, 1))  # ZeRO below 3: every rank scores for itself
-SECONDS = {"gen": 8.0, "old_log_prob": 1.0, "ref": 2.0, "reward": 3.0, "values": 1.5, "update_actor": 4.0,
-           "update_critic": 5.0, "update_weights": 0.5}
+SECONDS = {
+    "gen": 8.0,
+    "old_log_prob": 1.0,
+    "ref": 2.0,
+    "reward": 3.0,
+    "values": 1.5,
+    "update_actor": 4.0,
+    "update_critic": 5.0,
+    "update_weights": 0.5,
+}
 fixed = by_stage(SECONDS)
 
 
@@ -61,16 +69,19 @@ def test_interleaved_halves(t_ref: float, t_reward: float, where: Devices, conca
     With `concat` an owner runs one pass over both lanes: the same seconds in async, and sync waits with all of it.
     """
     seconds = {"gen": 4.0, "old_log_prob": 1.0, "values": 2.0, "ref": t_ref, "reward": t_reward}
-    for mode, path in (("async", max(2 * t_ref, 2 * t_reward)),
-                       ("sync", 2 * t_ref + 2 * t_reward if concat else max(2 * t_ref, t_reward) + t_reward)):
+    for mode, path in (
+        ("async", max(2 * t_ref, 2 * t_reward)),
+        ("sync", 2 * t_ref + 2 * t_reward if concat else max(2 * t_ref, t_reward) + t_reward),
+    ):
         graph = check(interleaved.build(ppo.build(), where, mode=mode, concat=concat, calls=calls))
         assert simulate(graph, per_sample(graph, seconds, 48)).end_seconds == pytest.approx(7.0 + path)
 
 
 @settings(max_examples=60, deadline=None)
 @given(scores, scores, st.integers(1, 15), st.booleans(), st.sampled_from(("sync", "async")))
-def test_interleaving_is_never_faster_than_colocated(t_ref: float, t_reward: float, owners: int, concat: bool,
-                                                     mode: str) -> None:
+def test_interleaving_is_never_faster_than_colocated(
+    t_ref: float, t_reward: float, owners: int, concat: bool, mode: str
+) -> None:
     """Linear costs: an owner fraction a does 1/a the work, and max(t_ref/a, t_reward/(1-a)) >= t_ref + t_reward."""
     seconds, where = {"ref": t_ref, "reward": t_reward}, Devices(tuple(range(16)), 8)
     graph = check(interleaved.build(ppo.build(), where, ratio=owners / 16, concat=concat, mode=mode))
@@ -97,11 +108,14 @@ def test_the_best_ratio_only_equals_colocated(t_ref: int, t_reward: int, where: 
     assert simulate(graph, per_sample(graph, seconds, samples)).end_seconds == pytest.approx(together)
 
 
-@pytest.mark.parametrize("ref, reward, turns", [
-    (6, 2, {"ref": [6, 2], "reward": [2, 2, 2, 2]}),
-    (5, 3, {"ref": [5, 3], "reward": [3, 3, 2]}),
-    (2, 3, {"ref": [2, 2, 2, 2], "reward": [3, 2, 3]}),
-])
+@pytest.mark.parametrize(
+    "ref, reward, turns",
+    [
+        (6, 2, {"ref": [6, 2], "reward": [2, 2, 2, 2]}),
+        (5, 3, {"ref": [5, 3], "reward": [3, 3, 2]}),
+        (2, 3, {"ref": [2, 2, 2, 2], "reward": [3, 2, 3]}),
+    ],
+)
 def test_owners_take_turns(ref: int, reward: int, turns: dict[str, list[int]]) -> None:
     """Own lanes first, then as many others at a time as there are owners; a last turn occupies only some of them."""
     owners = {"reference": list(range(ref)), "reward": list(range(ref, ref + reward))}
@@ -135,14 +149,21 @@ def test_sync_mode_waits_for_the_rank_whose_tokens_are_needed() -> None:
 def test_sync_mode_with_uneven_owners(concat: bool) -> None:
     """Each lane's tokens come from its own rank, so that the last reference owner delays only its own lanes."""
     where = Devices(tuple(range(6)), 8, dict.fromkeys(SCORES, 1))
-    graph = check(interleaved.build(ppo.build(), where, mode="sync", concat=concat,
-                                    owners={"reference": [0, 1, 2, 3], "reward": [4, 5]}))
+    graph = check(
+        interleaved.build(
+            ppo.build(), where, mode="sync", concat=concat, owners={"reference": [0, 1, 2, 3], "reward": [4, 5]}
+        )
+    )
     for asked in (s for s in graph.stages() if s.kind == "swap"):
         assert set(asked.ranks) <= {0, 1, 2, 3}
         for place in range(asked.places):
             for lane in asked.lanes_of(place):
-                assert graph.at("old_log_prob").home(lane, next(iter(graph.at("old_log_prob").places_for(
-                    range(lane, lane + 1), 0)))) == asked.ranks_of(place)[0]
+                assert (
+                    graph.at("old_log_prob").home(
+                        lane, next(iter(graph.at("old_log_prob").places_for(range(lane, lane + 1), 0)))
+                    )
+                    == asked.ranks_of(place)[0]
+                )
 
 
 def test_critic_on_a_part() -> None:
@@ -175,22 +196,26 @@ def test_interleaved_with_a_value_head() -> None:
     graph = check(interleaved.build(ppo.build(share_actor_critic=True), EIGHT, mode="async"))
     assert end(graph, SECONDS) == 8 + max(2 * 2, 2 * 3) + 1 + 4
     with pytest.raises(ValueError, match="owners names 'critic'"):
-        interleaved.build(ppo.build(share_actor_critic=True), EIGHT,
-                          owners={"reference": [0], "reward": [1], "critic": [2]})
+        interleaved.build(
+            ppo.build(share_actor_critic=True), EIGHT, owners={"reference": [0], "reward": [1], "critic": [2]}
+        )
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"mode": "asynch"}, "mode is 'asynch'"),
-    ({"ratio": 0.0}, "ratio is 0"),
-    ({"ratio": 1.0}, "ratio is 1"),
-    ({"owners": {"reference": [0, 1], "reward": [1, 2]}}, r"share the ranks \[1\]"),
-    ({"owners": {"reference": [0, 1]}}, "lacks reward"),
-    ({"owners": {"reference": [0], "reward": [1], "gen": [2]}}, "owners names 'gen'"),
-    ({"owners": {"reference": [0], "reward": [8]}}, r"owners.reward is \[8\]"),
-    ({"owners": {"reference": [0, 0], "reward": [1]}}, r"owners.reference is \[0, 0\]"),
-    ({"owners": {"reference": [], "reward": [1]}}, r"owners.reference is \[\]"),
-    ({"calls": 0}, "0 chunks"),
-])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"mode": "asynch"}, "mode is 'asynch'"),
+        ({"ratio": 0.0}, "ratio is 0"),
+        ({"ratio": 1.0}, "ratio is 1"),
+        ({"owners": {"reference": [0, 1], "reward": [1, 2]}}, r"share the ranks \[1\]"),
+        ({"owners": {"reference": [0, 1]}}, "lacks reward"),
+        ({"owners": {"reference": [0], "reward": [1], "gen": [2]}}, "owners names 'gen'"),
+        ({"owners": {"reference": [0], "reward": [8]}}, r"owners.reward is \[8\]"),
+        ({"owners": {"reference": [0, 0], "reward": [1]}}, r"owners.reference is \[0, 0\]"),
+        ({"owners": {"reference": [], "reward": [1]}}, r"owners.reference is \[\]"),
+        ({"calls": 0}, "0 chunks"),
+    ],
+)
 def test_impossible_interleaving(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         interleaved.build(ppo.build(), EIGHT, **options)
@@ -210,8 +235,15 @@ def test_owners_are_whole_replicas() -> None:
 
 # ---------------------------------------------------------------- disaggregated
 
-EDGES = [("gen", "ref"), ("gen", "values"), ("gen", "reward"), ("ref", "reward"), ("values", "reward"),
-         ("reward", "update_critic"), ("reward", "update_actor")]
+EDGES = [
+    ("gen", "ref"),
+    ("gen", "values"),
+    ("gen", "reward"),
+    ("ref", "reward"),
+    ("values", "reward"),
+    ("reward", "update_critic"),
+    ("reward", "update_actor"),
+]
 Times = dict[tuple[int, str, int], float]
 Process = Generator[simpy.Event, Any, None]
 SYNCS = ("update_weights", "update_weights.critic")
@@ -229,8 +261,15 @@ class Channel:
         return self.posted[k]
 
 
-def written_out(batches: int, steps: int, epochs: int, replicas: int, capacity: int,
-                seconds: Callable[[str, int, int], float], iterations: int) -> Times:
+def written_out(
+    batches: int,
+    steps: int,
+    epochs: int,
+    replicas: int,
+    capacity: int,
+    seconds: Callable[[str, int, int], float],
+    iterations: int,
+) -> Times:
     """Start of every firing, from the processes as the paper describes them: no graph, no scheduler.
 
     A rank receives from its sources in their order, works, and before it sends batch k to all its consumers waits until
@@ -276,13 +315,17 @@ def written_out(batches: int, steps: int, epochs: int, replicas: int, capacity: 
         weights[i, copy].succeed()
 
     for i in range(iterations):
-        generators = [env.process(stage("gen", i, range(r, batches, replicas), replicas, before.get(f"gen{r}")))
-                      for r in range(replicas)]
+        generators = [
+            env.process(stage("gen", i, range(r, batches, replicas), replicas, before.get(f"gen{r}")))
+            for r in range(replicas)
+        ]
         before |= {f"gen{r}": process for r, process in enumerate(generators)}
         for name in ("ref", "values", "reward"):
             before[name] = env.process(stage(name, i, range(batches), 1, before.get(name)))
-        for name, copy, reader in (("update_actor", "gen", env.all_of(generators)),
-                                   ("update_critic", "values", before["values"])):
+        for name, copy, reader in (
+            ("update_actor", "gen", env.all_of(generators)),
+            ("update_critic", "values", before["values"]),
+        ):
             before[name] = env.process(trainer(name, i, copy, before.get(name), reader))
     env.run()
     return starts
@@ -299,25 +342,45 @@ def test_disaggregated_equals_the_processes_written_out(seed: int) -> None:
     def seconds(name: str, iteration: int, chunk: int) -> float:
         return drawn.setdefault((name, iteration, chunk), weight[name] * chance.uniform(0.5, 1.5))
 
-    where = {"shadow_actor": list(range(2 * replicas)), "reference": [20], "shadow_critic": [21], "reward": [22],
-             "actor": [23], "critic": [24]}
+    where = {
+        "shadow_actor": list(range(2 * replicas)),
+        "reference": [20],
+        "shadow_critic": [21],
+        "reward": [22],
+        "actor": [23],
+        "critic": [24],
+    }
     algorithm = ppo.build(epochs=epochs, minibatches=steps)
-    graph = disaggregated.build(algorithm, Devices(tuple(range(25)), 8), barrier=False, batches=batches, replicas=replicas,
-                                capacity=capacity, ranks=where)
+    graph = disaggregated.build(
+        algorithm,
+        Devices(tuple(range(25)), 8),
+        barrier=False,
+        batches=batches,
+        replicas=replicas,
+        capacity=capacity,
+        ranks=where,
+    )
     spans = simulate(graph, lambda f: seconds(f.stage, f.iteration, f.chunk), 3).spans
     found = {s.firing[:3]: s.start_seconds for s in spans}
     expected = written_out(batches, steps, epochs, replicas, capacity, seconds, 3)
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("options, algorithm, depth", [
-    ({}, {}, 8 + max(2, 1.5) + 3 + max(4, 5) + 0.5),
-    ({"shadow_critic": False}, {}, 8 + max(2, 1.5) + 3 + max(5, 4 + 0.5)),  # nothing to send the critic's weights to
-    ({"recompute_log_probs": True}, {}, 8 + max(2, 1.5, 1) + 3 + 5 + 0.5),
-    ({}, {"share_actor_critic": True}, 8 + max(2, 1) + 3 + 4 + 0.5),
-    ({"batches": 3}, {}, 3 * 8 + 2 + 3 + 5 + 0.5),
-    ({"batches": 4, "replicas": 2}, {}, 2 * 8 + 2 + 3 + 3 + 5 + 0.5),  # two results arrive at once
-])
+@pytest.mark.parametrize(
+    "options, algorithm, depth",
+    [
+        ({}, {}, 8 + max(2, 1.5) + 3 + max(4, 5) + 0.5),
+        (
+            {"shadow_critic": False},
+            {},
+            8 + max(2, 1.5) + 3 + max(5, 4 + 0.5),
+        ),  # nothing to send the critic's weights to
+        ({"recompute_log_probs": True}, {}, 8 + max(2, 1.5, 1) + 3 + 5 + 0.5),
+        ({}, {"share_actor_critic": True}, 8 + max(2, 1) + 3 + 4 + 0.5),
+        ({"batches": 3}, {}, 3 * 8 + 2 + 3 + 5 + 0.5),
+        ({"batches": 4, "replicas": 2}, {}, 2 * 8 + 2 + 3 + 3 + 5 + 0.5),  # two results arrive at once
+    ],
+)
 def test_depth(options: dict[str, Any], algorithm: dict[str, Any], depth: float) -> None:
     """D_gen + max(ref, values) + reward + max(trains): reward waits for both others; then the weights."""
     graph = disaggregated.build(ppo.build(**algorithm), EIGHT, **{"batches": 1, **options})
@@ -341,8 +404,15 @@ def test_without_barrier_generation_waits_for_the_actor_only() -> None:
         assert end(graph, SECONDS | {"update_critic": critic}, 3) == pytest.approx(3 * (8 + 2 + 3 + 4 + 0.5) + extra)
     slow = simulate(graph, by_stage(SECONDS | {"update_critic": 20.0}), 2)
     assert {s.firing.stage: s.start_seconds for s in slow.spans if s.firing.iteration == 1} == {
-        "gen": 17.5, "ref": 25.5, "values": 33.5, "reward": 35.0, "update_actor": 38.0, "update_critic": 38.0,
-        "update_weights": 42.0, "update_weights.critic": 58.0}
+        "gen": 17.5,
+        "ref": 25.5,
+        "values": 33.5,
+        "reward": 35.0,
+        "update_actor": 38.0,
+        "update_critic": 38.0,
+        "update_weights": 42.0,
+        "update_weights.critic": 58.0,
+    }
 
 
 def test_who_holds_what() -> None:
@@ -379,9 +449,14 @@ def test_whoever_is_free_against_strict_turns() -> None:
     for _ in range(30):
         durations = [chance.choice((1.0, 1.0, 1.0, 8.0)) for _ in range(24)]
         for spread in totals:
-            graph = disaggregated.build(ppo.build(), Devices(tuple(range(9)), 8), batches=24, replicas=4, spread=spread,
-                                        split={"shadow_actor": 4, "reference": 1, "shadow_critic": 1, "reward": 1,
-                                               "actor": 1, "critic": 1})
+            graph = disaggregated.build(
+                ppo.build(),
+                Devices(tuple(range(9)), 8),
+                batches=24,
+                replicas=4,
+                spread=spread,
+                split={"shadow_actor": 4, "reference": 1, "shadow_critic": 1, "reward": 1, "actor": 1, "critic": 1},
+            )
             gen = lambda f: durations[f.chunk] if f.stage == "gen" else 0.01  # noqa: B023, E731
             totals[spread] += simulate(graph, gen).end_seconds
     assert totals["first"] < 0.85 * totals["robin"]
@@ -411,7 +486,8 @@ def test_weights_are_new_before_they_are_used(graph: StageGraph, drawn: list[flo
             assert span.start_seconds >= max(ends.get((s, i - 1), 0.0) for s in ("update_actor", "update_weights"))
         if i and span.firing.stage.partition(".")[0] == "values":
             assert span.start_seconds >= max(
-                ends.get((s, i - 1), 0.0) for s in ("update_critic", "update_weights.critic"))
+                ends.get((s, i - 1), 0.0) for s in ("update_critic", "update_weights.critic")
+            )
     for rank in range(timeline.ranks):
         order = [s.firing.iteration for s in timeline.spans if rank in s.ranks]
         assert order == sorted(order)
@@ -428,22 +504,25 @@ def test_nothing_overlaps_across_iterations_where_ranks_are_shared(graph: StageG
 SIX = ("shadow_actor", "reference", "shadow_critic", "reward", "actor", "critic")
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"spread": "each"}, "spread is 'each'"),
-    ({"replicas": 3}, "replicas is 3"),
-    ({"replicas": 0}, "replicas is 0"),
-    ({"batches": 0}, "0 chunks"),
-    ({"capacity": 0}, "capacity 0"),
-    ({"split": {"actor": 1}}, "split must name exactly shadow_actor, .*check critic, .*"),
-    ({"split": {**dict.fromkeys(SIX, 1), "crtic": 1}}, "check crtic"),
-    ({"split": dict.fromkeys(SIX, 0)}, "share of shadow_actor is 0"),
-    ({"split": {**dict.fromkeys(SIX, 1), "reward": -1}}, "share of reward is -1"),
-    ({"ranks": {m: [k] for k, m in enumerate(SIX[:5])}}, "check critic"),
-    ({"ranks": {m: [k, k + 1] for k, m in enumerate(SIX)}}, r"ranks.reference and ranks.shadow_actor share rank 1"),
-    ({"ranks": {m: [k + 4] for k, m in enumerate(SIX)}}, "rank 8; there are ranks 0 to 7"),
-    ({"ranks": {m: [k] * (m != "reward") for k, m in enumerate(SIX)}}, "reward: it has no ranks"),
-    ({"split": dict.fromkeys((*SIX[:2], *SIX[3:]), 1)}, "check shadow_critic"),
-])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"spread": "each"}, "spread is 'each'"),
+        ({"replicas": 3}, "replicas is 3"),
+        ({"replicas": 0}, "replicas is 0"),
+        ({"batches": 0}, "0 chunks"),
+        ({"capacity": 0}, "capacity 0"),
+        ({"split": {"actor": 1}}, "split must name exactly shadow_actor, .*check critic, .*"),
+        ({"split": {**dict.fromkeys(SIX, 1), "crtic": 1}}, "check crtic"),
+        ({"split": dict.fromkeys(SIX, 0)}, "share of shadow_actor is 0"),
+        ({"split": {**dict.fromkeys(SIX, 1), "reward": -1}}, "share of reward is -1"),
+        ({"ranks": {m: [k] for k, m in enumerate(SIX[:5])}}, "check critic"),
+        ({"ranks": {m: [k, k + 1] for k, m in enumerate(SIX)}}, r"ranks.reference and ranks.shadow_actor share rank 1"),
+        ({"ranks": {m: [k + 4] for k, m in enumerate(SIX)}}, "rank 8; there are ranks 0 to 7"),
+        ({"ranks": {m: [k] * (m != "reward") for k, m in enumerate(SIX)}}, "reward: it has no ranks"),
+        ({"split": dict.fromkeys((*SIX[:2], *SIX[3:]), 1)}, "check shadow_critic"),
+    ],
+)
 def test_impossible_disaggregation(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         disaggregated.build(ppo.build(), EIGHT, **options)
@@ -460,8 +539,7 @@ def test_explicit_ranks() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.01, 10), st.sampled_from((1, 2, 4))), min_size=1, max_size=6),
-       st.integers(1, 64))
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.sampled_from((1, 2, 4))), min_size=1, max_size=6), st.integers(1, 64))
 def test_divide(parts: list[tuple[float, int]], count: int) -> None:
     """Disjoint, in order, whole units; within a unit of the share where no unit forces more; no unit is left over."""
     shares = {str(k): share for k, (share, _) in enumerate(parts)}
@@ -484,13 +562,19 @@ def test_divide(parts: list[tuple[float, int]], count: int) -> None:
 
 def test_divide_by_shares_that_fit_is_exact() -> None:
     assert {m: len(r) for m, r in divide(tuple(range(32)), disaggregated.SHARES).items()} == {
-        "shadow_actor": 8, "reference": 4, "shadow_critic": 4, "reward": 4, "actor": 8, "critic": 4}
+        "shadow_actor": 8,
+        "reference": 4,
+        "shadow_critic": 4,
+        "reward": 4,
+        "actor": 8,
+        "critic": 4,
+    }
     thirds = divide(tuple(range(9)), {"ref": float(Fraction(1, 3)), "reward": float(Fraction(2, 3))})
     assert thirds == {"ref": (0, 1, 2), "reward": (3, 4, 5, 6, 7, 8)}
 
 
 def test_actor_on_a_part_generates_and_trains_there() -> None:
-    """Half of the ranks: two generate calls one after the other (the paper's A.5), old log-probs likewise, one update."""
+    """Half of the ranks: two generate calls one after the other, old log-probs likewise, one update."""
     owners = {"reference": [0, 1, 2, 3], "reward": [4, 5, 6, 7], "actor": [0, 1, 2, 3]}
     graph = check(interleaved.build(ppo.build(), ALONE, owners=owners))
     for name in ("gen.0", "gen.1", "old_log_prob.0", "old_log_prob.1"):

@@ -200,8 +200,13 @@ def test_kill_in_the_middle_and_continue(scenario: str, tmp_path: Path) -> None:
     assert set(complete) <= set(out.read_bytes().split(b"\n"))
 
 
-def test_interrupt_keeps_what_is_done(scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                      simulated: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_keeps_what_is_done(
+    scenario: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    simulated: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     counting, out = sweep.compare, tmp_path / "t.csv"
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -227,9 +232,13 @@ def test_another_sweeps_file_is_refused_and_untouched(scenario: str, tmp_path: P
     header, *lines = mine.splitlines(keepends=True)
     simulated.clear()
     foreign = {
-        "other columns": b"a,b\n1,2\n", "no newline": b"my notes", "binary": b"\x89PNG\r\n\x1a\n\x00\xff\xfe",
-        "not UTF-8": header + b"\xff\xfe\n", "a cell too few": header + lines[0].rpartition(b",")[0] + b"\n" + lines[1],
-        "another key": header + lines[0][:-5] + b"0000\n"}
+        "other columns": b"a,b\n1,2\n",
+        "no newline": b"my notes",
+        "binary": b"\x89PNG\r\n\x1a\n\x00\xff\xfe",
+        "not UTF-8": header + b"\xff\xfe\n",
+        "a cell too few": header + lines[0].rpartition(b",")[0] + b"\n" + lines[1],
+        "another key": header + lines[0][:-5] + b"0000\n",
+    }
     for name, content in foreign.items():
         out.write_bytes(content)
         with pytest.raises(InputError, match=r"not this sweep's table.*stays as it is"):
@@ -271,7 +280,8 @@ def test_bad_input_before_anything_is_simulated(scenario: str, tmp_path: Path, s
         ("no row 'x'", NODES, {"plot_path": figure, "baseline": "x"}),
         ("no row 'x'", NODES, {"baseline": "x"}),
         ("name it with --plot", NODES, {"measured": "m.csv"}),
-        (r"m\.csv:2: strategy: is 'nobody'", NODES, {"plot_path": figure, "measured": str(tmp_path / "m.csv")})]
+        (r"m\.csv:2: strategy: is 'nobody'", NODES, {"plot_path": figure, "measured": str(tmp_path / "m.csv")}),
+    ]
     for message, overrides, options in cases:
         with pytest.raises(InputError, match=message):
             sweep.main(scenario, overrides, **{"out": ok, "jobs": 1, "as_given": True} | options)
@@ -299,8 +309,12 @@ def test_parquet_holds_the_same_rows(scenario: str, tmp_path: Path) -> None:
     assert (tmp_path / "t.csv").exists()
 
 
-@given(st.lists(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False),
-                          st.text()), min_size=1))
+@given(
+    st.lists(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
+        min_size=1,
+    )
+)
 def test_any_value_is_one_line_and_numbers_come_back(values: list[Any]) -> None:
     line = sweep._line([sweep._cell(value) for value in values]).decode()
     assert line.count("\n") == 1 and line.endswith("\n")
@@ -314,12 +328,21 @@ def test_any_value_is_one_line_and_numbers_come_back(values: list[Any]) -> None:
 # -- speedups -----------------------------------------------------------------------------------------------------
 
 
-def row(nodes: int, label: str, draws: list[float] | None, *, prompts: int = 64, gpus: int | None = None,
-        **swept: Any) -> dict[str, Any]:
+def row(
+    nodes: int, label: str, draws: list[float] | None, *, prompts: int = 64, gpus: int | None = None, **swept: Any
+) -> dict[str, Any]:
     seconds = sum(draws) / len(draws) if draws else None
-    return {"cluster.nodes": nodes, "workload.prompts": prompts, **swept, "strategy": label, "gpus": gpus or 8 * nodes,
-            "samples": prompts, "step_seconds": seconds, "draw_seconds": json.dumps(draws),
-            "samples_per_second": prompts / seconds if seconds else None}
+    return {
+        "cluster.nodes": nodes,
+        "workload.prompts": prompts,
+        **swept,
+        "strategy": label,
+        "gpus": gpus or 8 * nodes,
+        "samples": prompts,
+        "step_seconds": seconds,
+        "draw_seconds": json.dumps(draws),
+        "samples_per_second": prompts / seconds if seconds else None,
+    }
 
 
 TABLE = [row(n, label, [k * 8 / n, k * 10 / n, k * 12 / n]) for n in (4, 1, 2) for label, k in (("a", 1.0), ("b", 0.5))]
@@ -328,7 +351,13 @@ TABLE = [row(n, label, [k * 8 / n, k * 10 / n, k * 12 / n]) for n in (4, 1, 2) f
 def test_speedup_over_the_baseline_at_its_smallest_point() -> None:
     found = speedups.speedups(TABLE, "a", "gpus", same_point=False)
     assert [(r["strategy"], r["gpus"], r["speedup"]) for r in found] == [
-        ("a", 8, 1), ("a", 16, 2), ("a", 32, 4), ("b", 8, 2), ("b", 16, 4), ("b", 32, 8)]
+        ("a", 8, 1),
+        ("a", 16, 2),
+        ("a", 32, 4),
+        ("b", 8, 2),
+        ("b", 16, 4),
+        ("b", 32, 8),
+    ]
     assert all(r["low"] == pytest.approx(r["speedup"]) == r["high"] for r in found)  # draw by draw the ratio is one
 
 
@@ -386,8 +415,20 @@ def test_figure_states_baseline_scaling_and_ideal(scenario: str, tmp_path: Path)
     (tmp_path / "m.csv").write_text("strategy,gpus,step_seconds\nsmall,2,2.0\nsmall,8,1.0\nsplit,4,0.5\n")
     figure = tmp_path / "f.svg"
     zipped = ["cluster.nodes=1,2,4", "workload.prompts=16,32,64"]
-    assert sweep.main(scenario, zipped, out=str(tmp_path / "t.csv"), strategies=True, as_given=True, zipped=True,
-                      jobs=1, plot_path=str(figure), measured=str(tmp_path / "m.csv")) == 0
+    assert (
+        sweep.main(
+            scenario,
+            zipped,
+            out=str(tmp_path / "t.csv"),
+            strategies=True,
+            as_given=True,
+            zipped=True,
+            jobs=1,
+            plot_path=str(figure),
+            measured=str(tmp_path / "m.csv"),
+        )
+        == 0
+    )
     svg = figure.read_text()
     for text in ("speedup over small on 2 GPUs", "weak scaling", "ideal (linear)", "split, measured", "GPUs"):
         assert text in svg, text
@@ -401,29 +442,37 @@ def test_figure_states_baseline_scaling_and_ideal(scenario: str, tmp_path: Path)
 def test_figure_over_a_value_that_is_no_size_has_no_ideal(scenario: str, tmp_path: Path) -> None:
     figure = tmp_path / "f.svg"
     overrides = ["workload.prompts=8,16", "generation.engine=hybrid,engine"]
-    assert sweep.main(scenario, overrides, out=str(tmp_path / "t.csv"), as_given=True, jobs=1,
-                      plot_path=str(figure)) == 0
+    assert (
+        sweep.main(scenario, overrides, out=str(tmp_path / "t.csv"), as_given=True, jobs=1, plot_path=str(figure)) == 0
+    )
     svg = figure.read_text()
     assert "speedup over colocated, hybrid<" in svg and "ideal" not in svg and "scaling" not in svg
     with figure.with_suffix(".csv").open() as file:
         assert [float(r["speedup"]) for r in csv.DictReader(file) if r["strategy"] == "colocated, hybrid"] == [1, 1]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("strategy,gpus\na,8\n", r"m\.csv:1: must have the columns strategy, gpus, and speedup or step_seconds"),
-    ("", r"m\.csv:1: must have"), ("strategy,gpus,speedup\n", "no points"),
-    ("strategy,gpus,speedup\na,8,1\na,16,fast\n", r"m\.csv:3: speedup: is 'fast'"),
-    ("strategy,gpus,speedup\na,8,-1\n", r"m\.csv:2: speedup: is '-1', but must be a positive"),
-    ("strategy,gpus,speedup\na,8,inf\n", r"m\.csv:2: speedup"),
-    ("strategy,gpus,speedup\na,8,\n", r"m\.csv:2: needs either"),
-    ("strategy,gpus,speedup,step_seconds\na,8,1,2\n", r"m\.csv:2: needs either"),
-    ("strategy,gpus,speedup\na,b,8,1\n", r"m\.csv:2: has another number of cells"),
-    ("strategy,gpus,speedup\na\n", r"m\.csv:2: has another number of cells"),
-    ("strategy,gpus,speedup\nc,8,1\n", r"m\.csv:2: strategy: is 'c', which is no curve"),
-    ("strategy,gpus,speedup\na,9,1\n", r"m\.csv:2: gpus: is '9', which is no point"),
-    ("strategy,gpus,speedup\na,8,1\na,8.0,1\n", r"m\.csv:3: .*is there twice"),
-    ("strategy,gpus,step_seconds\na,16,1\n", 
-     r"m\.csv:2: step_seconds: needs measured step_seconds of the baseline 'a' at gpus 8")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("strategy,gpus\na,8\n", r"m\.csv:1: must have the columns strategy, gpus, and speedup or step_seconds"),
+        ("", r"m\.csv:1: must have"),
+        ("strategy,gpus,speedup\n", "no points"),
+        ("strategy,gpus,speedup\na,8,1\na,16,fast\n", r"m\.csv:3: speedup: is 'fast'"),
+        ("strategy,gpus,speedup\na,8,-1\n", r"m\.csv:2: speedup: is '-1', but must be a positive"),
+        ("strategy,gpus,speedup\na,8,inf\n", r"m\.csv:2: speedup"),
+        ("strategy,gpus,speedup\na,8,\n", r"m\.csv:2: needs either"),
+        ("strategy,gpus,speedup,step_seconds\na,8,1,2\n", r"m\.csv:2: needs either"),
+        ("strategy,gpus,speedup\na,b,8,1\n", r"m\.csv:2: has another number of cells"),
+        ("strategy,gpus,speedup\na\n", r"m\.csv:2: has another number of cells"),
+        ("strategy,gpus,speedup\nc,8,1\n", r"m\.csv:2: strategy: is 'c', which is no curve"),
+        ("strategy,gpus,speedup\na,9,1\n", r"m\.csv:2: gpus: is '9', which is no point"),
+        ("strategy,gpus,speedup\na,8,1\na,8.0,1\n", r"m\.csv:3: .*is there twice"),
+        (
+            "strategy,gpus,step_seconds\na,16,1\n",
+            r"m\.csv:2: step_seconds: needs measured step_seconds of the baseline 'a' at gpus 8",
+        ),
+    ],
+)
 def test_bad_measured_points_name_their_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "m.csv"
     path.write_text(text)
@@ -436,6 +485,9 @@ def test_measured_points_beside_the_curve(tmp_path: Path) -> None:
     path.write_text("strategy,gpus,speedup,step_seconds\nb,16,3.5,\na,8,,12\na,32,,4\n")
     found = speedups.speedups(TABLE, "a", "gpus", same_point=False, measured=speedups.read_measured(str(path), "gpus"))
     assert {(r["strategy"], r["gpus"]): r["measured"] for r in found if "measured" in r} == {
-        ("b", 16): 3.5, ("a", 8): 1, ("a", 32): 3}
+        ("b", 16): 3.5,
+        ("a", 8): 1,
+        ("a", 32): 3,
+    }
     with pytest.raises(InputError, match="cannot be read: No such file"):
         speedups.read_measured(str(tmp_path / "none.csv"), "gpus")

@@ -19,11 +19,24 @@ GEN, TRAIN = Firing(0, "gen", 0, 0), Firing(0, "update_actor", 0, 0)
 
 def two_spans() -> Timeline:
     """gen on ranks 0-3 for 2 s (two replicas, the second waits for the first), then update_actor for 3 s."""
-    gen = Span(GEN, "generate", "actor", (0, 1, 2, 3), 0.0, 2.0, (1.5, 1.0), (0.5, 0.25), (0.0, 0.75),
-               detail={"prefill": 0.25, "decode": 1.0}, bound={"hbm": 1.25})
+    gen = Span(
+        GEN,
+        "generate",
+        "actor",
+        (0, 1, 2, 3),
+        0.0,
+        2.0,
+        (1.5, 1.0),
+        (0.5, 0.25),
+        (0.0, 0.75),
+        detail={"prefill": 0.25, "decode": 1.0},
+        bound={"hbm": 1.25},
+    )
     train = Span(TRAIN, "train", "actor", (0, 1, 2, 3), 2.0, 5.0, (2.0,), (0.25,), (0.0,), 0.5, 0.25, released_by=GEN)
-    memory = [MemorySample(0, 0.0, "generate", {"weights": 14e9, "kv_cache": 1 / 3}),
-              MemorySample(0, 2.0, "train", {"weights": 14e9})]
+    memory = [
+        MemorySample(0, 0.0, "generate", {"weights": 14e9, "kv_cache": 1 / 3}),
+        MemorySample(0, 2.0, "train", {"weights": 14e9}),
+    ]
     return check(Timeline([gen, train], ranks=4, iterations=1, memory=memory, info={"seed": 7, "x": [1, None, 0.1]}))
 
 
@@ -44,16 +57,31 @@ def test_round_trip(file: Path) -> None:
 finite = st.floats(allow_nan=False, allow_infinity=False)
 firings = st.builds(Firing, st.integers(0, 9), st.text(max_size=8), st.integers(0, 99), st.integers(0, 99))
 seconds = st.lists(finite, min_size=1, max_size=3).map(tuple)
-spans = st.builds(Span, firings, st.text(max_size=5), st.text(max_size=5), st.lists(st.integers(0, 9)).map(tuple),
-                  finite, finite, seconds, seconds, seconds, finite, finite, st.dictionaries(st.text(), finite),
-                  st.dictionaries(st.text(), finite), st.none() | firings)
+spans = st.builds(
+    Span,
+    firings,
+    st.text(max_size=5),
+    st.text(max_size=5),
+    st.lists(st.integers(0, 9)).map(tuple),
+    finite,
+    finite,
+    seconds,
+    seconds,
+    seconds,
+    finite,
+    finite,
+    st.dictionaries(st.text(), finite),
+    st.dictionaries(st.text(), finite),
+    st.none() | firings,
+)
 samples = st.builds(MemorySample, st.integers(0, 9), finite, st.text(), st.dictionaries(st.text(), finite))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(spans, max_size=3), st.lists(samples, max_size=3))
-def test_round_trip_of_anything(tmp_path_factory: pytest.TempPathFactory, some: list[Span],
-                                memory: list[MemorySample]) -> None:
+def test_round_trip_of_anything(
+    tmp_path_factory: pytest.TempPathFactory, some: list[Span], memory: list[MemorySample]
+) -> None:
     timeline = Timeline(some, ranks=10, iterations=10, source="real", memory=memory, info={"strategy": "é\n"})
     path = tmp_path_factory.mktemp("any") / "t.jsonl"
     write(timeline, path)
@@ -66,19 +94,22 @@ def damage(file: Path, number: int, line: str | None) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("number, line, said", [
-    (1, "", "header"),
-    (1, "[1, 2]", "header"),
-    (1, '{"rlhfsim_timeline": ', "JSON"),
-    (1, '{"rlhfsim_timeline": 2}', "version 2"),
-    (1, '{"rlhfsim_timeline": 1, "ranks": 4}', "required"),
-    (2, '{"span": {"firing": [0, "gen"', "JSON"),
-    (2, '{"span": {}}', "span.firing"),
-    (3, '{"spam": {}}', "spam"),
-    (3, "{}", "either"),
-    (4, '{"memory": {"rank": "0", "seconds": 0, "phase": "x", "bytes_by_component": {}}}', "memory.rank"),
-    (5, '{"memory": {"rank": 0, "seconds": NaN, "phase": "x", "bytes_by_component": {}}}', "memory.seconds"),
-])
+@pytest.mark.parametrize(
+    "number, line, said",
+    [
+        (1, "", "header"),
+        (1, "[1, 2]", "header"),
+        (1, '{"rlhfsim_timeline": ', "JSON"),
+        (1, '{"rlhfsim_timeline": 2}', "version 2"),
+        (1, '{"rlhfsim_timeline": 1, "ranks": 4}', "required"),
+        (2, '{"span": {"firing": [0, "gen"', "JSON"),
+        (2, '{"span": {}}', "span.firing"),
+        (3, '{"spam": {}}', "spam"),
+        (3, "{}", "either"),
+        (4, '{"memory": {"rank": "0", "seconds": 0, "phase": "x", "bytes_by_component": {}}}', "memory.rank"),
+        (5, '{"memory": {"rank": 0, "seconds": NaN, "phase": "x", "bytes_by_component": {}}}', "memory.seconds"),
+    ],
+)
 def test_damaged_line_is_named(file: Path, number: int, line: str, said: str) -> None:
     damage(file, number, line)
     with pytest.raises(InputError, match=said) as caught:
@@ -116,23 +147,26 @@ def test_no_file_holds_what_json_does_not(tmp_path: Path) -> None:
         write(timeline, tmp_path / "t.jsonl")
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"end_seconds": 1.0}, "before it starts"),
-    ({"end_seconds": float("inf")}, "finite"),
-    ({"compute_seconds": (2.0 + 1e-7,)}, "do not sum"),
-    ({"data_seconds": 1.0, "link_seconds": -0.25}, "negative part"),
-    ({"compute_seconds": (2.0, 2.0, 2.0)}, "share the ranks"),
-    ({"compute_seconds": (2.0, 2.0), "communication_seconds": (0.25,) * 4}, "different numbers"),
-    ({"ranks": ()}, "no ranks"),
-    ({"ranks": (0, 0)}, "twice"),
-    ({"ranks": (3, 4)}, "of 4 ranks"),
-    ({"firing": Firing(1, "update_actor", 0, 0)}, "of 1 iterations"),
-    ({"bound": {"flops": -1.0}}, "negative detail"),
-    ({"released_by": Firing(0, "ref", 0, 0)}, "no span"),
-    ({"released_by": TRAIN}, "itself"),
-    ({"start_seconds": 1.0, "end_seconds": 4.0}, "before .* ends"),
-    ({"start_seconds": 1.75, "end_seconds": 4.75}, "rank 0 is still held"),  # its wait for data covers the release
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"end_seconds": 1.0}, "before it starts"),
+        ({"end_seconds": float("inf")}, "finite"),
+        ({"compute_seconds": (2.0 + 1e-7,)}, "do not sum"),
+        ({"data_seconds": 1.0, "link_seconds": -0.25}, "negative part"),
+        ({"compute_seconds": (2.0, 2.0, 2.0)}, "share the ranks"),
+        ({"compute_seconds": (2.0, 2.0), "communication_seconds": (0.25,) * 4}, "different numbers"),
+        ({"ranks": ()}, "no ranks"),
+        ({"ranks": (0, 0)}, "twice"),
+        ({"ranks": (3, 4)}, "of 4 ranks"),
+        ({"firing": Firing(1, "update_actor", 0, 0)}, "of 1 iterations"),
+        ({"bound": {"flops": -1.0}}, "negative detail"),
+        ({"released_by": Firing(0, "ref", 0, 0)}, "no span"),
+        ({"released_by": TRAIN}, "itself"),
+        ({"start_seconds": 1.0, "end_seconds": 4.0}, "before .* ends"),
+        ({"start_seconds": 1.75, "end_seconds": 4.75}, "rank 0 is still held"),  # its wait for data covers the release
+    ],
+)
 def test_check_finds(changes: dict[str, object], said: str) -> None:
     timeline = two_spans()
     timeline.spans[1] = replace(timeline.spans[1], **changes)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from timelines import colocated, disaggregated, timelines
 
 from rlhfsim.errors import InputError
-from rlhfsim.metrics import BUSY_PARTS
 from rlhfsim.firing import Firing
+from rlhfsim.metrics import BUSY_PARTS
 from rlhfsim.timeline import Span, Timeline, check
 from rlhfsim.trace import write_trace
 
@@ -67,15 +67,20 @@ def test_arrows_join_releaser_and_released(tmp_path: Path) -> None:
     assert ((0, 4e6 - 1e-3), (2, 4e6)) in joined  # gen on rank 0 releases ref on ranks 2-3
     for at, side in ((starts, "s"), (ends, "f")):
         for event in at.values():  # each lies in a slice of its track, or a viewer drops it
-            assert any(x["ts"] <= event["ts"] <= x["ts"] + x["dur"] for x in by_kind(events, "X")
-                       if (x["pid"], x["tid"]) == (event["pid"], event["tid"])), side
+            assert any(
+                x["ts"] <= event["ts"] <= x["ts"] + x["dur"]
+                for x in by_kind(events, "X")
+                if (x["pid"], x["tid"]) == (event["pid"], event["tid"])
+            ), side
     assert not by_kind(events_of(tmp_path / "t.json", {"a": disaggregated()}, flows=False), "s")
 
 
 def test_memory_counters_end_what_is_gone(tmp_path: Path) -> None:
     counters = by_kind(events_of(tmp_path / "t.json", {"a": disaggregated()}), "C")
     assert [(e["ts"], e["args"]) for e in counters if e["tid"] == 0] == [
-        (0.0, {"weights": 10.0, "kv_cache": 30.0}), (4e6, {"weights": 10.0, "kv_cache": 0.0})]
+        (0.0, {"weights": 10.0, "kv_cache": 30.0}),
+        (4e6, {"weights": 10.0, "kv_cache": 0.0}),
+    ]
 
 
 def test_chosen_ranks_are_not_folded(tmp_path: Path) -> None:

@@ -21,8 +21,12 @@ def build(*, epochs: int = 1, minibatches: int = 1, share_actor_critic: bool = F
         score = (reference, reward, Step("old_log_prob", "score", "actor", ("gen",), ("log_probs", "values")))
         train = ("update_actor",)
     else:
-        score = (Step("old_log_prob", "score", "actor", ("gen",), ("log_probs",)), reference, reward,
-                 Step("values", "score", "critic", ("gen",), ("values",)))
+        score = (
+            Step("old_log_prob", "score", "actor", ("gen",), ("log_probs",)),
+            reference,
+            reward,
+            Step("values", "score", "critic", ("gen",), ("values",)),
+        )
         train = ("update_critic", "update_actor")
     judged = tuple(step.name for step in score)
     updates = tuple(Step(name, "train", name.removeprefix("update_"), judged) for name in train)

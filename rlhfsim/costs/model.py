@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from rlhfsim.batch import per_replica, samples_of
-from rlhfsim.fold import Fold
 from rlhfsim.firing import Firing
+from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
 from rlhfsim.layout import Holding
 from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
@@ -40,8 +40,15 @@ class CostModel:
     lengths: prompt and response tokens of every sample, by iteration. kv_capacity_tokens: of one engine, by model copy.
     """
 
-    def __init__(self, scenario: Scenario, fold: Fold, holdings: dict[str, Holding], operators: Operators,
-                 lengths: list[tuple[np.ndarray, np.ndarray]], kv_capacity_tokens: float | None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        fold: Fold,
+        holdings: dict[str, Holding],
+        operators: Operators,
+        lengths: list[tuple[np.ndarray, np.ndarray]],
+        kv_capacity_tokens: float | None,
+    ) -> None:
         self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
         self._steps: dict[str, StepSeconds] = {}
@@ -65,7 +72,7 @@ class CostModel:
         return self._remember(key, lambda: self._work(stage, places, prompts, responses))
 
     def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and response tokens of the samples of a firing; validation has prompts of its own, as long as the others."""
+        """Prompt and response tokens of a firing's samples; validation has prompts of its own, as long as the others."""
         prompts, responses = self.lengths[f.iteration % len(self.lengths)]
         if f.stage == "testing":
             count = self.scenario.periodic.validation_prompts
@@ -83,8 +90,10 @@ class CostModel:
         moving = tuple(dict.fromkeys(pairs))
         lanes_per_pair = len(pairs) / len(moving)
         samples = self.scenario.workload.samples / original.lanes / producer.chunks * lanes_per_pair
-        per_sample = sum(FIELD_BYTES_PER_TOKEN.get(name, 0) * self.padded_tokens + FIELD_BYTES_PER_SAMPLE.get(name, 0)
-                         for name in messages[0].fields)
+        per_sample = sum(
+            FIELD_BYTES_PER_TOKEN.get(name, 0) * self.padded_tokens + FIELD_BYTES_PER_SAMPLE.get(name, 0)
+            for name in messages[0].fields
+        )
         return Transfer("send", moving, samples * per_sample)
 
     def _pairs(self, producer: Stage, consumer: Stage, m: Message) -> list[tuple[int, int]]:
@@ -93,7 +102,9 @@ class CostModel:
         for lane in self.fold.lanes[m.lane]:
             source_place = next(iter(producer.places_for(range(lane, lane + 1), m.producer.chunk)))
             if source_place < 0:  # the folded graph keeps places that take turns
-                source_place = self.fold.graph.at(producer.name).ranks.index(m.source) // self.fold.graph.at(producer.name).size
+                source_place = (
+                    self.fold.graph.at(producer.name).ranks.index(m.source) // self.fold.graph.at(producer.name).size
+                )
             for place in consumer.places_for(range(lane, lane + 1), m.producer.chunk):
                 pairs.append((producer.home(lane, source_place), consumer.home(lane, place)))
         return pairs
@@ -120,16 +131,25 @@ class CostModel:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
-    def _generate(self, stage: Stage, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
+    def _generate(
+        self, stage: Stage, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray
+    ) -> list[Segment]:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
         engines = len(ranks) // generation.tensor_parallel
         shares = route_samples(prompts + responses, engines, generation.routing)
         if stage.model not in self._steps:
             self._steps[stage.model] = StepSeconds(self.operators, holding.use, generation)
         result = generation_program(
-            holding.use, generation, [prompts[s] for s in shares], [responses[s] for s in shares], ranks, self.operators,
-            kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None, domain=holding.ranks,
-            steps=self._steps[stage.model])
+            holding.use,
+            generation,
+            [prompts[s] for s in shares],
+            [responses[s] for s in shares],
+            ranks,
+            self.operators,
+            kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None,
+            domain=holding.ranks,
+            steps=self._steps[stage.model],
+        )
         return result.segments
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
@@ -147,17 +167,28 @@ class CostModel:
         same = set(source.ranks) == set(target.ranks)
         choice = self.scenario.weight_sync
         # ZeRO-3 ranks hold one copy together, each a shard of it; other layouts one copy a replica.
-        held = (Layout(target.ranks, len(target.ranks)) if target.use.zero_stage == 3 and not same
-                else Layout.of(target.ranks, target.use))
-        return sync_program(source.use, Layout.of(source.ranks, source.use), held, self.operators,
-                            method="reshard" if same else choice.method, bucket_bytes=choice.bucket_bytes,
-                            head=head_of(stage.model))
+        held = (
+            Layout(target.ranks, len(target.ranks))
+            if target.use.zero_stage == 3 and not same
+            else Layout.of(target.ranks, target.use)
+        )
+        return sync_program(
+            source.use,
+            Layout.of(source.ranks, source.use),
+            held,
+            self.operators,
+            method="reshard" if same else choice.method,
+            bucket_bytes=choice.bucket_bytes,
+            head=head_of(stage.model),
+        )
 
     def _checkpoint(self) -> list[Segment]:
         """Weights, master weights and moments of the trained models, written at the storage's rate."""
         trained = [h for h in self.holdings.values() if h.purpose == "train"]
-        written = sum(parameters(h.use.shape, head_of(h.name)) * (h.use.bytes_per_parameter + MASTER_BYTES + MOMENT_BYTES)
-                      for h in trained)
+        written = sum(
+            parameters(h.use.shape, head_of(h.name)) * (h.use.bytes_per_parameter + MASTER_BYTES + MOMENT_BYTES)
+            for h in trained
+        )
         seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
         return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 

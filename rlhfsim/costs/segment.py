@@ -13,7 +13,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Op = Literal[
-    "all_gather", "reduce_scatter", "all_reduce", "custom_all_reduce", "all_to_all", "broadcast", "send", "to_host", "from_host"
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+    "custom_all_reduce",
+    "all_to_all",
+    "broadcast",
+    "send",
+    "to_host",
+    "from_host",
 ]
 
 
@@ -22,7 +30,7 @@ class Transfer:
     """A collective or copy, run by every group of `groups` at the same time.
 
     op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks.
-    op `custom_all_reduce`: the one-shot kernel of an inference engine (peers' buffers read over NVLink, in a CUDA graph);
+    op `custom_all_reduce`: the one-shot kernel of an inference engine (it reads its peers' buffers over NVLink);
         where a group has no NVLink between all its ranks it is an ordinary all_reduce.
     payload_bytes: of one group and one repeat: what every rank holds after an all_gather or all_reduce or broadcast,
         the input of a reduce_scatter, a rank's send buffer in an all_to_all (its own share included), the message of
@@ -90,10 +98,8 @@ class Segment:
         # With prefetch the first transfer has nothing to hide behind, and the last compute hides none.
         fill = np.minimum(compute[:, 0], transfer[0]) if self.prefetch else np.zeros(len(compute))
         own = own + fill
-        if self.lockstep:
-            total = float(round_seconds.max(axis=0) @ self.repeats + fill.max())
-        else:
-            total = float(own.max())
+        together = round_seconds.max(axis=0) @ self.repeats + fill.max()
+        total = float(together if self.lockstep else own.max())
         busy = compute @ self.repeats
         return Elapsed(total, busy, own - busy, total - own)
 

@@ -36,8 +36,9 @@ def lone_rate(usage: Mapping[str, float], capacities: Mapping[str, float]) -> fl
     return min((capacities[link] / u for link, u in usage.items() if u > 0), default=math.inf)
 
 
-def max_min_rates(usages: Sequence[Mapping[str, float]], capacities: Mapping[str, float],
-                  demands: Sequence[float]) -> list[float]:
+def max_min_rates(
+    usages: Sequence[Mapping[str, float]], capacities: Mapping[str, float], demands: Sequence[float]
+) -> list[float]:
     """Max-min fair rates in payload bytes/s, at most `demands`.
 
     Flows are compared by the bandwidth that they take on their own busiest link (largest usage / capacity). Progressive
@@ -45,8 +46,10 @@ def max_min_rates(usages: Sequence[Mapping[str, float]], capacities: Mapping[str
     link or has enough stops. At most one round a flow.
     """
     users = Counter(link for usage in usages for link, u in usage.items() if u > 0)
-    limits = [min(demand, lone_rate({link: u for link, u in usage.items() if users[link] == 1}, capacities))
-              for usage, demand in zip(usages, demands, strict=True)]
+    limits = [
+        min(demand, lone_rate({link: u for link, u in usage.items() if users[link] == 1}, capacities))
+        for usage, demand in zip(usages, demands, strict=True)
+    ]
     shared = [link for link, count in users.items() if count > 1]
     if not shared:
         return limits
@@ -73,8 +76,11 @@ def max_min_rates(usages: Sequence[Mapping[str, float]], capacities: Mapping[str
 
 def _binding_link(usage: Mapping[str, float], capacities: Mapping[str, float]) -> str | None:
     """The link that limits a lone flow; ties go to the larger usage."""
-    return max((link for link, u in usage.items() if u > 0), default=None,
-               key=lambda link: (usage[link] / capacities[link], usage[link]))
+    return max(
+        (link for link, u in usage.items() if u > 0),
+        default=None,
+        key=lambda link: (usage[link] / capacities[link], usage[link]),
+    )
 
 
 @dataclass(eq=False)
@@ -114,17 +120,20 @@ class _Flow:
             return self.alone
         if self.segment.prefetch:  # the transfers' bytes at this average rate take so long, whatever they hide behind
             longer = self.alone.seconds * (self.demand / rate - 1)
-            return self.alone._replace(seconds=self.alone.seconds + longer,
-                                       communication=self.alone.communication + longer)
+            return self.alone._replace(
+                seconds=self.alone.seconds + longer, communication=self.alone.communication + longer
+            )
         return self.segment.elapsed(self.routes, [r * rate / self.full_rate for r in self.lone_rates])
 
     def result(self) -> Elapsed:
         """Mean of the breakdowns, each weighted by the share of the segment done that way."""
         parts = [(share / self.done, e) for share, e in self.parts] if self.done > 0 else [(1.0, self.now)]
-        return Elapsed(sum(s * e.seconds for s, e in parts),
-                       np.sum([s * e.compute for s, e in parts], axis=0),
-                       np.sum([s * e.communication for s, e in parts], axis=0),
-                       np.sum([s * e.peers for s, e in parts], axis=0))
+        return Elapsed(
+            sum(s * e.seconds for s, e in parts),
+            np.sum([s * e.compute for s, e in parts], axis=0),
+            np.sum([s * e.communication for s, e in parts], axis=0),
+            np.sum([s * e.peers for s, e in parts], axis=0),
+        )
 
 
 class LinkPool:
@@ -223,8 +232,9 @@ class LinkPool:
                 for link, u in route.usage.items():
                     column.setdefault(link, []).append((number, u))
             binding = {_binding_link(r.usage, capacities) for r in routes.values()}
-            kinds = {(capacities[link], *loads): link for link, loads in column.items()
-                     if len(loads) > 1 or link in binding}
+            kinds = {
+                (capacities[link], *loads): link for link, loads in column.items() if len(loads) > 1 or link in binding
+            }
             self._deciding[key] = list(kinds.values())
         return self._deciding[key]
 

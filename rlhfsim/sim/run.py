@@ -11,8 +11,8 @@ import simpy
 
 from rlhfsim.cluster import ClusterTopology
 from rlhfsim.costs.segment import Segment, Transfer
-from rlhfsim.fold import Fold
 from rlhfsim.firing import Firing
+from rlhfsim.fold import Fold
 from rlhfsim.graph import ANY_PLACE, Message
 from rlhfsim.schedule import Scheduler
 from rlhfsim.timeline import Span
@@ -118,9 +118,25 @@ def _add(parts: _Parts, segment: Segment, elapsed: Any, alone_seconds: float) ->
         parts.bound[cause] = parts.bound.get(cause, 0.0) + seconds
 
 
-def _span(f: Firing, fold: Fold, start: float, end: float, data_seconds: float, parts: _Parts, cause: Firing | None) -> Span:
+def _span(
+    f: Firing, fold: Fold, start: float, end: float, data_seconds: float, parts: _Parts, cause: Firing | None
+) -> Span:
     stage = fold.graph.at(f.stage)
     ranks = tuple(rank for block in stage.ranks_of(f.place) for rank in fold.ranks[block])
     compute, communication, peers = np.broadcast_arrays(parts.compute, parts.communication, parts.peers)
-    return Span(f, stage.kind, stage.model, ranks, start, end, tuple(compute.tolist()), tuple(communication.tolist()),
-                tuple(peers.tolist()), data_seconds, parts.link_seconds, parts.detail, parts.bound, cause)
+    return Span(
+        f,
+        stage.kind,
+        stage.model,
+        ranks,
+        start,
+        end,
+        tuple(compute.tolist()),
+        tuple(communication.tolist()),
+        tuple(peers.tolist()),
+        data_seconds,
+        parts.link_seconds,
+        parts.detail,
+        parts.bound,
+        cause,
+    )

@@ -80,8 +80,10 @@ def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
     found = []
     for part in _RECORDS:
         record = getattr(scenario.cluster, part)
-        found += [(f"cluster.{part}.{name}", number.value, _source_text(record, number.source))
-                  for name, number in record.quantities().items()]
+        found += [
+            (f"cluster.{part}.{name}", number.value, _source_text(record, number.source))
+            for name, number in record.quantities().items()
+        ]
     for role in ROLES:
         shape: ModelSpec = getattr(scenario.models, role).shape
         numbers = [(name, value) for name, value in shape if isinstance(value, int) and not isinstance(value, bool)]
@@ -152,8 +154,11 @@ def _check(scenario: Scenario, where: Where) -> None:
         if name not in names:
             kind = field.partition(".")[0]
             near = only_a_near_name(name, names)
-            raise _error(f"is {name!r}, but must be one of {', '.join(names)}{near}", field, where) if names else (
-                _error(f"is {name!r}, but there is no {kind} at all", field, where))
+            raise (
+                _error(f"is {name!r}, but must be one of {', '.join(names)}{near}", field, where)
+                if names
+                else (_error(f"is {name!r}, but there is no {kind} at all", field, where))
+            )
     _check_size(scenario, where)
     for role in ROLES:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
@@ -168,33 +173,50 @@ def _check_size(scenario: Scenario, where: Where) -> None:
     if workload.samples > MAX_SAMPLES:
         raise _error(
             f"times responses_per_prompt makes {workload.samples} samples; at most {MAX_SAMPLES} are allowed",
-            "workload.prompts", where)
+            "workload.prompts",
+            where,
+        )
     if scenario.algorithm.minibatches > workload.samples:
         raise _error(
             f"is {scenario.algorithm.minibatches}, but there are only {workload.samples} samples in an iteration",
-            "algorithm.minibatches", where)
+            "algorithm.minibatches",
+            where,
+        )
 
 
 def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
     """Tensor parallelism splits heads and MLP columns, pipeline stages have the same number of layers."""
     shape, tensor, stages = use.shape, use.tensor_parallel, use.pipeline_parallel * use.pipeline_chunks
     if shape.heads % tensor or shape.ffn % tensor:
-        raise _error(f"is {tensor}, but must divide the {shape.heads} heads and the MLP width {shape.ffn} of "
-                     f"{use.spec}", f"{field}.tensor_parallel", where)
+        raise _error(
+            f"is {tensor}, but must divide the {shape.heads} heads and the MLP width {shape.ffn} of {use.spec}",
+            f"{field}.tensor_parallel",
+            where,
+        )
     if shape.layers % stages:
-        raise _error(f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
-                     f"{field}.pipeline_parallel", where)
+        raise _error(
+            f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
+            f"{field}.pipeline_parallel",
+            where,
+        )
     if use.ranks_per_replica > gpus:
-        raise _error(f"x pipeline_parallel is {use.ranks_per_replica}, but the cluster has {gpus} GPUs",
-                     f"{field}.tensor_parallel", where)
+        raise _error(
+            f"x pipeline_parallel is {use.ranks_per_replica}, but the cluster has {gpus} GPUs",
+            f"{field}.tensor_parallel",
+            where,
+        )
 
 
 def _check_generation(scenario: Scenario, where: Where) -> None:
     tensor, actor = scenario.generation.tensor_parallel, scenario.models.actor
     field = "generation.tensor_parallel"
     if actor.shape.heads % tensor or actor.shape.ffn % tensor:
-        raise _error(f"is {tensor}, but must divide the {actor.shape.heads} heads and the MLP width "
-                     f"{actor.shape.ffn} of {actor.spec}", field, where)
+        raise _error(
+            f"is {tensor}, but must divide the {actor.shape.heads} heads and the MLP width "
+            f"{actor.shape.ffn} of {actor.spec}",
+            field,
+            where,
+        )
     if tensor > scenario.cluster.gpus:
         raise _error(f"is {tensor}, but the cluster has {scenario.cluster.gpus} GPUs", field, where)
 
@@ -202,8 +224,11 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
 def _check_lengths(scenario: Scenario, where: Where) -> None:
     workload = scenario.workload
     if workload.prompt_tokens.within_prompt_correlation not in (0, 1):
-        raise _error("is for responses; all responses to a prompt share the prompt and its length",
-                     "workload.prompt_tokens.within_prompt_correlation", where)
+        raise _error(
+            "is for responses; all responses to a prompt share the prompt and its length",
+            "workload.prompt_tokens.within_prompt_correlation",
+            where,
+        )
     for name in ("prompt_tokens", "response_tokens"):
         drawn, field = getattr(workload, name), f"workload.{name}"
         if drawn.longest > MAX_TOKENS:
@@ -217,8 +242,12 @@ def _check_lengths(scenario: Scenario, where: Where) -> None:
     for role in ROLES:
         use: ModelUse = getattr(scenario.models, role)
         if use.shape.learned_positions and longest > use.shape.max_positions:
-            raise _error(f"prompt and response have up to {longest} tokens, but {use.spec} ({role}) has positions for "
-                         f"{use.shape.max_positions}", "workload", where)
+            raise _error(
+                f"prompt and response have up to {longest} tokens, but {use.spec} ({role}) has positions for "
+                f"{use.shape.max_positions}",
+                "workload",
+                where,
+            )
 
 
 def length_dir() -> Path:
@@ -343,8 +372,10 @@ def _sourced(key: str, value: Any, record: type[Sources]) -> Any:
     if key in _sourced_fields(record) and value is not None and not isinstance(value, dict | list):
         return {"value": value, "source": "unverified"}
     if key in _sourced_tables(record) and isinstance(value, dict):
-        return {name: number if isinstance(number, dict | list) else {"value": number, "source": "unverified"}
-                for name, number in value.items()}
+        return {
+            name: number if isinstance(number, dict | list) else {"value": number, "source": "unverified"}
+            for name, number in value.items()
+        }
     return value
 
 
@@ -369,8 +400,11 @@ def _models(given: Any, folder: Path, where: Where) -> Any:
         return given
     actor = given.get("actor")
     if actor is None or (isinstance(actor, dict) and "spec" not in actor):
-        raise _error("is missing: a shipped model's name or the path of a config.json",
-                     "models.actor" if actor is None else "models.actor.spec", where)
+        raise _error(
+            "is missing: a shipped model's name or the path of a config.json",
+            "models.actor" if actor is None else "models.actor.spec",
+            where,
+        )
     models = dict(given)
     for role, origin in _SPEC_OF.items():
         use = {} if models.get(role) is None else models[role]
@@ -404,8 +438,11 @@ def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: d
     if isinstance(own, dict) and "name" in own:
         return own
     if not isinstance(spec, str):
-        raise _error(f"is {kind_of(spec)}, but must be a shipped model's name or the path of a config.json",
-                     f"{field}.spec", where)
+        raise _error(
+            f"is {kind_of(spec)}, but must be a shipped model's name or the path of a config.json",
+            f"{field}.spec",
+            where,
+        )
     try:
         shape = known[spec] = known.get(spec) or load_model(spec, folder)
     except InputError as error:
@@ -436,8 +473,11 @@ def _length_file(name: str, field: str, folder: Path, where: Where) -> str:
             return str(path.resolve())
     except (OSError, ValueError):  # too long, or a null byte
         pass
-    raise _error(f"is {name!r}, which is neither a shipped file nor one below {str(folder)!r}{nearest(name, shipped)}",
-                 field, where)
+    raise _error(
+        f"is {name!r}, which is neither a shipped file nor one below {str(folder)!r}{nearest(name, shipped)}",
+        field,
+        where,
+    )
 
 
 # --- sources and errors ----------------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ def validate(record: type[R], data: Any, where: Where, also: Mapping[str, Iterab
     except ValidationError as error:
         found = [_problem(each, record, where, also or {}) for each in error.errors()]
     # a value that one model takes over from another is wrong in both: one complaint is enough
-    first = {(each.field if each.message == _MISSING else _last(each.field), each.message): each
-             for each in reversed(found)}
+    first = {
+        (each.field if each.message == _MISSING else _last(each.field), each.message): each for each in reversed(found)
+    }
     problems = list(first.values())[::-1]
     if len(problems) == 1:
         raise problems[0]

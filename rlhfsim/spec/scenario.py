@@ -67,12 +67,18 @@ class ModelUse(Record):
     @model_validator(mode="after")
     def _consistent(self) -> ModelUse:
         if self.trainable_layers is not None and self.trainable_layers > self.shape.layers:
-            raise ValueError(f"trainable_layers is {self.trainable_layers}, but {self.spec} has {self.shape.layers} layers")
+            raise ValueError(
+                f"trainable_layers is {self.trainable_layers}, but {self.spec} has {self.shape.layers} layers"
+            )
         if self.lora_rank > self.shape.hidden:
-            raise ValueError(f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}")
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
+            )
         if self.zero_stage == 3 and self.ranks_per_replica > 1:
-            raise ValueError("zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
-                             "pipeline_parallel above 1 use stage 0, 1 or 2")
+            raise ValueError(
+                "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
+                "pipeline_parallel above 1 use stage 0, 1 or 2"
+            )
         if self.backend == "torch" and self.zero_stage:
             raise ValueError(f"backend torch shards nothing: zero_stage must be 0, given {self.zero_stage}")
         return self
@@ -108,8 +114,12 @@ class Lengths(Record):
 
     @model_validator(mode="after")
     def _complete(self) -> Lengths:
-        needed = {"fixed": ("tokens",), "uniform": ("max_tokens",), "lognormal": ("mean_tokens", "sigma", "max_tokens"),
-                  "empirical": ("file", "column", "max_tokens")}[self.distribution]
+        needed = {
+            "fixed": ("tokens",),
+            "uniform": ("max_tokens",),
+            "lognormal": ("mean_tokens", "sigma", "max_tokens"),
+            "empirical": ("file", "column", "max_tokens"),
+        }[self.distribution]
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise ValueError(f"distribution {self.distribution!r} needs {', '.join(missing)}")

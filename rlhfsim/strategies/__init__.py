@@ -33,7 +33,9 @@ class Devices:
         return self.together.get(stage) or self.replica.get(model, 1)
 
 
-def divide(ranks: tuple[int, ...], shares: dict[str, float], units: dict[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+def divide(
+    ranks: tuple[int, ...], shares: dict[str, float], units: dict[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Cut ranks into disjoint contiguous parts, in proportion to `shares`, each a multiple of its unit (default 1).
 
     Every part gets at least one unit; what rounding leaves over goes where it is missed most. Raises ValueError where

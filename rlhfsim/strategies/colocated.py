@@ -18,8 +18,16 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1) -> StageGra
     updates = algorithm.of_kind("train")
     for step in algorithm.steps:
         if step.kind == "train":
-            graph.stage(step.name, "train", step.model, devices.ranks, after=step.needs, loop=updates[0].name,
-                        chunks=algorithm.minibatches, epochs=algorithm.epochs)
+            graph.stage(
+                step.name,
+                "train",
+                step.model,
+                devices.ranks,
+                after=step.needs,
+                loop=updates[0].name,
+                chunks=algorithm.minibatches,
+                epochs=algorithm.epochs,
+            )
         else:
             model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
             graph.stage(step.name, step.kind, model, devices.ranks, size=devices.size(step.name), chunks=calls)

@@ -1,4 +1,4 @@
-"""Disaggregated (the paper's Separation): generation, scoring and training on separate ranks, joined by bounded channels.
+"""Disaggregated (the paper's Separation): generation, scoring, training on separate ranks, joined by bounded channels.
 
 Copies of actor and critic (`shadow_actor`, `shadow_critic`) serve generation and values while the originals train on
 batches that arrive. At the end of an iteration the new weights move to the copies; only then generation goes on.
@@ -15,9 +15,20 @@ from . import Devices, divide
 SHARES = {"shadow_actor": 2, "reference": 1, "shadow_critic": 1, "reward": 1, "actor": 2, "critic": 1}
 
 
-def build(algorithm: Algorithm, devices: Devices, *, batches: int = 4, replicas: int = 1, spread: str = "robin",
-          capacity: int = 1, shadow_critic: bool = True, recompute_log_probs: bool = False,
-          barrier: bool = True, split: dict[str, float] | None = None, ranks: dict[str, list[int]] | None = None) -> StageGraph:
+def build(
+    algorithm: Algorithm,
+    devices: Devices,
+    *,
+    batches: int = 4,
+    replicas: int = 1,
+    spread: str = "robin",
+    capacity: int = 1,
+    shadow_critic: bool = True,
+    recompute_log_probs: bool = False,
+    barrier: bool = True,
+    split: dict[str, float] | None = None,
+    ranks: dict[str, list[int]] | None = None,
+) -> StageGraph:
     """batches: pieces in which an iteration's samples stream through the stages.
 
     replicas: groups of generation ranks that take whole batches in turn; spread: `robin` in strict turn, `first`
@@ -32,36 +43,68 @@ def build(algorithm: Algorithm, devices: Devices, *, batches: int = 4, replicas:
         raise ValueError(f"spread is {spread!r} (allowed: robin, first)")
     where = _place(algorithm, devices, shadow_critic, split, ranks)
     if replicas < 1 or len(where["shadow_actor"]) % replicas:
-        raise ValueError(f"replicas is {replicas}: the {len(where['shadow_actor'])} ranks that generate do not divide by it")
+        raise ValueError(
+            f"replicas is {replicas}: the {len(where['shadow_actor'])} ranks that generate do not divide by it"
+        )
     graph = StageGraph()
-    scores = [s for s in algorithm.of_kind("score") if s.name != "old_log_prob" or recompute_log_probs or "values" in s.fields]
+    scores = [
+        s for s in algorithm.of_kind("score") if s.name != "old_log_prob" or recompute_log_probs or "values" in s.fields
+    ]
     hub = "reward" if any(s.name == "reward" for s in scores) else scores[-1].name  # shapes rewards from all the others
 
-    graph.stage("gen", "generate", "shadow_actor", where["shadow_actor"], size=len(where["shadow_actor"]) // replicas,
-                chunks=batches, spread=spread)
+    graph.stage(
+        "gen",
+        "generate",
+        "shadow_actor",
+        where["shadow_actor"],
+        size=len(where["shadow_actor"]) // replicas,
+        chunks=batches,
+        spread=spread,
+    )
     for step in sorted(scores, key=lambda s: s.name == hub):
         model = "shadow_critic" if step.model == "critic" and shadow_critic else step.model
         graph.stage(step.name, "score", model, where[model], chunks=batches)
-        graph.link("gen", step.name, stream=True, capacity=capacity, carries=(*algorithm.step("gen").fields, "log_probs"))
+        graph.link(
+            "gen", step.name, stream=True, capacity=capacity, carries=(*algorithm.step("gen").fields, "log_probs")
+        )
     for step in scores:
         if step.name != hub:
             graph.link(step.name, hub, stream=True, capacity=capacity, carries=step.fields)
     for update in algorithm.of_kind("train"):
-        graph.stage(update.name, "train", update.model, where[update.model],
-                    chunks=algorithm.minibatches, epochs=algorithm.epochs)
-        graph.link(hub, update.name, stream=True, capacity=capacity, carries=("tokens", "mask", "log_probs", "values", "rewards"))
+        graph.stage(
+            update.name,
+            "train",
+            update.model,
+            where[update.model],
+            chunks=algorithm.minibatches,
+            epochs=algorithm.epochs,
+        )
+        graph.link(
+            hub,
+            update.name,
+            stream=True,
+            capacity=capacity,
+            carries=("tokens", "mask", "log_probs", "values", "rewards"),
+        )
         copy, reader = ("shadow_actor", "gen") if update.model == "actor" else ("shadow_critic", "values")
         ready = update.name
         if copy in where:
             ready = "update_weights" if update.model == "actor" else "update_weights.critic"
-            graph.stage(ready, "sync", update.model, [*where[update.model], *where[copy]], target=copy, after=[update.name])
+            graph.stage(
+                ready, "sync", update.model, [*where[update.model], *where[copy]], target=copy, after=[update.name]
+            )
         for waiting in dict.fromkeys(("gen", reader) if barrier else (reader,)):
             graph.link(ready, waiting, lag=1)
     return graph
 
 
-def _place(algorithm: Algorithm, devices: Devices, shadow_critic: bool, split: dict[str, float] | None,
-           ranks: dict[str, list[int]] | None) -> dict[str, tuple[int, ...]]:
+def _place(
+    algorithm: Algorithm,
+    devices: Devices,
+    shadow_critic: bool,
+    split: dict[str, float] | None,
+    ranks: dict[str, list[int]] | None,
+) -> dict[str, tuple[int, ...]]:
     models = ["shadow_actor", *dict.fromkeys(s.model for s in algorithm.of_kind("score", "train"))]
     if shadow_critic and "critic" in models:
         models.insert(models.index("critic"), "shadow_critic")
@@ -76,7 +119,9 @@ def _place(algorithm: Algorithm, devices: Devices, shadow_critic: bool, split: d
                 if rank not in devices.ranks:
                     raise ValueError(f"ranks.{model} names rank {rank}; there are ranks 0 to {devices.ranks[-1]}")
                 if rank in taken:
-                    raise ValueError(f"ranks.{model} and ranks.{taken[rank]} share rank {rank}; the sets must be disjoint")
+                    raise ValueError(
+                        f"ranks.{model} and ranks.{taken[rank]} share rank {rank}; the sets must be disjoint"
+                    )
                 taken[rank] = model
         return {model: tuple(own) for model, own in ranks.items()}
     return divide(devices.ranks, split or {m: SHARES.get(m, 1) for m in models}, devices.replica)

@@ -15,8 +15,16 @@ from rlhfsim.graph import StageGraph, overlap
 from . import Devices, divide
 
 
-def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str = "async", ratio: float = 0.5,
-          owners: dict[str, list[int]] | None = None, concat: bool = False) -> StageGraph:
+def build(
+    algorithm: Algorithm,
+    devices: Devices,
+    *,
+    calls: int = 1,
+    mode: str = "async",
+    ratio: float = 0.5,
+    owners: dict[str, list[int]] | None = None,
+    concat: bool = False,
+) -> StageGraph:
     """calls: generation calls per iteration.
 
     mode: `async`: all tokens are exchanged first and each owner runs only its model. `sync`: every rank steps through
@@ -54,8 +62,15 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1, mode: str =
                 graph.link(maker, user, stream=True, carries=algorithm.step(needed).fields)
     updates = algorithm.of_kind("train")
     for update in updates:
-        graph.stage(update.name, "train", update.model, owners.get(update.model, ranks), loop=updates[0].name,
-                    chunks=algorithm.minibatches, epochs=algorithm.epochs)
+        graph.stage(
+            update.name,
+            "train",
+            update.model,
+            owners.get(update.model, ranks),
+            loop=updates[0].name,
+            chunks=algorithm.minibatches,
+            epochs=algorithm.epochs,
+        )
         for needed in update.needs:
             for turn in scored[needed]:
                 graph.link(turn, update.name, carries=algorithm.step(needed).fields)
@@ -85,17 +100,20 @@ def _check(owners: dict[str, list[int]], devices: Devices, algorithm: Algorithm)
     if missing := {"reference", "reward"} - set(owners):
         raise ValueError(f"owners lacks {', '.join(sorted(missing))}")
     if both := set(owners["reference"]) & set(owners["reward"]):
-        raise ValueError(f"owners.reference and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones")
+        raise ValueError(
+            f"owners.reference and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones"
+        )
 
 
 def _ordered(owners: dict[str, list[int]], devices: Devices) -> tuple[int, ...]:
-    """Reference owners, reward owners, others: lane k belongs to the k-th of these, so that an owner's lanes are a range."""
+    """Reference owners, reward owners, others: lane k belongs to the k-th of these, so an owner's lanes are a range."""
     first = [*owners["reference"], *owners["reward"]]
     return (*first, *(r for r in devices.ranks if r not in set(first)))
 
 
-def _turns(graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices,
-           calls: int) -> list[str]:
+def _turns(
+    graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices, calls: int
+) -> list[str]:
     """The stages in which `own` handle every lane; their names, in order."""
     size = devices.size(step.name) or len(own)
     if concat:
@@ -111,12 +129,23 @@ def _turns(graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...]
             count = min(len(own), hi - lo)
             count -= count % places if count > places else 0
             runs.append(range(lo, lo := lo + count))
-    return [graph.stage(f"{step.name}.{turn}", step.kind, step.model, own[: min(places, len(lanes)) * size], size=size,
-                        serves=lanes, chunks=calls) for turn, lanes in enumerate(runs)]
+    return [
+        graph.stage(
+            f"{step.name}.{turn}",
+            step.kind,
+            step.model,
+            own[: min(places, len(lanes)) * size],
+            size=size,
+            serves=lanes,
+            chunks=calls,
+        )
+        for turn, lanes in enumerate(runs)
+    ]
 
 
-def _ask_late(graph: StageGraph, turns: list[str], own: list[int], ranks: tuple[int, ...], per_rank: int,
-              calls: int) -> None:
+def _ask_late(
+    graph: StageGraph, turns: list[str], own: list[int], ranks: tuple[int, ...], per_rank: int, calls: int
+) -> None:
     """Sync mode: the tokens of a lane reach the reward owner only when the lane's rank comes to this line."""
     mine = sorted(ranks.index(r) for r in own)
     for turn in turns:
