@@ -38,7 +38,11 @@ class Engine:
         self.module, self._clip = module, algorithm.gradient_clip
         self._resting = self.use.offload_parameters and not self.deepspeed
         if self._resting and self.train:
-            raise InputError("real runs offload trained weights only under ZeRO-3", field="offload_parameters")
+            raise InputError("real runs offload trained weights only under ZeRO-3",
+                             field=f"models.{holding.name}.offload_parameters")
+        if self.train and not self.deepspeed and self.use.precision != "fp32":
+            raise InputError(f"backend torch keeps no fp32 master weights: precision is {self.use.precision!r} (allowed: fp32)",
+                             field=f"models.{holding.name}.precision")
         optimizer = _optimizer(module, algorithm) if self.train else None
         if self.deepspeed:
             with self.session():
@@ -65,7 +69,7 @@ class Engine:
     # -- training -----------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`, a sum over this rank's part; the `last` one of an update reduces them over ranks."""
+        """Add the gradients of `loss`, this rank's part of a sum; with the `last` of an update all ranks' are added up."""
         if self.deepspeed:
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(loss * len(self.ranks))  # DeepSpeed takes the mean over ranks

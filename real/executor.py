@@ -61,13 +61,6 @@ class LaneStore:
     def put(self, f: Firing, lane: int, fields: Fields) -> None:
         self._fields[f.iteration, base_name(f.stage), f.chunk, lane] |= fields
 
-    def get(self, iteration: int, stage: str, chunk: int, lane: int) -> Fields:
-        """Raises KeyError with what is missing."""
-        key = iteration, base_name(stage), chunk, lane
-        if key not in self._fields:
-            raise KeyError(f"lane {lane} of {describe(Firing(iteration, stage, chunk, 0))} is not on this rank")
-        return self._fields[key]
-
     def chunks(self, iteration: int, stage: str, lane: int) -> dict[int, Fields]:
         """All chunks of a lane that lie here, in order."""
         of = iteration, base_name(stage), lane
@@ -148,17 +141,17 @@ class _Executor:
 
     def _fire(self, f: Firing) -> None:
         stage, ranks, meter = self.graph.at(f.stage), self.graph.ranks(f), self.groups.meter
-        begin = self.clock.read()
         if self.watch:
             self.watch.enter(f)
         self._forget_before(f.iteration - self._longest_lag)
+        meter.begin()
+        begin = self.clock.read()
         inbox, data = {}, begin
         if f.stage in self._receiving:
             inbox = self._received(f, stage)
             data = self.clock.read()
             if len(ranks) > 1:
                 self.groups.meet(ranks)  # all start together, so that waiting for data is no communication
-        meter.begin()
         start = self.clock.read()
         made = self.work(f, stage, inbox) if stage.works_in(f.iteration) else None
         meter.synchronize()

@@ -231,8 +231,6 @@ class EngineWorld:
         method = getattr(self._backend, name)
         if name in _COLLECTIVES:
             method = self._confined(name, method)
-        elif name in ("send", "recv", "isend", "irecv"):
-            method = self._within(method)
         self.__dict__[name] = method
         return method
 

@@ -2,9 +2,9 @@
 
 Measures on the ranks that torchrun started (gloo on CPUs, NCCL on GPUs) what the cost model needs of a machine, for
 `rlhfsim calibrate`: kernels as the models of real runs use them, passes of whole models, DeepSpeed's engines, decode
-steps of the generation loop, collectives, host copies. All ranks measure at the same time, as they work at the same time
-in a run: what they share (memory bandwidth, the machine's power) is shared here too. Calls before a clock is read are
-discarded; each row has the median of the repeats, and the range that holds the middle 80 % of them.
+steps of the generation loop, collectives, host copies. All ranks measure at the same time, as they work at the same
+time in a run: what they share (memory bandwidth, the machine's power) is shared here too. The first calls are
+discarded; each row has the median of the others, and the range that holds the middle 80 % of them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama as llama
 
@@ -40,8 +43,13 @@ from .groups import Groups
 from .meter import Meter
 
 VERSION = 1
-LAYERS_ROTATED, ROTATED_BYTES = 8, 1 << 28  # weights that take turns, as in a model of so many layers; at most so much
+LAYERS_ROTATED, ROTATED_BYTES = 8, 1 << 28  # weights take turns, as in a model of so many layers; at most so much
 WINDOW_SECONDS = 100e-6  # calls quicker than this are timed several at a time
+DISCARDED = 2  # passes and steps before those that count
+LOG_SOFTMAX_BYTES, ADAM_BYTES = 14, 28  # as rlhfsim.costs.operators charges for a logit and a parameter
+MEASURED = ("seconds", "low", "high", "repeats")
+
+Row = dict[str, Any]
 
 
 class Counter(Meter):
@@ -68,7 +76,7 @@ class Bench:
         self.per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
         self.precision = "bf16" if device.type == "cuda" else "fp32"
         self.dtype = models.DTYPES[self.precision]
-        self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.rows: dict[str, list[Row]] = defaultdict(list)
         everyone, leaders = tuple(range(self.ranks)), tuple(range(0, self.ranks, self.per_node))
         inside = [everyone[:n] for n in (2, 4, 8, 16) if n < self.per_node] + [everyone[: self.per_node]]
         self.sets = [s for s in inside if len(s) > 1] + ([leaders] if len(leaders) > 1 else [])
@@ -83,14 +91,14 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def timed(self, table: str, row: dict[str, Any], run: Callable[[], object], ranks: tuple[int, ...] = ()) -> None:
-        """One row. ranks: those that run it together, the same number of times; without any, each on its own."""
+    def timed(self, table: str, row: Row, run: Callable[..., object], *args: Any, ranks: tuple[int, ...] = ()) -> None:
+        """One row: `run(*args)`. ranks: those that run it together, equally often; without any, each on its own."""
         dist.barrier()
         if ranks and self.rank not in ranks:
             return
-        run()
+        run(*args)
         start = self.clock()
-        run()
+        run(*args)
         once = self.clock() - start
         if ranks:
             once = float(self.groups.all_reduce(torch.tensor(once, device=self.device), ranks, dist.ReduceOp.MAX))
@@ -99,27 +107,25 @@ class Bench:
         for _ in range(max(5, min(200, int(self.seconds / (once * inner))))):
             start = self.clock()
             for _ in range(inner):
-                run()
+                run(*args)
             found.append((self.clock() - start) / inner)
         self.add(table, row, found)
 
-    def add(self, table: str, row: dict[str, Any], seconds: list[float]) -> None:
+    def add(self, table: str, row: Row, seconds: list[float]) -> None:
         low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)).tolist()
         self.rows[table].append(row | {"seconds": middle, "low": low, "high": high, "repeats": len(seconds)})
 
-    def gathered(self) -> dict[str, list[dict[str, Any]]]:
+    def gathered(self) -> dict[str, list[Row]]:
         """Medians over the ranks that have a row (they agree on what it is), with the ranks' full range."""
-        rows: list[Any] = [None] * self.ranks
-        dist.all_gather_object(rows, dict(self.rows))
-        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for table in dict.fromkeys(name for own in rows for name in own):
-            same: dict[str, list[dict[str, Any]]] = defaultdict(list)
-            for row in (row for own in rows for row in own.get(table, [])):
-                same[json.dumps({k: v for k, v in row.items() if k not in ("seconds", "low", "high", "repeats")})].append(row)
-            for rank_rows in same.values():
-                found[table].append(rank_rows[0] | {
-                    "seconds": float(np.median([r["seconds"] for r in rank_rows])),
-                    "low": min(r["low"] for r in rank_rows), "high": max(r["high"] for r in rank_rows)})
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, dict(self.rows))
+        same: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for name, row in ((name, row) for tables in everyone for name, rows in tables.items() for row in rows):
+            same[name, json.dumps({k: v for k, v in row.items() if k not in MEASURED})].append(row)
+        found: dict[str, list[Row]] = defaultdict(list)
+        for (name, _), rows in same.items():
+            found[name].append(rows[0] | {"seconds": float(np.median([r["seconds"] for r in rows])),
+                                          "low": min(r["low"] for r in rows), "high": max(r["high"] for r in rows)})
         return found
 
     # -- kernels ------------------------------------------------------------------------------------------
@@ -128,33 +134,33 @@ class Bench:
         """Linear layers (n outputs, k inputs), and their weight gradients, for so many tokens m."""
         for n, k in shapes:
             copies = max(1, min(LAYERS_ROTATED, ROTATED_BYTES // (n * k * self.dtype.itemsize)))
-            weights, turn = [self.random(n, k) for _ in range(copies)], iter(range(1 << 62))
+            weights = cycle([self.random(n, k) for _ in range(copies)])
             for m in tokens:
                 x, dy = self.random(m, k), self.random(m, n)
-                self.timed("gemm", {"m": m, "n": n, "k": k}, lambda: F.linear(x, weights[next(turn) % copies]))
-                if m > 8:  # dy^T x: the tokens are summed over
-                    self.timed("weight_gradient", {"m": n, "n": k, "k": m}, lambda: dy.t() @ x)
+                self.timed("gemm", {"m": m, "n": n, "k": k}, _in_turn, x, weights)
+                if m > 8:  # the tokens are summed over
+                    self.timed("weight_gradient", {"m": n, "n": k, "k": m}, torch.matmul, dy.t(), x)
 
-    def attention(self, heads: list[tuple[int, int, int]], prefill: list[tuple[int, int]], decode: list[tuple[int, int]]) -> None:
+    def attention(self, heads: list[tuple[int, int, int]], prefill: list[tuple[int, int]],
+                  decode: list[tuple[int, int]]) -> None:
         """(heads, kv_heads, head_dim); (batch, tokens of each sequence): whole ones, or in the cache that is read."""
         for h, kv, d in heads:
             shape = {"heads": h, "kv_heads": kv, "head_dim": d}
-            module = llama.LlamaAttention(models.config_of(spec(heads=h, kv_heads=kv, head_dim=d)), 0)
+            module = llama.LlamaAttention(models.config_of(load_model("tiny-4x256").model_copy(update={
+                "heads": h, "kv_heads": kv, "head_dim": d})), 0)
             for batch, tokens in prefill:
                 q, k, v = (self.random(batch, x, tokens, d).requires_grad_() for x in (h, kv, kv))
                 row = shape | {"batch": batch, "tokens": tokens}
                 with torch.no_grad():
-                    self.timed("prefill", row, lambda: models.attention(module, q, k, v, None))
+                    self.timed("prefill", row, models.attention, module, q, k, v, None)
                 out, _ = models.attention(module, q, k, v, None)
-                grad = torch.ones_like(out)
-                self.timed("prefill_backward", row, lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+                self.timed("prefill_backward", row, torch.autograd.grad, out, (q, k, v), torch.ones_like(out), True)
             for batch, tokens in decode:
                 cache = generate.Cache(module.config, batch, tokens, self.dtype, self.device)
                 cache.decode(torch.full((batch,), tokens - 1, device=self.device), tokens)
                 q, k, v = (self.random(batch, x, 1, d) for x in (h, kv, kv))
                 with torch.no_grad():
-                    self.timed("decode", shape | {"batch": batch, "tokens": tokens},
-                               lambda: models.attention(module, q, *cache.update(k, v, 0), None))
+                    self.timed("decode", shape | {"batch": batch, "tokens": tokens}, _decode, module, cache, q, k, v)
 
     @torch.no_grad()
     def memory(self, widths: list[int], tokens: list[int], vocabulary: int) -> None:
@@ -168,65 +174,68 @@ class Bench:
                 norm = llama.LlamaRMSNorm(width).to(self.device, self.dtype)
                 table, ids = self.random(vocabulary, width), torch.randint(vocabulary, (1, m), device=self.device)
                 whole = m * width * size
-                kernels: dict[str, tuple[float, Callable[[], object]]] = {
-                    "residual_add": (3 * whole, lambda: x + y), "rms_norm": (2 * whole, lambda: norm(x)),
-                    "rope": (4 * whole, lambda: llama.apply_rotary_pos_emb(heads, heads, angle, angle)),
-                    "gated_activation": (3 * whole, lambda: F.silu(x) * y),
-                    "embedding": (2 * whole, lambda: F.embedding(ids, table))}
-                for kernel, (moved, run) in kernels.items():
-                    self.timed("memory", {"kernel": kernel, "bytes": moved}, run)
+                self.stream("residual_add", 3 * whole, torch.add, x, y)
+                self.stream("rms_norm", 2 * whole, norm, x)
+                self.stream("rope", 4 * whole, llama.apply_rotary_pos_emb, heads, heads, angle, angle)
+                self.stream("gated_activation", 3 * whole, _gated, x, y)
+                self.stream("embedding", 2 * whole, F.embedding, ids, table)
             logits, targets = self.random(m, vocabulary), torch.randint(vocabulary, (m, 1), device=self.device)
-            # 14 bytes a logit, whatever the precision (LOG_SOFTMAX_BYTES)
-            self.timed("memory", {"kernel": "cross_entropy", "bytes": 14 * m * vocabulary},
-                       lambda: logits.float().gather(-1, targets) - logits.float().logsumexp(-1, keepdim=True))
+            self.stream("cross_entropy", LOG_SOFTMAX_BYTES * m * vocabulary, _log_probs, logits, targets)
+
+    def stream(self, kernel: str, moved: int, run: Callable[..., object], *args: Any) -> None:
+        self.timed("memory", {"kernel": kernel, "bytes": moved}, run, *args)
 
     def optimizer(self, parameters: list[int]) -> None:
         for count in parameters:
             weights = torch.zeros(count, device=self.device, requires_grad=True)
             weights.grad = torch.ones_like(weights)
-            adam = torch.optim.Adam([weights], lr=1e-5)
-            self.timed("memory", {"kernel": "optimizer", "bytes": 28 * count}, adam.step)
+            self.stream("optimizer", ADAM_BYTES * count, torch.optim.Adam([weights], lr=1e-5).step)
 
     # -- models -------------------------------------------------------------------------------------------
 
-    def passes(self, shape: ModelSpec, batches: list[tuple[int, int]], backend: str, zero_stage: int, repeats: int) -> None:
-        """Scoring, forward, backward and update of a model on all ranks; plain torch: each rank its own, no collectives."""
+    def passes(self, shape: ModelSpec, batches: list[tuple[int, int]], backend: str, zero_stage: int) -> None:
+        """Scoring, forward, backward and update of a model on all ranks; in plain torch each rank has its own model."""
         ranks = tuple(range(self.ranks)) if backend == "deepspeed" else (self.rank,)
         use = ModelUse(spec=shape.name, shape=shape, precision=self.precision, zero_stage=zero_stage, recompute="none",
-                       backend=backend)  # type: ignore[arg-type]
+                       backend=backend)
         module = models.build("actor", use, 0, lm=True, value=False, train=True)
         engine = Engine(Holding("actor", use, "train", ranks), module, self.groups, Algorithm())
-        names = ("score", "forward", "backward", "step")
+        row = {"model": shape.name, "shape": _numbers(shape), "backend": backend, "zero_stage": zero_stage,
+               "ranks": len(ranks)}
         with engine.session():
             for batch, tokens in batches:
-                ids = torch.randint(shape.vocabulary, (batch, tokens), device=self.device)
-                positions = torch.arange(tokens, device=self.device).expand(batch, -1)
-                loss, found, moved = torch.zeros(()), defaultdict(list), {}
-
-                def score() -> None:
-                    with torch.no_grad():
-                        engine.module(ids, positions)
-
-                def forward() -> None:
-                    nonlocal loss
-                    loss = (engine.engine if engine.deepspeed else engine.module)(ids, positions)["log_probs"].mean()
-
-                runs = (score, forward, lambda: engine.backward(loss, True), engine.step)
-                for k in range(repeats + 2):
-                    for name, run in zip(names, runs, strict=True):
-                        dist.barrier()
-                        self.counter.begin()
-                        start = self.clock()
-                        run()
-                        if k >= 2:
-                            found[name].append(self.clock() - start)
-                        moved[name] = {op: [len(b), sum(b)] for op, b in self.counter.bytes_by_name.items()}
-                for name in names:
-                    self.add("passes", {"model": shape.name, "shape": _numbers(shape), "backend": backend, "phase": name,
-                                        "zero_stage": zero_stage, "batch": batch, "tokens": tokens, "ranks": len(ranks),
-                                        "collectives": moved[name]}, found[name])
+                self._phases(engine, row | {"batch": batch, "tokens": tokens},
+                             torch.randint(shape.vocabulary, (batch, tokens), device=self.device))
         if engine.deepspeed:
             engine.engine.destroy()
+
+    def _phases(self, engine: Engine, row: Row, ids: Tensor) -> None:
+        """In the order of PPO: a forward pass alone comes before each update."""
+        positions = torch.arange(ids.shape[1], device=self.device).expand(ids.shape[0], -1)
+        loss = torch.zeros(())
+
+        def score() -> None:
+            with torch.no_grad():
+                engine.module(ids, positions)
+
+        def forward() -> None:
+            nonlocal loss
+            loss = (engine.engine if engine.deepspeed else engine.module)(ids, positions)["log_probs"].mean()
+
+        runs: dict[str, Callable[[], None]] = {"score": score, "forward": forward,
+                                               "backward": lambda: engine.backward(loss, True), "step": engine.step}
+        found, moved = defaultdict(list), {}
+        for k in range(DISCARDED + (2 if self.quick else 10)):
+            for phase, run in runs.items():
+                dist.barrier()
+                self.counter.begin()
+                start = self.clock()
+                run()
+                if k >= DISCARDED:
+                    found[phase].append(self.clock() - start)
+                moved[phase] = {op: [len(b), sum(b)] for op, b in self.counter.bytes_by_name.items()}
+        for phase, seconds in found.items():
+            self.add("passes", row | {"phase": phase, "collectives": moved[phase]}, seconds)
 
     @torch.no_grad()
     def decode_steps(self, shape: ModelSpec, rows: list[int], prompt: int, steps: int) -> None:
@@ -235,8 +244,8 @@ class Bench:
         module = models.build("actor", use, 0, lm=True, value=False, train=False).to(self.device)
         for count in rows:
             requests = [generate.request((0, 0), s, s, prompt, steps, shape.vocabulary) for s in range(count)]
-            loop = generate.Generation(module, module.body.config, requests, rows=count, continuous=False, log_probs=True,
-                                       dtype=self.dtype, device=self.device)
+            loop = generate.Generation(module, module.body.config, requests, rows=count, continuous=False,
+                                       log_probs=True, dtype=self.dtype, device=self.device)
             found = []
             dist.barrier()
             while loop.busy:
@@ -244,35 +253,32 @@ class Bench:
                 loop.step()
                 found.append(self.clock() - start)
             row = {"model": shape.name, "shape": _numbers(shape), "rows": count}
-            self.add("decode_step", row | {"tokens": prompt + (steps + 1) / 2}, found[2:])
+            self.add("decode_step", row | {"tokens": prompt + (steps + 1) / 2}, found[DISCARDED:])
 
     # -- links --------------------------------------------------------------------------------------------
 
     def collectives(self, sizes: list[int]) -> None:
         """`bytes`: a rank's whole buffer. `nodes`: on how many machines the ranks are."""
         for ranks in self.sets:
-            group, n = self.groups.of(ranks), len(ranks)
+            n, nodes = len(ranks), 1 + (max(ranks) - min(ranks)) // self.per_node
             for size in sizes:
-                whole = torch.zeros(size // n * n, dtype=torch.uint8, device=self.device)
-                part, floats = torch.zeros(size // n, dtype=torch.uint8, device=self.device), whole[: size // 4 // n * 4 * n].view(torch.float32)
-                share = torch.zeros(len(floats) // n, device=self.device)
-
-                def send(whole: Tensor = whole, ranks: tuple[int, ...] = ranks, group: Any = group) -> None:
-                    """There and back."""
-                    first = self.rank == ranks[0]
-                    for away in (True, False):
-                        (dist.send if first == away else dist.recv)(whole, ranks[1 if first else 0], group=group)
-
-                runs: dict[str, Callable[[], object]] = {
-                    "all_gather": lambda: dist.all_gather_into_tensor(whole, part, group=group),
-                    "reduce_scatter": lambda: dist.reduce_scatter_tensor(share, floats, group=group),
-                    "all_reduce": lambda: dist.all_reduce(floats, group=group),
-                    "broadcast": lambda: dist.broadcast(whole, ranks[0], group=group)}
-                row = {"ranks": n, "nodes": 1 + (max(ranks) - min(ranks)) // self.per_node, "bytes": size // n * n}
-                for op, run in runs.items():
-                    self.timed("collectives", row | {"op": op}, run, ranks)
+                part = torch.zeros(size // 4 // n, device=self.device)
+                whole = torch.zeros(len(part) * n, device=self.device)
+                row = {"ranks": n, "nodes": nodes, "bytes": whole.nbytes}
+                for op, run, args in (("all_gather", dist.all_gather_into_tensor, (whole, part)),
+                                      ("reduce_scatter", dist.reduce_scatter_tensor, (part, whole)),
+                                      ("all_reduce", dist.all_reduce, (whole,)),
+                                      ("broadcast", dist.broadcast, (whole, ranks[0]))):
+                    run = partial(run, group=self.groups.of(ranks))
+                    self.timed("collectives", row | {"op": op}, run, *args, ranks=ranks)
                 if n == 2:
-                    self.timed("collectives", row | {"op": "send", "calls": 2}, send, ranks)
+                    self.timed("collectives", row | {"op": "send", "calls": 2}, self._there_and_back, whole, ranks,
+                               ranks=ranks)
+
+    def _there_and_back(self, whole: Tensor, ranks: tuple[int, ...]) -> None:
+        first = self.rank == ranks[0]
+        for away in (True, False):
+            (dist.send if first == away else dist.recv)(whole, ranks[first], group=self.groups.of(ranks))
 
     def copies(self, sizes: list[int]) -> None:
         """Between host and device memory, pinned; on a CPU there is only the host's memory."""
@@ -280,14 +286,27 @@ class Bench:
             a, b = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8, device=self.device)
             if self.device.type == "cuda":
                 a = a.pin_memory()
-                self.timed("copies", {"op": "from_host", "bytes": size}, lambda: b.copy_(a, non_blocking=True))
-                self.timed("copies", {"op": "to_host", "bytes": size}, lambda: a.copy_(b, non_blocking=True))
-            c = torch.zeros_like(b)
-            self.timed("memory", {"kernel": "copy", "bytes": 2 * size}, lambda: c.copy_(b))
+                self.timed("copies", {"op": "from_host", "bytes": size}, b.copy_, a, True)
+                self.timed("copies", {"op": "to_host", "bytes": size}, a.copy_, b, True)
+            self.stream("copy", 2 * size, torch.zeros_like(b).copy_, b)
 
 
-def spec(**changes: Any) -> ModelSpec:
-    return load_model("tiny-4x256").model_copy(update=changes)
+def _in_turn(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    return F.linear(x, next(weights))
+
+
+def _decode(module: nn.Module, cache: generate.Cache, q: Tensor, k: Tensor, v: Tensor) -> object:
+    return models.attention(module, q, *cache.update(k, v, 0), None)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """As `Decoder` takes them."""
+    logits = logits.float()
+    return logits.gather(-1, targets) - logits.logsumexp(-1, keepdim=True)
 
 
 def _numbers(shape: ModelSpec) -> dict[str, Any]:
@@ -298,24 +317,25 @@ def _numbers(shape: ModelSpec) -> dict[str, Any]:
 def measure(bench: Bench) -> None:
     cuda, quick = bench.device.type == "cuda", bench.quick
     widths = [128, 256] if quick else [1024, 2048, 4096] if cuda else [128, 256, 512]
-    tokens = [8, 64, 256] if quick else [1, 8, 64, 256, 1024, 4096, 16384] if cuda else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    tokens = [1, 8, 64, 256, 1024, 4096, 16384] if cuda else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    tokens = [8, 64, 256] if quick else tokens
     shapes = [(n, k) for w in widths for n, k in ((3 * w, w), (w, w), (11 * w // 4, w), (w, 11 * w // 4))]
     bench.gemm(shapes[::2] if quick else [*shapes, (1024, widths[0]), (1024, widths[-1])], tokens)
     heads = [(4, 4, 32)] if quick else [(16, 16, 128), (32, 8, 128)] if cuda else [(4, 4, 32), (4, 4, 64), (8, 8, 64)]
-    batches = [(1, 16), (4, 32)] if quick else [(b, t * (16 if cuda else 1)) for b in (1, 4, 16) for t in (16, 64, 128, 256)]
+    longer = 16 if cuda else 1
+    batches = [(1, 16), (4, 32)] if quick else [(b, t * longer) for b in (1, 4, 16) for t in (16, 64, 128, 256)]
     bench.attention(heads, batches, batches if quick else [*batches, (2, 64), (8, 64), (32, 64)])
-    bench.memory(widths, tokens[1::2] if not quick else tokens[:2], 1024)
+    bench.memory(widths, tokens[:2] if quick else tokens[1::2], 1024)
     bench.optimizer([10**4, 10**6] if quick else [10**4, 10**5, 10**6, 4 * 10**6, 16 * 10**6])
     bench.copies([1 << 20] if quick else [1 << 16, 1 << 20, 1 << 24, 1 << 26])
-    sizes = [1 << 12, 1 << 18] if quick else [1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]
-    bench.collectives(sizes)
+    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26))])
     names = ["tiny-2x128"] if quick else ["tiny-2x128", "tiny-4x256", "small-8x512"]
     if cuda and not quick:
         names = ["small-8x512", "qwen2.5-0.5b"]
     for shape in map(load_model, names):
-        bench.passes(shape, [(2, 16)] if quick else [(1, 32), (4, 64), (4, 128)], "torch", 0, 2 if quick else 10)
+        bench.passes(shape, [(2, 16)] if quick else [(1, 32), (4, 64), (4, 128)], "torch", 0)
         for stage in (0, 3) if quick else (0, 1, 2, 3):
-            bench.passes(shape, [(2, 16)] if quick else [(4, 64)], "deepspeed", stage, 2 if quick else 10)
+            bench.passes(shape, [(2, 16)] if quick else [(4, 64)], "deepspeed", stage)
         bench.decode_steps(shape, [2, 4] if quick else [1, 4, 16, 32], 16 if quick else 64, 6 if quick else 32)
 
 
@@ -323,27 +343,39 @@ def measure(bench: Bench) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it was measured on, as far as it can be read."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    found: dict[str, Any] = {
-        "device": "cpu", "name": next((v.strip() for k, v in fields.items() if k.strip() == "model name"), platform.processor()),
-        "cores": os.cpu_count(), "multiprocessors": 1, "clocks": next((v.strip() for k, v in fields.items() if k.strip() == "cpu MHz"), None),
-        "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.platform(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "transformers", "deepspeed")}}
-    found["memory_bytes"] = found["host_memory_bytes"]
+    """What it was measured on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = {"device": device.type, "name": _cpu_info("model name") or platform.processor(), "cores": os.cpu_count(),
+             "multiprocessors": 1, "memory_bytes": memory, "host_memory_bytes": memory, "system": platform.platform(),
+             "versions": {"python": platform.python_version()} | {
+                 package: version(package) for package in ("torch", "transformers", "deepspeed")}}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu", "--format=csv,noheader"]
-        found |= {"device": "cuda", "name": properties.name, "multiprocessors": properties.multi_processor_count,
+        found |= {"name": properties.name, "multiprocessors": properties.multi_processor_count,
                   "memory_bytes": properties.total_memory}
-        with nullcontext() if os.access("/usr/bin/nvidia-smi", os.X_OK) else contextmanager(lambda: iter([None]))():
-            found["clocks"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     return found
 
 
+def clocks(device: torch.device) -> str | None:
+    """Clocks, power and temperature of the GPUs, or the CPU's clock; None where they cannot be read."""
+    if device.type == "cpu":
+        return _cpu_info("cpu MHz")
+    query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    try:
+        return subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True,
+                              check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_info(name: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="real.microbench", description="Measure this machine for `rlhfsim calibrate`.")
+    parser = argparse.ArgumentParser(prog="real.microbench", description="Measure a machine for `rlhfsim calibrate`.")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that it works")
     parser.add_argument("--nic-bytes-per-second", type=float, help="nominal rate between machines, one direction")
@@ -358,19 +390,22 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # newer names of collectives, which older torch lacks
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")):
         os.environ.setdefault(name, value)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    started, before, bench = time.time(), machine(device), Bench(device, options.quick)
+    started, before, bench = time.time(), clocks(device), Bench(device, options.quick)
     measure(bench)
     tables = bench.gathered()
     if bench.rank == 0:
-        found = {"kind": "rlhfsim microbench", "version": VERSION, "machine": before | {"clocks_after": machine(device)["clocks"]},
-                 "precision": bench.precision, "ranks": bench.ranks, "ranks_per_node": bench.per_node, "quick": options.quick,
-                 "nic_bytes_per_second": options.nic_bytes_per_second, "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)),
-                 "seconds": round(time.time() - started, 1), "tables": tables}
+        seconds = round(time.time() - started, 1)
+        found = {"kind": "rlhfsim microbench", "version": VERSION, "machine": machine(device),
+                 "clocks": [before, clocks(device)], "precision": bench.precision, "ranks": bench.ranks,
+                 "ranks_per_node": bench.per_node, "quick": options.quick,
+                 "nic_bytes_per_second": options.nic_bytes_per_second,
+                 "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)), "seconds": seconds, "tables": tables}
         options.out.write_text(json.dumps(found, indent=1))
-        print(f"{sum(map(len, tables.values()))} rows in {found['seconds']} s: {options.out}")
+        print(f"{sum(map(len, tables.values()))} rows in {seconds} s: {options.out}")
     dist.destroy_process_group()
     return 0
 

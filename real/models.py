@@ -1,8 +1,8 @@
 """The four models as torch modules: a transformers decoder from our `ModelSpec`, with the heads that PPO needs.
 
-Weights are random, keyed by seed, role and parameter name: every rank and every placement builds the same ones.
-Positions and masks are ours: samples lie left-aligned, so causal attention needs no mask for padding, and without padding
-they lie one after the other in one row, each attending to itself only.
+Weights are random, keyed by seed, role and parameter name: every rank and every placement builds the same ones. Samples
+lie left-aligned, so causal attention needs no mask for padding; without padding they lie one after the other in one row,
+each attending to itself only.
 """
 
 from __future__ import annotations
@@ -60,14 +60,15 @@ def config_of(spec: ModelSpec) -> transformers.PreTrainedConfig:
                      "num_attention_heads": spec.heads, "attention_bias": spec.qkv_bias},
     }
     if spec.family not in own:
-        raise InputError(f"real runs build no {spec.family!r} (allowed: {', '.join(own)})", field="family", where=spec.name)
+        raise InputError(f"real runs build no {spec.family!r} (allowed: {', '.join(own)})", field="family",
+                         where=spec.name)
     return transformers.AutoConfig.for_model(
         spec.family, **own[spec.family], vocab_size=spec.vocabulary, max_position_embeddings=spec.max_positions,
         tie_word_embeddings=spec.tied_embeddings, attention_dropout=0.0, pad_token_id=None)
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
-              segments: Sequence[int] | None = None, **_: Any) -> tuple[Tensor, None]:
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+              scaling: float | None = None, segments: Sequence[int] | None = None, **_: Any) -> tuple[Tensor, None]:
     """Causal attention without a mask, or with a boolean one; `segments` are lengths of samples in one row."""
     grouped = query.shape[1] != key.shape[1]
 
@@ -121,6 +122,30 @@ def merged(module: nn.Module) -> Iterator[None]:
 # --- the module ------------------------------------------------------------------------------------------------------
 
 
+class LanguageHead(nn.Linear):
+    """Logits, or log-probabilities of `targets` from logits of so many tokens at a time.
+
+    One call of the module whatever the number of pieces: under ZeRO-3 ranks meet in every call.
+    """
+
+    def __init__(self, width: int, vocabulary: int, chunk_tokens: int | None) -> None:
+        super().__init__(width, vocabulary, bias=False)
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return F.linear(hidden, self.weight).float()
+        size = self.chunk_tokens or max(1, len(targets))
+        pieces = list(zip(hidden.split(size), targets.split(size), strict=True))
+        if len(pieces) > 1 and torch.is_grad_enabled():  # keep no logits: compute them again in the backward pass
+            return torch.cat([checkpoint(self._log_probs, *piece, use_reentrant=False) for piece in pieces])
+        return torch.cat([self._log_probs(*piece) for piece in pieces])
+
+    def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight).float()
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
 class Decoder(nn.Module):
     """A decoder with a language-model head, a value head (one column without bias), or both."""
 
@@ -128,11 +153,10 @@ class Decoder(nn.Module):
         super().__init__()
         spec = use.shape
         self.body = transformers.AutoModel.from_config(config_of(spec), attn_implementation="samples")
-        self.lm_head = nn.Linear(spec.embedding_width, spec.vocabulary, bias=False) if lm else None
+        self.lm_head = LanguageHead(spec.embedding_width, spec.vocabulary, use.logits_chunk_tokens) if lm else None
         self.value_head = nn.Linear(spec.embedding_width, 1, bias=False) if value else None
         if self.lm_head is not None and spec.tied_embeddings:
             self.lm_head.weight = self.body.get_input_embeddings().weight
-        self.logits_chunk_tokens = use.logits_chunk_tokens
 
     def forward(self, tokens: Tensor, positions: Tensor, *, segments: Sequence[int] | None = None, cache: Any = None,
                 mask: Tensor | None = None, last: Tensor | None = None) -> dict[str, Tensor]:
@@ -146,28 +170,13 @@ class Decoder(nn.Module):
                            use_cache=cache is not None, segments=segments).last_hidden_state
         if last is not None:
             assert self.lm_head is not None
-            return {"logits": self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last]).float()}
+            return {"logits": self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])}
         hidden, found = hidden.flatten(0, 1), {}
         if self.lm_head is not None:
-            found["log_probs"] = self._log_probs(hidden[:-1], tokens.flatten()[1:])
+            found["log_probs"] = F.pad(self.lm_head(hidden[:-1], tokens.flatten()[1:]), (1, 0))
         if self.value_head is not None:
             found["state_values"] = self.value_head(hidden).squeeze(-1).float()
         return found
-
-    def _log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        chunk = self.logits_chunk_tokens or max(1, len(targets))
-        parts = []
-        for some, of in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            if len(targets) > chunk and torch.is_grad_enabled():  # keep no logits: compute them again in the backward pass
-                parts.append(checkpoint(self._log_probs_at_once, some, of, use_reentrant=False))
-            else:
-                parts.append(self._log_probs_at_once(some, of))
-        return torch.cat([hidden.new_zeros(1, dtype=torch.float32), *parts])
-
-    def _log_probs_at_once(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        assert self.lm_head is not None
-        logits = self.lm_head(hidden).float()
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def build(role: str, use: ModelUse, seed: int, *, lm: bool, value: bool, train: bool) -> Decoder:
@@ -209,7 +218,8 @@ def _adapt(module: Decoder, use: ModelUse, role: str, seed: int) -> None:
     chosen = [(parent, name, child) for parent in layers.modules() if not isinstance(parent, LoraLinear)
               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
     if not chosen:
-        raise InputError(f"{use.shape.family} has no linear modules that LoRA could adapt", field=f"models.{role}.lora_rank")
+        raise InputError(f"{use.shape.family} has no linear modules that LoRA could adapt",
+                         field=f"models.{role}.lora_rank")
     for parent, name, child in chosen:
         setattr(parent, name, LoraLinear(child, use.lora_rank))
     with torch.no_grad():
@@ -227,7 +237,7 @@ def layers_of(module: Decoder) -> nn.ModuleList:
 
 
 def trained_names(module: Decoder, use: ModelUse) -> list[str]:
-    """The parameters that train: LoRA's factors and the value head, or the top layers and what comes after them, or all."""
+    """What trains: LoRA's factors and the value head, or the top layers and what comes after them, or everything."""
     names = [name for name, _ in module.named_parameters()]
     if use.lora_rank:
         return [n for n in names if n.endswith((".a", ".b")) or n.startswith("value_head")]

@@ -54,16 +54,16 @@ class Batch:
 def batch(samples: Sequence[Sample], padded_to: int | None, device: torch.device | str = "cpu") -> Batch:
     """Rows of `padded_to` tokens, or with None one row of all samples without any padding."""
     lengths = [len(s["tokens"]) for s in samples]
-    tokens = torch.zeros(len(samples), padded_to, dtype=torch.long) if padded_to else torch.zeros(1, sum(lengths)).long()
-    starts = [i * padded_to for i in range(len(samples))] if padded_to else [sum(lengths[:i]) for i in range(len(samples))]
-    responses = []
+    if padded_to:
+        shape, starts = (len(samples), padded_to), range(0, len(samples) * padded_to, padded_to)
+        positions = torch.arange(padded_to).expand(len(samples), -1)
+    else:
+        shape, starts = (1, sum(lengths)), [sum(lengths[:i]) for i in range(len(samples))]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    tokens, responses = torch.zeros(shape, dtype=torch.long), []
     for start, s in zip(starts, samples, strict=True):
         tokens.view(-1)[start : start + len(s["tokens"])] = s["tokens"]
         responses.append(start + (s["mask"] == RESPONSE).nonzero()[:, 0])
-    if padded_to:
-        positions = torch.arange(padded_to).expand(len(samples), -1)
-    else:
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
     inputs: dict[str, Tensor | list[int]] = {"tokens": tokens.to(device), "positions": positions.to(device)}
     if not padded_to:
         inputs["segments"] = lengths

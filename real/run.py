@@ -25,7 +25,7 @@ from rlhfsim.graph import StageGraph
 from rlhfsim.layout import Holding, graph_of, holdings_of
 from rlhfsim.model import Head
 from rlhfsim.spec.loader import load_scenario
-from rlhfsim.spec.scenario import ModelUse, Scenario
+from rlhfsim.spec.scenario import Scenario
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_options(options)
         _check_ranks(graph, place)
         device = _device(place)
-        _check_memory(scenario, graph, holdings, place, device)
+        _check_memory(holdings, place, device)
     except InputError as error:
         if place.rank:
             time.sleep(10.0)  # the launcher ends all ranks when one ends, and rank 0 has something to say
@@ -125,50 +125,34 @@ def _device(place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def _check_memory(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding], place: Place,
-                  device: torch.device) -> None:
-    """Roughly: model states and one micro-batch of whichever stage needs most, without caches and copies."""
+def _check_memory(holdings: dict[str, Holding], place: Place, device: torch.device) -> None:
+    """Roughly: what cannot fit is found, by the model states alone."""
     import torch
 
-    used = {r for s in graph.stages() for r in s.ranks}
     on_cpu = device.type == "cpu"
-    needs = {r: rough_bytes(scenario, graph, holdings, r, on_cpu) for r in range(place.ranks) if r in used}
+    needs = [rank_bytes(holdings, rank, on_cpu) for rank in range(place.ranks)]
     if on_cpu:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        machines = {r // place.local_ranks for r in needs}
-        needed = max(sum(b for r, b in needs.items() if r // place.local_ranks == m) for m in machines)
+        needed = max(sum(needs[k : k + place.local_ranks]) for k in range(0, place.ranks, place.local_ranks))
         what = f"the {place.local_ranks} ranks of a machine"
     else:
-        there = torch.cuda.get_device_properties(device).total_memory
-        needed, what = max(needs.values()), "a rank"
+        there, needed, what = torch.cuda.get_device_properties(device).total_memory, max(needs), "a rank"
     if needed > there:
         raise InputError(f"{what} need at least {needed / 2**30:.1f} GiB, but there are {there / 2**30:.1f} GiB",
                          field="models")
 
 
-def rough_bytes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:
-    """Bytes on one rank; on CPUs everything is in fp32 and offloading frees nothing."""
-    resting, working = 0.0, [0.0]
-    tokens = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:
+    """Weights, gradients and optimizer states on a rank; on CPUs all are in fp32, and the host is the device."""
+    total = 0.0
     for held in holdings.values():
-        if rank not in held.ranks:
-            continue
-        use: ModelUse = held.use.model_copy(update={"precision": "fp32"}) if on_cpu else held.use
-        role = held.name.removeprefix("shadow_")
-        head: Head = "value" if role in ("critic", "reward") else "lm"
-        kept = memory.static_bytes(use, "train" if held.purpose == "train" else "frozen", held.data_parallel, head=head)
-        resting += kept.total + (kept.host if on_cpu else 0.0)
-        share = scenario.workload.samples // held.data_parallel + 1
-        for stage in graph.stages():
-            if stage.model != held.name or rank not in stage.ranks:
-                continue
-            if stage.kind == "train":
-                batch = min(use.micro_batch_samples, share) * tokens
-                working.append(memory.training_bytes(use, held.data_parallel, batch, tokens, head=head).total)
-            elif stage.kind == "score":
-                batch = min(use.score_micro_batch_samples, share) * tokens
-                working.append(memory.scoring_bytes(use, held.data_parallel, batch, tokens, head=head).total)
-    return resting + max(working)
+        if rank in held.ranks:
+            use = held.use.model_copy(update={"precision": "fp32"}) if on_cpu else held.use
+            head: Head = "value" if held.name.removeprefix("shadow_") in ("critic", "reward") else "lm"
+            purpose: memory.Held = "train" if held.purpose == "train" else "frozen"
+            kept = memory.static_bytes(use, purpose, held.data_parallel, head=head)
+            total += kept.total + (kept.host if on_cpu else 0.0)
+    return total
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -209,11 +193,11 @@ def _run(options: argparse.Namespace, scenario: Scenario, graph: StageGraph, hol
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("groups", root), rank=place.rank,
                                 world_size=place.ranks, timeout=timedelta(seconds=GROUP_SECONDS))
-        clock = align(place.rank, place.ranks)
-        groups = Groups(place.rank, rank_sets(graph, holdings), meter)
-        from .stages import Stages  # with transformers and DeepSpeed, which take seconds
+        from .stages import Stages, sync_rank_sets  # with transformers and DeepSpeed, which take seconds
 
-        results = LaneStore()
+        clock, results = align(place.rank, place.ranks), LaneStore()
+        sets = rank_sets(graph, holdings) | sync_rank_sets(graph, holdings, scenario.weight_sync.method)
+        groups = Groups(place.rank, sets, meter)
         work = Stages(scenario, graph, holdings, place.rank, groups, results)
     except BaseException as error:
         watch.fail(error)

@@ -42,11 +42,11 @@ def check(scenario: Scenario) -> None:
     for role in ("actor", "critic", "reference", "reward"):
         use = getattr(chosen, role)
         if use.ranks_per_replica > 1:
-            raise InputError(f"is {use.ranks_per_replica} ranks per replica; real runs have neither tensor nor pipeline "
-                             "parallelism (allowed: 1)", field=f"models.{role}.tensor_parallel")
+            raise InputError(f"makes {use.ranks_per_replica} ranks per replica with pipeline_parallel; real runs have neither "
+                             "(allowed: 1)", field=f"models.{role}.tensor_parallel")
         if use.shape.vocabulary != chosen.actor.shape.vocabulary:
-            raise InputError(f"has {use.shape.vocabulary} tokens and the actor {chosen.actor.shape.vocabulary}; in a real run "
-                             "all models read the same tokens", field=f"models.{role}.spec")
+            raise InputError(f"has {use.shape.vocabulary} tokens and the actor {chosen.actor.shape.vocabulary}; in a real "
+                             "run all models read the same tokens", field=f"models.{role}.spec")
         longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
         if longest > use.shape.max_positions:
             raise InputError(f"{use.spec} has {use.shape.max_positions} positions, prompt and response up to {longest}",
@@ -75,11 +75,12 @@ class Stages:
         self.rank, self.groups, self.store = rank, groups, store
         self.algorithm, self.steps = scenario.algorithm, algorithm_of(scenario)
         self.samples, self.seed = scenario.workload.samples, scenario.simulation.seed
-        self.engines = {name: self._engine(held) for name, held in holdings.items() if rank in held.ranks and self._runs(name)}
+        self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks and self._runs(n)}
         self._whole: dict[str, WholeCopy] = {}
         self._lengths = cache(lambda iteration: draw_lengths(scenario.workload, self.seed, iteration, length_dir()))
         self._kinds: dict[str, Callable[[Firing, Stage], dict[int, Fields] | None]] = {
-            "generate": self._generate, "score": self._score, "train": self._train, "sync": self._sync, "store": self._store}
+            "generate": self._generate, "score": self._score, "train": self._train, "sync": self._sync,
+            "store": self._store}
 
     def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None:
         """(What the inbox holds lies in the store as well.)"""
@@ -254,8 +255,9 @@ class Stages:
                     if name == "score":
                         parts: Sequence[Tensor] = out["state_values"][batch.ends].cpu().unbind()
                     else:
-                        of = out["state_values"][batch.before] if name == "values" else out["log_probs"][batch.responses]
-                        parts = of.cpu().split(sizes)
+                        values = name == "values"
+                        found = out["state_values"][batch.before] if values else out["log_probs"][batch.responses]
+                        parts = found.cpu().split(sizes)
                     for (s, _), part in zip(some, parts, strict=True):
                         if s in results:
                             results[s][name] = part
@@ -263,7 +265,7 @@ class Stages:
 
     def _micro_batches(self, f: Firing, stage: Stage, mine: list[tuple[int, Sample]], size: int,
                        ) -> Iterator[list[tuple[int, Sample]]]:
-        """As many on every rank, since ranks meet in each: a rank without samples takes part with a sample of no weight."""
+        """As many on every rank, since ranks meet in each; without samples of its own a rank takes one of no weight."""
         count = max(1, *(-(-len(own) // size) for own in self._shares(f, stage, self.samples)))
         nothing = {"tokens": torch.zeros(2, dtype=torch.long), "mask": torch.tensor([ppo.PROMPT, ppo.RESPONSE])}
         for k in range(count):
@@ -283,7 +285,8 @@ class Stages:
         for s, sample in mine.items():
             if "rewards" not in sample:
                 mine[s] = sample | {"rewards": ppo.shaped_rewards(sample, chosen.kl_coefficient)}
-        ready = dict(zip(mine, ppo.with_advantages(list(mine.values()), chosen.discount, chosen.gae_lambda), strict=True))
+        judged = ppo.with_advantages(list(mine.values()), chosen.discount, chosen.gae_lambda)
+        ready = dict(zip(mine, judged, strict=True))
         tokens = torch.tensor(float(sum(len(s["rewards"]) for s in ready.values())), device=self.groups.device)
         if stage.size > 1:
             self.groups.all_reduce(tokens, stage.ranks_of(f.place))
@@ -307,15 +310,17 @@ class Stages:
               for name in ("log_probs", "values", "advantages", "returns")}
         value = policy = torch.zeros((), device=self.groups.device)
         if "state_values" in out:
-            value = ppo.value_loss(out["state_values"][batch.before], of["values"], of["returns"], chosen.clip_values)
+            values = out["state_values"][batch.before]
+            value = ppo.value_loss(values, of["values"], of["returns"], chosen.clip_values)
         if "log_probs" in out:
-            policy = ppo.policy_loss(out["log_probs"][batch.responses], of["log_probs"], of["advantages"], chosen.clip_ratio)
+            log_probs = out["log_probs"][batch.responses]
+            policy = ppo.policy_loss(log_probs, of["log_probs"], of["advantages"], chosen.clip_ratio)
         return value if model == "critic" else policy + chosen.value_coefficient * value
 
     # -- weights move -------------------------------------------------------------------------------------
 
     def _sync(self, f: Firing, stage: Stage) -> None:
-        """New weights into the other copy, bucket by bucket: in place where both lie, else from the first rank that trains."""
+        """New weights into the other copy, bucket by bucket: in place on the same ranks, else from the first that trains."""
         assert stage.target is not None
         chosen = self.scenario.weight_sync
         source, target = self.holdings[stage.model], self.holdings[stage.target]
@@ -324,7 +329,7 @@ class Stages:
             for held in (engine, copy):
                 if held is not None:
                     stack.enter_context(held.session())
-            if set(source.ranks) == set(target.ranks):
+            if source.ranks[0] in target.ranks:  # all are: strategies place a copy on the same ranks or on others
                 assert engine is not None and copy is not None
                 written = dict(copy.module.named_parameters())
                 for bucket in engine.buckets(self._moved(engine, stage.target), chosen.bucket_bytes):

@@ -215,6 +215,28 @@ def validate(paths: tuple[str, ...], json_output: bool) -> None:
     sys.exit(FAILED if found["failed"] else 0)
 
 
+@cli.command("calibrate")
+@click.argument("measurements", nargs=-1, required=True)
+@click.option("--name", required=True, help="What the machine is called.")
+@click.option("--out", required=True, help="The cluster file (.yaml); its kernel curves are written beside it.")
+@click.option("--force", is_flag=True, help="Overwrite files of an earlier calibration.")
+@as_json
+def calibrate(measurements: tuple[str, ...], name: str, out: str, force: bool, json_output: bool) -> None:
+    """A hardware spec of this machine from files of real.microbench (.json), and from real runs, each a timeline (.jsonl)
+    followed by its scenario (.yaml)."""
+    from .calibrate import calibrate as fit
+    from .calibrate import split_arguments, write
+    from .render import print_calibration
+
+    _writable(out)
+    benches, runs = split_arguments(measurements)
+    found = write(fit(benches, runs, name=name), out, force=force)
+    if json_output:
+        _print_json(found.as_json())
+    else:
+        print_calibration(found)
+
+
 @cli.command("show")
 @click.argument("what", type=str)
 @click.argument("overrides", nargs=-1)

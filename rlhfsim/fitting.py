@@ -173,6 +173,35 @@ def fit_prefill(data: Data, rates: Rates, source: str, element_bytes: float = 2.
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
 
 
+def fit_weight_gradient(gemm: dict[str, Any], data: Data, rates: Rates, source: str,
+                        width: float = 2.0) -> dict[str, Any]:
+    """Columns m, n, k: seconds of weight gradients over those of forward products of their shapes, by `gemm`."""
+    curve = _curve(GemmCurve, **(gemm | {"weight_gradient_ratio": 1.0}))
+    m, n, k = (data.column(name) for name in "mnk")
+    forward = np.asarray(gemm_time(curve, rates, m, n, k, input_bytes=width, output_bytes=width).seconds)
+    ratio = _ratio(data.column("seconds"), forward, 1.0, 3.0)
+    fit = {"source": source, "rows": len(m)} | errors(ratio * forward, data.column("seconds"))
+    return {"weight_gradient_ratio": ratio, "weight_gradient_fit": fit}
+
+
+def fit_prefill_backward(prefill: dict[str, Any], data: Data, rates: Rates, source: str,
+                         element_bytes: float = 2.0) -> dict[str, Any]:
+    """Columns as of `fit_prefill`: seconds of backward kernels over forward ones by `prefill`, both without t0."""
+    curve = _curve(PrefillCurve, **(prefill | {"backward_ratio": 1.0}))
+    shape = [data.column(name) for name in ("batch", "heads", "kv_heads", "tokens", "head_dim")]
+    time = attention_prefill_time(curve, rates, *shape, element_bytes=element_bytes)  # type: ignore[arg-type]
+    fixed, measured = float(prefill["kernel_seconds"]), data.column("seconds")
+    forward = np.asarray(time.seconds) - fixed
+    ratio = _ratio(measured - fixed, forward, 1.0, 10.0)
+    fit = {"source": source, "rows": len(measured)} | errors(fixed + ratio * forward, measured)
+    return {"backward_ratio": ratio, "backward_fit": fit}
+
+
+def _ratio(measured: np.ndarray, forward: np.ndarray, low: float, high: float) -> float:
+    """The median: large calls do not outweigh small ones, as in the fits of the curves. Within what a file may say."""
+    return float(f"{min(high, max(low, float(np.median(measured / forward)))):.4g}")
+
+
 def fit_decode(data: Data, rates: Rates, source: str, kv_bytes: float = 2.0) -> dict[str, Any]:
     """Columns batch, kv_heads, tokens (in the cache of one sequence), head_dim."""
     batch, kv_heads, tokens, head_dim = (data.column(name) for name in ("batch", "kv_heads", "tokens", "head_dim"))

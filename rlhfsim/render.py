@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -22,6 +22,9 @@ from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
 from .validate import Result
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 
 def console() -> Console:
@@ -426,3 +429,25 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
         out.print(f"Pairs that differ by more than their spread, in the right order: {found['ranking']:.0%}.")
     if found["failed"]:
         out.print("Beyond tolerance: " + ", ".join(found["failed"]) + ".")
+
+
+def print_calibration(found: Calibration) -> None:
+    """Errors of every curve, what the machine's host needs, and what no file told."""
+    out = console()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("fitted", overflow="fold")
+    for name in ("rows", "held out", "mean error", "weighted", "worst", "bias"):
+        table.add_column(name, justify="right")
+    for name, fit in found.fits.items():
+        measures = (fit.get(key) for key in ("mean_error", "weighted_error", "worst_error"))
+        percent = ["" if value is None else f"{value:.1%}" for value in measures]
+        bias = "" if fit.get("bias") is None else f"{fit['bias']:+.1%}"
+        table.add_row(name, str(fit["rows"]), str(fit["held_out_rows"]), *percent, bias)
+    out.print(table)
+    for name, value in found.cluster["overheads"].items():
+        if name != "deepspeed":
+            out.print(f"{name}: {three(value)}")
+    out.print("Not determined:")
+    for what, run in found.undetermined:
+        out.print(f"- {what}: {run}")
+    out.print("Written: " + ", ".join(map(str, found.paths)))

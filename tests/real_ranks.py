@@ -13,6 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ from rlhfsim.graph import StageGraph  # noqa: E402
 from rlhfsim.layout import graph_of, holdings_of  # noqa: E402
 
 RANKS = 6
+JOB_SECONDS = 60.0
 
 
 def main(folder: Path) -> None:
@@ -69,15 +71,17 @@ def _rank(folder: Path, rank: int) -> None:
     log = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()), RANKS, rank == 0, timedelta(seconds=60))
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         begin = time.monotonic()
+        faulthandler.dump_traceback_later(JOB_SECONDS, exit=True)  # a rank that hangs says where, and ends
         result = _job(rank, dist.PrefixStore(name, log), **job)
         if rank == 0:
             torch.save(result | {"seconds": time.monotonic() - begin}, folder / f"{name}.part")
             (folder / f"{name}.part").rename(folder / f"{name}.pt")
         dist.barrier()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _job(rank: int, store: Any, changes: dict[str, Any], iterations: int, broken: str | None = None) -> dict[str, Any]:
-    """All ranks run a job; rank 0 gets everybody's results. With a `broken` run the error is a result as well."""
+    """All ranks run a job and get everybody's results."""
     found = scenario(**changes)
     graph, _ = graph_of(found)
     holdings = holdings_of(found, graph)
@@ -86,35 +90,21 @@ def _job(rank: int, store: Any, changes: dict[str, Any], iterations: int, broken
             graph = BREAKS[broken](graph, stack)
         sets = rank_sets(graph, holdings) | stages.sync_rank_sets(graph, holdings, found.weight_sync.method)
         groups, results = Groups(rank, sets, Meter()), executor.LaneStore()
-        work, error, records = stages.Stages(found, graph, holdings, rank, groups, results), "", []
-        try:
-            records = executor.run(graph, rank, work, iterations, store, groups, Clock(), results=results)
-        except KeyError as missing:
-            if not broken:
-                raise
-            error = str(missing)
-        mine = {}
-        if not error:
-            trained = [n for n, held in holdings.items() if held.purpose == "train" and rank in held.ranks]
-            mine = {n: work.weights(n) for n in trained}
-        spans = [(r.firing, r.start, r.end) for r in records]
+        work = stages.Stages(found, graph, holdings, rank, groups, results)
+        records = executor.run(graph, rank, work, iterations, store, groups, Clock(), results=results)
+        trained = [n for n, held in holdings.items() if held.purpose == "train" and rank in held.ranks]
+        mine = {n: work.weights(n) for n in trained}
         parts: list[Any] = [None] * RANKS
-        dist.all_gather_object(parts, (mine, spans, error))
-    return {
-        "weights": [part[0] for part in parts],
-        "spans": [part[1] for part in parts],
-        "errors": [part[2] for part in parts if part[2]],
-    }
+        dist.all_gather_object(parts, (mine, [(r.firing, r.start, r.end) for r in records]))
+    return {"weights": [part[0] for part in parts], "spans": [part[1] for part in parts]}
 
 
 # --- what breaks a run -----------------------------------------------------------------------------------------------
 
 
-def _sync_first(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph:
-    """The edge from the update to the weight sync is cut, and the sync comes first in program order: stale weights."""
-    graph.remove_edge("update_actor", "update_weights")
-    graph.nodes["update_weights"]["stage"] = dataclasses.replace(graph.at("update_weights"), order=-1)
-    graph._results.clear()
+def _stale_weights(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph:
+    """The weight sync has work in every other iteration only."""
+    graph.nodes["update_weights"]["stage"] = dataclasses.replace(graph.at("update_weights"), every=2)
     return graph
 
 
@@ -135,16 +125,7 @@ def _one_buffer(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph:
     return graph
 
 
-def _no_values(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph:
-    """A message is forgotten: nothing carries the reference's judgement to the update of the actor."""
-    for turn in [u for u, v in graph.in_edges("update_actor") if u.startswith("ref")]:
-        graph.edges[turn, "update_actor"]["carries"] = ()
-        graph.edges[turn, "update_critic"]["carries"] = ()
-    graph._results.clear()
-    return graph
-
-
-BREAKS = {"sync_first": _sync_first, "one_buffer": _one_buffer, "no_ref": _no_values}
+BREAKS = {"stale_weights": _stale_weights, "one_buffer": _one_buffer}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -428,13 +428,15 @@ stages = types.ModuleType("real.stages")
 class Stages:
     def __init__(self, scenario, graph, holdings, rank, groups, store):
         self.rank, self.groups = rank, groups
+        if (rank, "setup") == (1, os.environ.get("RAISE_IN")):
+            raise ValueError("there are no weights")
     def __call__(self, f, stage, inbox):
         if (self.rank, f.iteration, f.stage) == (1, 1, os.environ.get("KILL_IN")):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.002)
         if stage.kind == "train":
             self.groups.all_reduce(torch.ones(2), stage.ranks)
-stages.Stages = Stages
+stages.Stages, stages.sync_rank_sets = Stages, lambda graph, holdings, method: set()
 sys.modules["real.stages"] = stages
 from real.run import main
 sys.exit(main())
@@ -492,6 +494,14 @@ def test_bad_input_is_one_message(tmp_path: Path) -> None:
         "real.run: cluster: the scenario runs on 2 ranks, but 1 were started (torchrun "
         "--nproc-per-node 2 -m real.run ...)\n"
     )
+
+
+def test_the_command_ends_when_a_rank_fails_in_its_setup(tmp_path: Path) -> None:
+    out = tmp_path / "timeline.jsonl"
+    done = command(tmp_path, "--out", str(out), "--silence", "3", ranks=2, RAISE_IN="setup")
+    assert done.returncode == 1
+    assert "real.run: rank 1 failed in its setup: ValueError: there are no weights" in done.stderr
+    assert read(out).spans == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from rlhfsim.errors import InputError
 from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms
 from rlhfsim.spec.hardware import Gpu
-from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads
+from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage
 from rlhfsim.spec.scenario import Effects, ModelUse
 
 from .kernels import (
@@ -126,7 +126,8 @@ class Operators:
 
     def engine_launches(self, use: ModelUse, phase: EnginePhase, parameters: float) -> OperatorTime:
         """Host time that DeepSpeed adds to a pass of one micro-batch, or to an update."""
-        added = self.overheads.deepspeed.get(use.zero_stage)
+        stages: dict[int, ZeroStage] = {0: "zero_0", 1: "zero_1", 2: "zero_2", 3: "zero_3"}
+        added = self.overheads.deepspeed.get(stages[use.zero_stage])
         if self.ideal or added is None or use.backend != "deepspeed":
             return NO_TIME
         time: HostTime = getattr(added, phase)

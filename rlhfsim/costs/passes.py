@@ -23,6 +23,7 @@ from rlhfsim.model import (
     Head,
     embedding_parameters,
     head_parameters,
+    layer_gemms,
     layer_parameters,
     lora_parameters,
     parameters,
@@ -392,21 +393,28 @@ class _Work:
 
     # Transfers.
 
-    def gathers_layer(self) -> tuple[Transfer, ...]:
-        return self._gathers(layer_parameters(self.use.shape))
+    def gathers_layer(self, *, backward: bool = False) -> tuple[Transfer, ...]:
+        matrices = len(layer_gemms(self.use.shape)) + 2 + self.use.shape.gated_mlp  # qkv, gate and up are fused there
+        return self._gathers(layer_parameters(self.use.shape), matrices if backward else 0)
 
     def gathers_ends(self) -> tuple[Transfer, ...]:
         return self._gathers(embedding_parameters(self.use.shape) + head_parameters(self.use.shape, self.head))
 
-    def _gathers(self, count: float) -> tuple[Transfer, ...]:
-        """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first."""
+    def _gathers(self, count: float, matrices: int = 0) -> tuple[Transfer, ...]:
+        """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
+
+        A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass one of `matrices` at a
+        time. DeepSpeed fetches ahead along the trace of an earlier pass, and the backward pass never meets the trace
+        that it would need: forward passes alone (generation, scoring) come between updates. Counted with DeepSpeed
+        0.19.8 at its defaults: one call in the forward pass of a model smaller than the bucket, one for each matrix in
+        the backward pass (`python -m real.microbench`, column collectives).
+        """
         if self.use.zero_stage != 3:
             return ()
-        payload, messages, ranks = (
-            count * self.use.bytes_per_parameter,
-            _messages(count, GATHER_BUCKET_PARAMETERS),
-            self.layout.ranks,
-        )
+        payload, ranks = count * self.use.bytes_per_parameter, self.layout.ranks
+        whole = parameters(self.use.shape, self.head)
+        ahead = _messages(whole, GATHER_BUCKET_PARAMETERS) * count / whole
+        messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
         if self.use.offload_parameters and self.operators.effects.sync:
             load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages),)
@@ -471,7 +479,8 @@ class _Work:
         gather, gather_ends = self.gathers_layer(), self.gathers_ends()
         return [
             _Part(self.layer_forward(), self.use.shape.layers, gather),
-            _Part(self.layer_backward(), self.trained_layers, gather + self.reduces(self.trained_layer_parameters())),
+            _Part(self.layer_backward(), self.trained_layers,
+                  self.gathers_layer(backward=True) + self.reduces(self.trained_layer_parameters())),
             _Part(self.ends_forward(), 1, gather_ends),
             _Part(self.ends_backward(), 1, self.reduces(self.trained_end_parameters())),
             *self.engine("forward", "backward"),

@@ -9,7 +9,7 @@ from pydantic import Field
 from .base import BytesPerSecond, Record, Seconds
 
 EnginePhase = Literal["forward", "backward", "step"]
-ZeroStage = Annotated[int, Field(ge=0, le=3)]
+ZeroStage = Literal["zero_0", "zero_1", "zero_2", "zero_3"]
 
 
 class HostTime(Record):
@@ -44,8 +44,8 @@ class Overheads(Record):
     eager_layer_backward_seconds: likewise of a layer's backward; absent: twice the forward.
     eager_pass_seconds: host time of one forward pass of a micro-batch or decode step outside the layers; a backward
         pass has as much. Default 0: hidden behind the device on a GPU.
-    deepspeed: by ZeRO stage, what DeepSpeed adds on the host to the passes of a micro-batch and to an update. Default
-        nothing: on GPUs its host runs ahead of the device, and how far was not measured.
+    deepspeed: by ZeRO stage (`zero_0` to `zero_3`), what DeepSpeed adds on the host to the passes of a micro-batch and
+        to an update. Default nothing: on GPUs its host runs ahead of the device, and how far was not measured.
     firing_seconds: host time of one stage's turn on one place outside its work (handing over data). Default 0.
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
