@@ -38,11 +38,14 @@ class Engine:
         self.module, self._clip = module, algorithm.gradient_clip
         self._resting = self.use.offload_parameters and not self.deepspeed
         if self._resting and self.train:
-            raise InputError("real runs offload trained weights only under ZeRO-3",
-                             field=f"models.{holding.name}.offload_parameters")
+            raise InputError(
+                "real runs offload trained weights only under ZeRO-3", field=f"models.{holding.name}.offload_parameters"
+            )
         if self.train and not self.deepspeed and self.use.precision != "fp32":
-            raise InputError(f"backend torch keeps no fp32 master weights: precision is {self.use.precision!r} (allowed: fp32)",
-                             field=f"models.{holding.name}.precision")
+            raise InputError(
+                f"is {self.use.precision!r}, but backend torch keeps no master weights (allowed: fp32)",
+                field=f"models.{holding.name}.precision",
+            )
         optimizer = _optimizer(module, algorithm) if self.train else None
         if self.deepspeed:
             with self.session():
@@ -69,7 +72,7 @@ class Engine:
     # -- training -----------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`, this rank's part of a sum; with the `last` of an update all ranks' are added up."""
+        """Add the gradients of `loss`, this rank's part of a sum; the `last` of an update adds up all ranks'."""
         if self.deepspeed:
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(loss * len(self.ranks))  # DeepSpeed takes the mean over ranks
@@ -96,8 +99,13 @@ class Engine:
 
     # -- weights ------------------------------------------------------------------------------------------
 
-    def buckets(self, names: Sequence[str], bucket_bytes: float, *, write: bool = False,
-                ) -> Iterator[list[tuple[str, Tensor]]]:
+    def buckets(
+        self,
+        names: Sequence[str],
+        bucket_bytes: float,
+        *,
+        write: bool = False,
+    ) -> Iterator[list[tuple[str, Tensor]]]:
         """Whole parameters, some at a time, gathered under ZeRO-3 while the caller uses them. All ranks iterate.
 
         write: what the caller changes in them is kept.
@@ -177,8 +185,9 @@ def _optimizer(module: nn.Module, algorithm: Algorithm) -> torch.optim.Optimizer
     return torch.optim.Adam(parameters, lr=algorithm.learning_rate, eps=algorithm.adam_epsilon)
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer | None, use: ModelUse, ranks: int,
-                algorithm: Algorithm) -> Any:
+def _initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, use: ModelUse, ranks: int, algorithm: Algorithm
+) -> Any:
     """A DeepSpeed engine over so many ranks; accumulation is ours (`set_gradient_accumulation_boundary`)."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
@@ -190,9 +199,15 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer | None, use:
     if use.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
-        "train_batch_size": ranks, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-        "gradient_clipping": algorithm.gradient_clip, "zero_optimization": zero, "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        "train_batch_size": ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": algorithm.gradient_clip,
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
     if use.precision != "fp32":
         config[use.precision] = {"enabled": True}
     launched = os.environ.get("WORLD_SIZE")
@@ -201,4 +216,3 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer | None, use:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     finally:
         os.environ.pop("WORLD_SIZE") if launched is None else os.environ.update(WORLD_SIZE=launched)
-

@@ -98,9 +98,20 @@ class Generation:
     end: the token that ends a response early, None where lengths are forced. log_probs: keep those of drawn tokens.
     """
 
-    def __init__(self, forward: Forward, config: Any, requests: Sequence[Request], *, rows: int, continuous: bool,
-                 prefill_tokens: int = 1 << 30, end: int | None = None, log_probs: bool = False,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        config: Any,
+        requests: Sequence[Request],
+        *,
+        rows: int,
+        continuous: bool,
+        prefill_tokens: int = 1 << 30,
+        end: int | None = None,
+        log_probs: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.forward, self.end, self.continuous, self.prefill_tokens = forward, end, continuous, prefill_tokens
         self.log_probs, self.device = log_probs, torch.device(device)
         self.rows = max(1, min(rows, len(requests)))
@@ -153,8 +164,12 @@ class Generation:
         for row, r in zip(tokens, admitted, strict=True):
             row[: len(r.prompt)] = torch.from_numpy(r.prompt)
         positions = torch.arange(max(lengths), device=self.device).expand(len(admitted), -1)
-        found = self.forward(tokens.to(self.device), positions, cache=self.cache.prefill(rows),
-                             last=torch.tensor(lengths, device=self.device) - 1)
+        found = self.forward(
+            tokens.to(self.device),
+            positions,
+            cache=self.cache.prefill(rows),
+            last=torch.tensor(lengths, device=self.device) - 1,
+        )
         self._draw(found["logits"], admitted)
 
     def _decode(self) -> None:
@@ -164,8 +179,13 @@ class Generation:
         if min(at) < max(at):
             mask = (torch.arange(columns, device=self.device) <= positions[:, None])[:, None, None]
         tokens = torch.tensor([[r.tokens[-1]] for r in self.running], device=self.device)
-        found = self.forward(tokens, positions[:, None], mask=mask, cache=self.cache.decode(positions, columns),
-                             last=torch.zeros(len(at), dtype=torch.long, device=self.device))
+        found = self.forward(
+            tokens,
+            positions[:, None],
+            mask=mask,
+            cache=self.cache.decode(positions, columns),
+            last=torch.zeros(len(at), dtype=torch.long, device=self.device),
+        )
         self._draw(found["logits"], self.running)
 
     def _draw(self, logits: Tensor, requests: list[Request]) -> None:

@@ -35,10 +35,10 @@ from transformers.models.llama import modeling_llama as llama
 
 from rlhfsim.layout import Holding
 from rlhfsim.spec.model_spec import ModelSpec, load_model
-from rlhfsim.spec.scenario import Algorithm, ModelUse
+from rlhfsim.spec.scenario import Algorithm, ModelUse, WeightSync
 
 from . import generate, models
-from .engines import Engine
+from .engines import Engine, WholeCopy
 from .groups import Groups
 from .meter import Meter
 
@@ -206,6 +206,9 @@ class Bench:
             for batch, tokens in batches:
                 self._phases(engine, row | {"batch": batch, "tokens": tokens},
                              torch.randint(shape.vocabulary, (batch, tokens), device=self.device))
+        if engine.sharded:  # what the hybrid engine does before it generates
+            whole = WholeCopy(engine, WeightSync().bucket_bytes)
+            self._repeated({"gather": lambda: _entered(whole)}, row | {"batch": 1, "tokens": 1})
         if engine.deepspeed:
             engine.engine.destroy()
 
@@ -222,8 +225,11 @@ class Bench:
             nonlocal loss
             loss = (engine.engine if engine.deepspeed else engine.module)(ids, positions)["log_probs"].mean()
 
-        runs: dict[str, Callable[[], None]] = {"score": score, "forward": forward,
-                                               "backward": lambda: engine.backward(loss, True), "step": engine.step}
+        self._repeated({"score": score, "forward": forward, "backward": lambda: engine.backward(loss, True),
+                        "step": engine.step}, row)
+
+    def _repeated(self, runs: dict[str, Callable[[], object]], row: Row) -> None:
+        """All runs in turn, again and again; a row for each, with the collectives of its last time."""
         found, moved = defaultdict(list), {}
         for k in range(DISCARDED + (2 if self.quick else 10)):
             for phase, run in runs.items():
@@ -289,6 +295,11 @@ class Bench:
                 self.timed("copies", {"op": "from_host", "bytes": size}, b.copy_, a, True)
                 self.timed("copies", {"op": "to_host", "bytes": size}, a.copy_, b, True)
             self.stream("copy", 2 * size, torch.zeros_like(b).copy_, b)
+
+
+def _entered(whole: WholeCopy) -> None:
+    with whole.session():
+        pass
 
 
 def _in_turn(x: Tensor, weights: Iterator[Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """The four models as torch modules: a transformers decoder from our `ModelSpec`, with the heads that PPO needs.
 
-Weights are random, keyed by seed, role and parameter name: every rank and every placement builds the same ones. Samples
-lie left-aligned, so causal attention needs no mask for padding; without padding they lie one after the other in one row,
-each attending to itself only.
+Weights are random, keyed by seed, role and parameter name: every rank and every placement builds the same ones.
+Samples lie left-aligned, so causal attention needs no mask for padding; without padding they lie one after the other in
+one row, each attending to itself only.
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ def config_of(spec: ModelSpec) -> transformers.PreTrainedConfig:
     Raises InputError for a family that is not built here.
     """
     llama_like = {
-        "hidden_size": spec.hidden, "intermediate_size": spec.ffn, "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
-        "attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.ffn,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "attention_bias": spec.qkv_bias,
+        "mlp_bias": spec.mlp_bias,
     }
     own: dict[str, dict[str, Any]] = {
         "llama": llama_like,
@@ -50,25 +55,59 @@ def config_of(spec: ModelSpec) -> transformers.PreTrainedConfig:
         "qwen3": llama_like | {"use_sliding_window": False},
         "gemma": llama_like,
         "gemma2": llama_like | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-        "opt": {"hidden_size": spec.hidden, "ffn_dim": spec.ffn, "num_hidden_layers": spec.layers,
-                "num_attention_heads": spec.heads, "word_embed_proj_dim": spec.embedding_width, "dropout": 0.0,
-                "do_layer_norm_before": spec.final_norm, "enable_bias": spec.qkv_bias,
-                "activation_function": "relu" if spec.relu else "gelu"},
-        "gpt2": {"n_embd": spec.hidden, "n_inner": spec.ffn, "n_layer": spec.layers, "n_head": spec.heads,
-                 "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
-        "gpt_neox": {"hidden_size": spec.hidden, "intermediate_size": spec.ffn, "num_hidden_layers": spec.layers,
-                     "num_attention_heads": spec.heads, "attention_bias": spec.qkv_bias},
+        "opt": {
+            "hidden_size": spec.hidden,
+            "ffn_dim": spec.ffn,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "word_embed_proj_dim": spec.embedding_width,
+            "dropout": 0.0,
+            "do_layer_norm_before": spec.final_norm,
+            "enable_bias": spec.qkv_bias,
+            "activation_function": "relu" if spec.relu else "gelu",
+        },
+        "gpt2": {
+            "n_embd": spec.hidden,
+            "n_inner": spec.ffn,
+            "n_layer": spec.layers,
+            "n_head": spec.heads,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        },
+        "gpt_neox": {
+            "hidden_size": spec.hidden,
+            "intermediate_size": spec.ffn,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "attention_bias": spec.qkv_bias,
+        },
     }
     if spec.family not in own:
-        raise InputError(f"real runs build no {spec.family!r} (allowed: {', '.join(own)})", field="family",
-                         where=spec.name)
+        raise InputError(
+            f"real runs build no {spec.family!r} (allowed: {', '.join(own)})", field="family", where=spec.name
+        )
     return transformers.AutoConfig.for_model(
-        spec.family, **own[spec.family], vocab_size=spec.vocabulary, max_position_embeddings=spec.max_positions,
-        tie_word_embeddings=spec.tied_embeddings, attention_dropout=0.0, pad_token_id=None)
+        spec.family,
+        **own[spec.family],
+        vocab_size=spec.vocabulary,
+        max_position_embeddings=spec.max_positions,
+        tie_word_embeddings=spec.tied_embeddings,
+        attention_dropout=0.0,
+        pad_token_id=None,
+    )
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-              scaling: float | None = None, segments: Sequence[int] | None = None, **_: Any) -> tuple[Tensor, None]:
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    segments: Sequence[int] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Causal attention without a mask, or with a boolean one; `segments` are lengths of samples in one row."""
     grouped = query.shape[1] != key.shape[1]
 
@@ -158,16 +197,30 @@ class Decoder(nn.Module):
         if self.lm_head is not None and spec.tied_embeddings:
             self.lm_head.weight = self.body.get_input_embeddings().weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, *, segments: Sequence[int] | None = None, cache: Any = None,
-                mask: Tensor | None = None, last: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        *,
+        segments: Sequence[int] | None = None,
+        cache: Any = None,
+        mask: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """tokens, positions: (rows, columns).
 
         With `last` (a column per row): logits after it, (rows, vocabulary). Else, flat over all tokens: `log_probs` of
         each token after those before it (the first of a row or segment has none: ignore it), and `state_values`, the
         value head's at each token.
         """
-        hidden = self.body(input_ids=tokens, position_ids=positions, attention_mask=mask, cache=cache,
-                           use_cache=cache is not None, segments=segments).last_hidden_state
+        hidden = self.body(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            cache=cache,
+            use_cache=cache is not None,
+            segments=segments,
+        ).last_hidden_state
         if last is not None:
             assert self.lm_head is not None
             return {"logits": self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])}
@@ -215,11 +268,17 @@ def fill(module: nn.Module, role: str, seed: int) -> None:
 def _adapt(module: Decoder, use: ModelUse, role: str, seed: int) -> None:
     """LoRA at every linear module of the layers; the second factor starts at zero, as in the LoRA paper."""
     layers = layers_of(module)
-    chosen = [(parent, name, child) for parent in layers.modules() if not isinstance(parent, LoraLinear)
-              for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    chosen = [
+        (parent, name, child)
+        for parent in layers.modules()
+        if not isinstance(parent, LoraLinear)
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
     if not chosen:
-        raise InputError(f"{use.shape.family} has no linear modules that LoRA could adapt",
-                         field=f"models.{role}.lora_rank")
+        raise InputError(
+            f"{use.shape.family} has no linear modules that LoRA could adapt", field=f"models.{role}.lora_rank"
+        )
     for parent, name, child in chosen:
         setattr(parent, name, LoraLinear(child, use.lora_rank))
     with torch.no_grad():

@@ -104,8 +104,10 @@ def with_advantages(samples: Sequence[Sample], discount: float, gae_lambda: floa
         return []
     columns = packed(samples, ("rewards", "values"))
     found, returns = advantages(columns["rewards"], columns["values"], discount, gae_lambda)
-    return [s | {"advantages": a[: len(s["values"])], "returns": r[: len(s["values"])]}
-            for s, a, r in zip(samples, found, returns, strict=True)]
+    return [
+        s | {"advantages": a[: len(s["values"])], "returns": r[: len(s["values"])]}
+        for s, a, r in zip(samples, found, returns, strict=True)
+    ]
 
 
 # --- losses, as sums over tokens -------------------------------------------------------------------------------------

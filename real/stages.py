@@ -42,21 +42,32 @@ def check(scenario: Scenario) -> None:
     for role in ("actor", "critic", "reference", "reward"):
         use = getattr(chosen, role)
         if use.ranks_per_replica > 1:
-            raise InputError(f"makes {use.ranks_per_replica} ranks per replica with pipeline_parallel; real runs have neither "
-                             "(allowed: 1)", field=f"models.{role}.tensor_parallel")
+            raise InputError(
+                f"makes {use.ranks_per_replica} ranks per replica; real runs split no model over ranks (allowed: 1)",
+                field=f"models.{role}.tensor_parallel",
+            )
         if use.shape.vocabulary != chosen.actor.shape.vocabulary:
-            raise InputError(f"has {use.shape.vocabulary} tokens and the actor {chosen.actor.shape.vocabulary}; in a real "
-                             "run all models read the same tokens", field=f"models.{role}.spec")
+            raise InputError(
+                f"has {use.shape.vocabulary} tokens, the actor {chosen.actor.shape.vocabulary}; in a real "
+                "run all models read the same tokens",
+                field=f"models.{role}.spec",
+            )
         longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
         if longest > use.shape.max_positions:
-            raise InputError(f"{use.spec} has {use.shape.max_positions} positions, prompt and response up to {longest}",
-                             field=f"models.{role}.spec")
+            raise InputError(
+                f"{use.spec} has {use.shape.max_positions} positions, prompt and response up to {longest}",
+                field=f"models.{role}.spec",
+            )
     if generation.tensor_parallel > 1:
-        raise InputError(f"is {generation.tensor_parallel}; real runs have no tensor parallelism (allowed: 1)",
-                         field="generation.tensor_parallel")
+        raise InputError(
+            f"is {generation.tensor_parallel}; real runs have no tensor parallelism (allowed: 1)",
+            field="generation.tensor_parallel",
+        )
     if generation.routing != "static":
-        raise InputError(f"is {generation.routing!r}; real runs share samples out beforehand (allowed: static)",
-                         field="generation.routing")
+        raise InputError(
+            f"is {generation.routing!r}; real runs share samples out beforehand (allowed: static)",
+            field="generation.routing",
+        )
 
 
 class Stages:
@@ -65,8 +76,15 @@ class Stages:
     store: the executor's, in which it keeps results that stay on this rank.
     """
 
-    def __init__(self, scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding], rank: int, groups: Groups,
-                 store: LaneStore) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        graph: StageGraph,
+        holdings: dict[str, Holding],
+        rank: int,
+        groups: Groups,
+        store: LaneStore,
+    ) -> None:
         check(scenario)
         if groups.device.type == "cpu":  # where half precision is slower than single, and nothing is won by it
             single = {"precision": "fp32"}
@@ -79,8 +97,12 @@ class Stages:
         self._whole: dict[str, WholeCopy] = {}
         self._lengths = cache(lambda iteration: draw_lengths(scenario.workload, self.seed, iteration, length_dir()))
         self._kinds: dict[str, Callable[[Firing, Stage], dict[int, Fields] | None]] = {
-            "generate": self._generate, "score": self._score, "train": self._train, "sync": self._sync,
-            "store": self._store}
+            "generate": self._generate,
+            "score": self._score,
+            "train": self._train,
+            "sync": self._sync,
+            "store": self._store,
+        }
 
     def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None:
         """(What the inbox holds lies in the store as well.)"""
@@ -190,10 +212,17 @@ class Stages:
             if not together:
                 stack.enter_context(models.merged(module))
             work = generate.Generation(
-                module, module.body.config, requests, continuous=chosen.continuous,
+                module,
+                module.body.config,
+                requests,
+                continuous=chosen.continuous,
                 rows=chosen.max_sequences if chosen.continuous else chosen.batch_samples or len(requests),
-                prefill_tokens=chosen.prefill_tokens, end=END_OF_SEQUENCE if sampled else None,
-                log_probs="log_probs" in fields, dtype=models.DTYPES[engine.use.precision], device=self.groups.device)
+                prefill_tokens=chosen.prefill_tokens,
+                end=END_OF_SEQUENCE if sampled else None,
+                log_probs="log_probs" in fields,
+                dtype=models.DTYPES[engine.use.precision],
+                device=self.groups.device,
+            )
             generate.run(work, self._in_step(work, place, sampled) if together else None)
         if validation:
             return None
@@ -204,8 +233,14 @@ class Stages:
         prompts, responses = (np.resize(tokens, samples) for tokens in self._lengths(iteration))
         limit = workload.response_tokens.longest if workload.responses == "sampled" else int(responses[sample])
         key = (self.seed, iteration, *([generate.VALIDATION] if validation else []))
-        return generate.request(key, sample, sample // workload.responses_per_prompt, int(prompts[sample]), limit,
-                                self.scenario.models.actor.shape.vocabulary)
+        return generate.request(
+            key,
+            sample,
+            sample // workload.responses_per_prompt,
+            int(prompts[sample]),
+            limit,
+            self.scenario.models.actor.shape.vocabulary,
+        )
 
     def _decoder(self, engine: Engine, together: bool) -> AbstractContextManager[nn.Module]:
         """The module that decodes: the engine's own, or under ZeRO-3 a whole copy for this call."""
@@ -225,6 +260,7 @@ class Stages:
         def any_busy(mine: bool) -> bool:
             flag = torch.tensor([int(mine)], device=self.groups.device)
             return bool(self.groups.all_reduce(flag, place, dist.ReduceOp.MAX))
+
         return any_busy
 
     # -- score --------------------------------------------------------------------------------------------
@@ -263,8 +299,13 @@ class Stages:
                             results[s][name] = part
         return results
 
-    def _micro_batches(self, f: Firing, stage: Stage, mine: list[tuple[int, Sample]], size: int,
-                       ) -> Iterator[list[tuple[int, Sample]]]:
+    def _micro_batches(
+        self,
+        f: Firing,
+        stage: Stage,
+        mine: list[tuple[int, Sample]],
+        size: int,
+    ) -> Iterator[list[tuple[int, Sample]]]:
         """As many on every rank, since ranks meet in each; without samples of its own a rank takes one of no weight."""
         count = max(1, *(-(-len(own) // size) for own in self._shares(f, stage, self.samples)))
         nothing = {"tokens": torch.zeros(2, dtype=torch.long), "mask": torch.tensor([ppo.PROMPT, ppo.RESPONSE])}
@@ -306,8 +347,10 @@ class Stages:
         out = (engine.engine if engine.deepspeed else engine.module)(**batch.inputs)
         if "rewards" not in samples[0]:
             return sum(x.sum() for x in out.values()) * 0.0
-        of = {name: torch.cat([s[name] for s in samples]).to(self.groups.device)
-              for name in ("log_probs", "values", "advantages", "returns")}
+        of = {
+            name: torch.cat([s[name] for s in samples]).to(self.groups.device)
+            for name in ("log_probs", "values", "advantages", "returns")
+        }
         value = policy = torch.zeros((), device=self.groups.device)
         if "state_values" in out:
             values = out["state_values"][batch.before]
@@ -320,7 +363,7 @@ class Stages:
     # -- weights move -------------------------------------------------------------------------------------
 
     def _sync(self, f: Firing, stage: Stage) -> None:
-        """New weights into the other copy, bucket by bucket: in place on the same ranks, else from the first that trains."""
+        """New weights into the other copy, in buckets: in place on the same ranks, else from the first that trains."""
         assert stage.target is not None
         chosen = self.scenario.weight_sync
         source, target = self.holdings[stage.model], self.holdings[stage.target]

@@ -286,8 +286,8 @@ class _Host:
         """Engine minus plain model minus collectives, by ZeRO stage and phase."""
         found: dict[str, Any] = {}
         for stage in sorted({int(r["zero_stage"]) for r in self.engines}):
-            own = [r for r in _of(self.engines, zero_stage=stage) if self._base(r)]
-            for phase in ("forward", "backward", "step"):
+            own = [r for r in _of(self.engines, zero_stage=stage) if r["phase"] in ("step", "gather") or self._base(r)]
+            for phase in ("forward", "backward", "step", "gather"):
                 rows = _of(own, phase=phase)
                 if phase == "forward" and stage == 3:  # scoring goes through the engine's hooks as well
                     rows += _of(own, phase="score")
@@ -348,6 +348,9 @@ class _Host:
     def _engine(self, row: Row) -> float:
         """What the engine's phase takes without DeepSpeed's own host time; an update is Adam on this rank's share."""
         moved, stage = row["collectives"], int(row["zero_stage"])
+        if row["phase"] == "gather":  # layer by layer, as costs.generation has it
+            sizes = sum(size for _, size in moved.values())
+            return self._moving(row, {"all_gather": [self._shape(row).layers, sizes]}) if sizes else 0.0
         if row["phase"] != "step":
             return float((self._base(row) or row)["seconds"]) + self._moving(row, moved)
         whole = {op: calls for op, calls in moved.items() if op == "all_gather" and stage in (1, 2)}

@@ -1,7 +1,7 @@
 """Run scenarios on real ranks: one process that imports torch once, forks the ranks, and keeps them for all its jobs.
 
-`python tests/real_ranks.py FOLDER` reads FOLDER/jobs.json (name -> changes of `scenarios.scenario`, iterations, and what to
-break) and writes, per job, FOLDER/NAME.pt: the trained weights, who ran when, and seconds.
+`python tests/real_ranks.py FOLDER` reads FOLDER/jobs.json (name -> changes of `scenarios.scenario`, iterations, what to
+break) and writes, per job, FOLDER/NAME.pt: by rank the trained weights and who ran when, and seconds.
 """
 
 from __future__ import annotations

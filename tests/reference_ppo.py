@@ -1,6 +1,6 @@
 """PPO in one process, as plainly as it can be written: fp64, one sample at a time, no cache, no batches, no DeepSpeed.
 
-It shares with real runs the initial weights, the module, the prompts and the noise, and nothing of how the work is done.
+It shares with real runs the initial weights, the module, the prompts and the noise, and nothing of how work is done.
 """
 
 from __future__ import annotations

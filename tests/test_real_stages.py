@@ -1,4 +1,4 @@
-"""Real runs train to the same weights wherever the models are placed, and to those of a plain reference in one process."""
+"""Real runs train to the same weights wherever models are placed, and to those of a plain reference in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,20 @@ if any(importlib.util.find_spec(name) is None for name in ("torch", "transformer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import transformers  # noqa: E402
-from reference_ppo import Reference  # noqa: E402
-from scenarios import scenario  # noqa: E402
+import torch
+import torch.distributed as dist
+import transformers
+from reference_ppo import Reference
+from scenarios import scenario
 
-from real import executor, generate, groups, meter, models, ppo, stages  # noqa: E402
-from rlhfsim.batch import samples_of  # noqa: E402
-from rlhfsim.errors import InputError  # noqa: E402
-from rlhfsim.firing import Firing  # noqa: E402
-from rlhfsim.layout import graph_of, holdings_of  # noqa: E402
-from rlhfsim.model import parameters  # noqa: E402
-from rlhfsim.spec.model_spec import load_model  # noqa: E402
-from rlhfsim.spec.scenario import ModelUse, Scenario  # noqa: E402
+from real import executor, generate, groups, meter, models, ppo, stages
+from rlhfsim.batch import samples_of
+from rlhfsim.errors import InputError
+from rlhfsim.firing import Firing
+from rlhfsim.layout import graph_of, holdings_of
+from rlhfsim.model import parameters
+from rlhfsim.spec.model_spec import load_model
+from rlhfsim.spec.scenario import ModelUse, Scenario
 
 ITERATIONS = 3
 # Largest difference of a weight between fp32 on ranks and the fp64 reference, as a share of the largest change of a
@@ -68,33 +70,73 @@ def job(strategy: str, engine: str, changes: dict[str, Any] | None = None) -> di
 SAME = {
     "colocated_per_token": job("colocated", "zero3_per_token"),
     "colocated_hybrid_padded": job("colocated", "hybrid", {"workload.padded": True, "strategy.calls": 2}),
-    "colocated_zero2": job("colocated", "hybrid", {
-        "models.actor.zero_stage": 2, "models.critic.zero_stage": 1, "models.actor.offload_optimizer": True,
-        "periodic": {"validation_every": 2, "validation_prompts": 4, "checkpoint_every": 3}}),
+    "colocated_zero2": job(
+        "colocated",
+        "hybrid",
+        {
+            "models.actor.zero_stage": 2,
+            "models.critic.zero_stage": 1,
+            "models.actor.offload_optimizer": True,
+            "periodic": {"validation_every": 2, "validation_prompts": 4, "checkpoint_every": 3},
+        },
+    ),
     "colocated_engine": job("colocated", "engine", ZERO_0 | {"generation.max_sequences": 1}),
     "interleaved_async": job("interleaved", "hybrid", {"strategy.calls": 2}),
     "interleaved_sync": job("interleaved", "hybrid", PLAIN | {"strategy.mode": "sync"}),
     "interleaved_concat": job("interleaved", "engine", {"strategy.concat": True, "strategy.ratio": 0.25}),
     "disaggregated": job("disaggregated", "engine", ON_SIX),
-    "disaggregated_values_by_critic": job("disaggregated", "engine", ON_SIX | {
-        "strategy.shadow_critic": False, "strategy.replicas": 2, "weight_sync": {"method": "broadcast"},
-        "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4], "critic": [5]}}),
+    "disaggregated_values_by_critic": job(
+        "disaggregated",
+        "engine",
+        ON_SIX
+        | {
+            "strategy.shadow_critic": False,
+            "strategy.replicas": 2,
+            "weight_sync": {"method": "broadcast"},
+            "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4], "critic": [5]},
+        },
+    ),
 }
 OTHERS = {
     "two_minibatches": job("colocated", "hybrid", {"algorithm.minibatches": 2, "models.actor.zero_stage": 2}),
     "two_minibatches_apart": job("disaggregated", "engine", ON_SIX | {"algorithm.minibatches": 2}),
-    "adam_lora": job("colocated", "hybrid", LORA | {
-        "algorithm.optimizer": "adam", "algorithm.learning_rate": 0.01, "algorithm.adam_epsilon": 0.1}),
+    "adam_lora": job(
+        "colocated",
+        "hybrid",
+        LORA | {"algorithm.optimizer": "adam", "algorithm.learning_rate": 0.01, "algorithm.adam_epsilon": 0.1},
+    ),
     "lora_apart": job("disaggregated", "engine", ON_SIX | LORA),
-    "shared_sampled": job("disaggregated", "engine", ON_SIX | {
-        "models.share_actor_critic": True, "workload.responses": "sampled", "algorithm.reward": "function",
-        "workload.responses_per_prompt": 2, "workload.prompts": 4,
-        "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4, 5]}}),
+    "shared_sampled": job(
+        "disaggregated",
+        "engine",
+        ON_SIX
+        | {
+            "models.share_actor_critic": True,
+            "workload.responses": "sampled",
+            "algorithm.reward": "function",
+            "workload.responses_per_prompt": 2,
+            "workload.prompts": 4,
+            "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4, 5]},
+        },
+    ),
 }
 BROKEN = {
     "stale_weights": job("disaggregated", "engine", ON_SIX) | {"broken": "stale_weights"},
     "one_buffer": job("interleaved", "hybrid", PLAIN | {"strategy.calls": 2}) | {"broken": "one_buffer"},
 }
+
+
+def made(changes: dict[str, Any]) -> Scenario:
+    return scenario(**deepcopy(changes))  # which it writes into
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small operators are slower with more, and cores are shared with the ranks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- many ranks ------------------------------------------------------------------------------------------------------
@@ -123,12 +165,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @cache
 def expected(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Weights that the reference trains, by model, and how far the weight that changed most did."""
-    found = scenario(**json.loads(text))
+    found = made(json.loads(text))
     reference, before = Reference(found), Reference(found)
     reference.run(ITERATIONS, lambda iteration: mini_batches(found))
-    weights = {name: dict(model.named_parameters()) for name, model in trained(reference).items()}
-    start = {name: dict(model.named_parameters()) for name, model in trained(before).items()}
-    moved = {name: max(float((w - start[name][n]).abs().max()) for n, w in own.items()) for name, own in weights.items()}
+    weights, start = weights_of(reference), weights_of(before)
+    moved = {m: max(float((w - start[m][n]).abs().max()) for n, w in own.items()) for m, own in weights.items()}
     return weights, moved
 
 
@@ -140,8 +181,9 @@ def mini_batches(found: Scenario) -> list[list[int]]:
     return [samples_of(graph, f, found.workload.samples).tolist() for f in firings]
 
 
-def trained(reference: Reference) -> dict[str, models.Decoder]:
-    return {"actor": reference.actor} | ({"critic": reference.critic} if reference.critic is not reference.actor else {})
+def weights_of(reference: Reference) -> dict[str, dict[str, Any]]:
+    own = {"actor": reference.actor} | ({"critic": reference.critic} if reference.critic is not reference.actor else {})
+    return {name: {n: w.detach() for n, w in model.named_parameters()} for name, model in own.items()}
 
 
 def difference(weights: list[dict[str, Any]], changes: dict[str, Any]) -> float:
@@ -156,6 +198,19 @@ def difference(weights: list[dict[str, Any]], changes: dict[str, Any]) -> float:
 @pytest.mark.parametrize("name", SAME)
 def test_every_placement_trains_to_the_reference(results: dict[str, Any], name: str) -> None:
     assert difference(results[name]["weights"], BASE) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_needed_has_ended(results: dict[str, Any], name: str) -> None:
+    """Every rank reads the same machine's clock."""
+    graph, _ = graph_of(made(SAME[name]["changes"]))
+    start, end = dict[Firing, int](), dict[Firing, int]()
+    for spans in results[name]["spans"]:
+        assert all(a[2] <= b[1] for a, b in pairwise(spans))
+        for f, begin, stop in spans:
+            start[f], end[f] = min(begin, start.get(f, begin)), max(stop, end.get(f, stop))
+    assert len(start) == ITERATIONS * len(graph.program())
+    assert all(end[need] <= start[f] for f in start for need in graph.needs(f))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -181,7 +236,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def in_program_order(changes: dict[str, Any], lost: str = "") -> stages.Stages:
     """Three iterations on one rank, one firing after the other; the results of stage `lost` are not kept."""
-    found = scenario(**changes)
+    found = made(changes)
     graph, _ = graph_of(found)
     holdings, store = holdings_of(found, graph), executor.LaneStore()
     alone = groups.Groups(0, groups.rank_sets(graph, holdings), meter.Meter())
@@ -209,25 +264,47 @@ def test_a_lost_result_is_an_error_that_names_it(one_rank: None) -> None:
         in_program_order(ALONE, lost="ref")
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("models.actor.tensor_parallel", 2), ("generation.routing", "least_loaded"), ("models.reward.spec", "small-8x512")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("models.actor.tensor_parallel", 2),
+        ("generation.routing", "least_loaded"),
+        ("models.reward.spec", "small-8x512"),
+    ],
+)
 def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
-        stages.check(scenario(**BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
+        stages.check(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
     assert error.value.field == field
 
 
 # --- models and generation -------------------------------------------------------------------------------------------
 
 
-SMALL = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96, "vocabulary": 256,
-         "max_positions": 64}
+SMALL = {
+    "layers": 2,
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "ffn": 96,
+    "vocabulary": 256,
+    "max_positions": 64,
+}
 OPT = {"kv_heads": 4, "learned_positions": 66}
 
 
-@pytest.mark.parametrize(("name", "own"), [
-    ("tiny-2x128", {}), ("qwen2.5-0.5b", {}), ("gemma-2-2b", {}), ("mistral-7b", {}), ("opt-125m", OPT),
-    ("opt-350m", OPT | {"embedding_size": 32})])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("tiny-2x128", {}),
+        ("qwen2.5-0.5b", {}),
+        ("gemma-2-2b", {}),
+        ("mistral-7b", {}),
+        ("opt-125m", OPT),
+        ("opt-350m", OPT | {"embedding_size": 32}),
+    ],
+)
 def test_a_decoder_says_what_transformers_says(name: str, own: dict[str, Any]) -> None:
     """Parameters as counted, and log-probabilities with and without padding as of eager attention sample by sample."""
     shape = load_model(name)
@@ -256,8 +333,9 @@ def test_responses_do_not_depend_on_the_batch() -> None:
     found = []
     for rows, continuous in ((12, False), (5, False), (4, True)):
         requests = [generate.request((0, 0), i, i, int(p), int(n), 1024) for i, (p, n) in enumerate(lengths)]
-        work = generate.Generation(decoder, decoder.body.config, requests, rows=rows, continuous=continuous,
-                                   prefill_tokens=40, log_probs=True)
+        work = generate.Generation(
+            decoder, decoder.body.config, requests, rows=rows, continuous=continuous, prefill_tokens=40, log_probs=True
+        )
         passes, foretold = 0, work.forward_passes
         while work.busy:
             work.step()

@@ -30,6 +30,7 @@ from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
 from .engine import Runs, continuous_runs, static_runs
 from .operators import Operators, OperatorTime
+from .passes import GATHER_BUCKET_PARAMETERS
 from .segment import Op, Segment, Transfer
 
 # Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
@@ -157,7 +158,7 @@ def generation_program(
             field="generation.batching",
         )
     holders = tuple(domain or ranks)
-    gather = _gather(use, generation, holders, len(prompts), operators.effects)
+    gather = _gather(use, generation, holders, len(prompts), operators)
     if not sum(map(len, prompts)):
         return GenerationResult([])
     steps = steps or StepSeconds(operators, use, generation)
@@ -374,15 +375,17 @@ def _sharded_segments(
 ) -> list[Segment]:
     """Every step gathers every layer's weights again, one layer ahead; all ranks take every step together.
 
-    Embedding and head are spread over the layers, so that a step gathers all parameters.
+    Embedding and head are spread over the layers, so that a step gathers all parameters. One call a layer, fewer where
+    a bucket covers several layers.
     """
     layers = use.shape.layers
+    messages = min(1.0, np.ceil(parameters(use.shape) / GATHER_BUCKET_PARAMETERS) / layers)
     return [
         Segment(
             label,
             _balanced(axis.compute_seconds, operators.effects) / layers,
             axis.steps * layers,
-            (Transfer("all_gather", (domain,), _weight_bytes(use) / layers),),
+            (Transfer("all_gather", (domain,), _weight_bytes(use) / layers, messages),),
             prefetch=1,
             lockstep=True,
             bound=_bound(tables, phase),
@@ -462,7 +465,7 @@ def _all_reduces(
 
 
 def _gather(
-    use: ModelUse, generation: Generation, domain: tuple[int, ...], replicas: int, effects: Effects
+    use: ModelUse, generation: Generation, domain: tuple[int, ...], replicas: int, operators: Operators
 ) -> list[Segment]:
     """Weights into the layout in which the place decodes, once per call.
 
@@ -470,6 +473,7 @@ def _gather(
     verl's FSDP to vLLM resharding). Tensor-parallel training weights: the ranks that together hold one generation shard
     exchange theirs. `zero3_per_token` needs it only with `effects.decode` off, an own engine never.
     """
+    effects, host_seconds = operators.effects, 0.0
     sharded = use.zero_stage == 3 and len(domain) > 1
     if generation.engine == "zero3_per_token":
         needed = sharded and not effects.decode
@@ -481,6 +485,7 @@ def _gather(
     if sharded:
         groups: tuple[tuple[int, ...], ...] = (domain,)
         payload = _weight_bytes(use)
+        host_seconds = float(operators.engine_launches(use, "gather", parameters(use.shape)).seconds)
     elif held > wanted and held % wanted == 0:
         size = held // wanted
         groups = tuple(domain[i : i + size] for i in range(0, len(domain), size))
@@ -488,7 +493,8 @@ def _gather(
     else:
         return []
     transfer = Transfer("all_gather", groups, payload, messages=use.shape.layers)
-    return [Segment("gather", np.zeros((replicas, 1)), transfers=(transfer,))]
+    bound = {"host": host_seconds} if host_seconds else {}
+    return [Segment("gather", np.full((replicas, 1), host_seconds), transfers=(transfer,), bound=bound)]
 
 
 def _proportional(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .base import BytesPerSecond, Record, Seconds
 
-EnginePhase = Literal["forward", "backward", "step"]
+EnginePhase = Literal["forward", "backward", "step", "gather"]
 ZeroStage = Literal["zero_0", "zero_1", "zero_2", "zero_3"]
 
 
@@ -26,12 +26,14 @@ class HostTime(Record):
 class EngineTime(Record):
     """What a training engine adds to a model's own passes, besides its collectives: hooks, copies into buckets.
 
-    forward, backward: of one micro-batch. step: of one update.
+    forward, backward: of one micro-batch. step: of one update. gather: of all weights once, for a hybrid engine to
+    generate with.
     """
 
     forward: HostTime = HostTime()
     backward: HostTime = HostTime()
     step: HostTime = HostTime()
+    gather: HostTime = HostTime()
 
 
 class Overheads(Record):
