@@ -23,7 +23,7 @@ from .groups import Groups
 from .models import DTYPES, Decoder, LoraLinear
 
 # Smaller parameters (norms, biases) ZeRO-3 keeps whole on every rank; DeepSpeed's default of 1e5 would hold whole
-# matrices of small models. 1e4 is what DeepSpeed-Chat sets (DeepSpeedExamples, training/utils/ds_utils.py).
+# matrices of small models. The paper's published code sets 1e4 (ds_utils.py).
 PERSISTENT_PARAMETERS = 10_000
 
 
@@ -37,15 +37,12 @@ class Engine:
         self.sharded = self.deepspeed and self.use.zero_stage == 3
         self.module, self._clip = module, algorithm.gradient_clip
         self._resting = self.use.offload_parameters and not self.deepspeed
-        if self._resting and self.train:
-            raise InputError(
-                "real runs offload trained weights only under ZeRO-3", field=f"models.{holding.name}.offload_parameters"
-            )
+        if self.use.offload_parameters and self.train and not self.sharded:
+            message = "is true; real runs offload trained weights only with backend deepspeed and zero_stage 3"
+            raise InputError(message, field=f"models.{holding.name}.offload_parameters")
         if self.train and not self.deepspeed and self.use.precision != "fp32":
-            raise InputError(
-                f"is {self.use.precision!r}, but backend torch keeps no master weights (allowed: fp32)",
-                field=f"models.{holding.name}.precision",
-            )
+            message = f"is {self.use.precision!r}, but backend torch keeps no master weights (allowed: fp32)"
+            raise InputError(message, field=f"models.{holding.name}.precision")
         optimizer = _optimizer(module, algorithm) if self.train else None
         if self.deepspeed:
             with self.session():

@@ -55,7 +55,8 @@ class Cache:
         shape = (2, rows, heads, columns, width)
         # zeros: what is masked is multiplied by zero, and what happens to lie in memory may be no number
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.rows, self.at, self.columns = slice(0), None, 0
+        self.rows, self.columns = slice(0), 0
+        self.at: Tensor | None = None
 
     def prefill(self, rows: slice) -> Cache:
         """The next pass writes the first columns of these rows, and attends to nothing else."""

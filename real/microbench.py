@@ -43,7 +43,9 @@ from .groups import Groups
 from .meter import Meter
 
 VERSION = 1
-LAYERS_ROTATED, ROTATED_BYTES = 8, 1 << 28  # weights take turns, as in a model of so many layers; at most so much
+# Weights take turns, so that they lie in caches or memory as those of a whole model do: of width / 64 layers (as
+# tiny-2x128 to small-8x512, and twice as many as Llama-2-7B) with 12 width^2 parameters each; at most so many bytes.
+WIDTH_PER_LAYER, LAYER_SQUARES, ROTATED_BYTES = 64, 12, 1 << 30
 WINDOW_SECONDS = 100e-6  # calls quicker than this are timed several at a time
 DISCARDED = 2  # passes and steps before those that count
 LOG_SOFTMAX_BYTES, ADAM_BYTES = 14, 28  # as rlhfsim.costs.operators charges for a logit and a parameter
@@ -71,7 +73,7 @@ class Bench:
     """The rows measured so far, and this rank among the others. seconds: spent on each row."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
-        self.device, self.quick, self.seconds = device, quick, 0.02 if quick else 0.25
+        self.device, self.quick, self.seconds = device, quick, 0.02 if quick else 0.15
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks))
         self.precision = "bf16" if device.type == "cuda" else "fp32"
@@ -124,8 +126,14 @@ class Bench:
             same[name, json.dumps({k: v for k, v in row.items() if k not in MEASURED})].append(row)
         found: dict[str, list[Row]] = defaultdict(list)
         for (name, _), rows in same.items():
-            found[name].append(rows[0] | {"seconds": float(np.median([r["seconds"] for r in rows])),
-                                          "low": min(r["low"] for r in rows), "high": max(r["high"] for r in rows)})
+            found[name].append(
+                rows[0]
+                | {
+                    "seconds": float(np.median([r["seconds"] for r in rows])),
+                    "low": min(r["low"] for r in rows),
+                    "high": max(r["high"] for r in rows),
+                }
+            )
         return found
 
     # -- kernels ------------------------------------------------------------------------------------------
@@ -133,23 +141,30 @@ class Bench:
     def gemm(self, shapes: list[tuple[int, int]], tokens: list[int]) -> None:
         """Linear layers (n outputs, k inputs), and their weight gradients, for so many tokens m."""
         for n, k in shapes:
-            copies = max(1, min(LAYERS_ROTATED, ROTATED_BYTES // (n * k * self.dtype.itemsize)))
+            model = LAYER_SQUARES * min(n, k) ** 3 // WIDTH_PER_LAYER
+            copies = max(1, min(model // (n * k), ROTATED_BYTES // (n * k * self.dtype.itemsize)))
             weights = cycle([self.random(n, k) for _ in range(copies)])
+            row = {"weights_bytes": copies * n * k * self.dtype.itemsize}
             for m in tokens:
                 x, dy = self.random(m, k), self.random(m, n)
-                self.timed("gemm", {"m": m, "n": n, "k": k}, _in_turn, x, weights)
+                self.timed("gemm", row | {"m": m, "n": n, "k": k}, _in_turn, x, weights)
                 if m > 8:  # the tokens are summed over
-                    self.timed("weight_gradient", {"m": n, "n": k, "k": m}, torch.matmul, dy.t(), x)
+                    self.timed("weight_gradient", row | {"m": n, "n": k, "k": m}, _gradient, dy, x, weights)
 
-    def attention(self, heads: list[tuple[int, int, int]], prefill: list[tuple[int, int]],
-                  decode: list[tuple[int, int]]) -> None:
+    def attention(
+        self, heads: list[tuple[int, int, int]], prefill: list[tuple[int, int]], decode: list[tuple[int, int]]
+    ) -> None:
         """(heads, kv_heads, head_dim); (batch, tokens of each sequence): whole ones, or in the cache that is read."""
         for h, kv, d in heads:
             shape = {"heads": h, "kv_heads": kv, "head_dim": d}
-            module = llama.LlamaAttention(models.config_of(load_model("tiny-4x256").model_copy(update={
-                "heads": h, "kv_heads": kv, "head_dim": d})), 0)
+            module = llama.LlamaAttention(
+                models.config_of(
+                    load_model("tiny-4x256").model_copy(update={"heads": h, "kv_heads": kv, "head_dim": d})
+                ),
+                0,
+            )
             for batch, tokens in prefill:
-                q, k, v = (self.random(batch, x, tokens, d).requires_grad_() for x in (h, kv, kv))
+                q, k, v = (self.random(batch, tokens, x, d).transpose(1, 2).requires_grad_() for x in (h, kv, kv))
                 row = shape | {"batch": batch, "tokens": tokens}
                 with torch.no_grad():
                     self.timed("prefill", row, models.attention, module, q, k, v, None)
@@ -169,7 +184,7 @@ class Bench:
         for m in tokens:
             for width in widths:
                 x, y = self.random(1, m, width), self.random(1, m, width)
-                heads = self.random(1, width // 32, m, 32)
+                heads = self.random(1, m, width // 32, 32).transpose(1, 2)  # as projections leave them
                 angle = self.random(1, m, 32)
                 norm = llama.LlamaRMSNorm(width).to(self.device, self.dtype)
                 table, ids = self.random(vocabulary, width), torch.randint(vocabulary, (1, m), device=self.device)
@@ -196,16 +211,30 @@ class Bench:
     def passes(self, shape: ModelSpec, batches: list[tuple[int, int]], backend: str, zero_stage: int) -> None:
         """Scoring, forward, backward and update of a model on all ranks; in plain torch each rank has its own model."""
         ranks = tuple(range(self.ranks)) if backend == "deepspeed" else (self.rank,)
-        use = ModelUse(spec=shape.name, shape=shape, precision=self.precision, zero_stage=zero_stage, recompute="none",
-                       backend=backend)
+        use = ModelUse(
+            spec=shape.name,
+            shape=shape,
+            precision=self.precision,
+            zero_stage=zero_stage,
+            recompute="none",
+            backend=backend,
+        )
         module = models.build("actor", use, 0, lm=True, value=False, train=True)
         engine = Engine(Holding("actor", use, "train", ranks), module, self.groups, Algorithm())
-        row = {"model": shape.name, "shape": _numbers(shape), "backend": backend, "zero_stage": zero_stage,
-               "ranks": len(ranks)}
+        row = {
+            "model": shape.name,
+            "shape": _numbers(shape),
+            "backend": backend,
+            "zero_stage": zero_stage,
+            "ranks": len(ranks),
+        }
         with engine.session():
             for batch, tokens in batches:
-                self._phases(engine, row | {"batch": batch, "tokens": tokens},
-                             torch.randint(shape.vocabulary, (batch, tokens), device=self.device))
+                self._phases(
+                    engine,
+                    row | {"batch": batch, "tokens": tokens},
+                    torch.randint(shape.vocabulary, (batch, tokens), device=self.device),
+                )
         if engine.sharded:  # what the hybrid engine does before it generates
             whole = WholeCopy(engine, WeightSync().bucket_bytes)
             self._repeated({"gather": lambda: _entered(whole)}, row | {"batch": 1, "tokens": 1})
@@ -225,8 +254,10 @@ class Bench:
             nonlocal loss
             loss = (engine.engine if engine.deepspeed else engine.module)(ids, positions)["log_probs"].mean()
 
-        self._repeated({"score": score, "forward": forward, "backward": lambda: engine.backward(loss, True),
-                        "step": engine.step}, row)
+        self._repeated(
+            {"score": score, "forward": forward, "backward": lambda: engine.backward(loss, True), "step": engine.step},
+            row,
+        )
 
     def _repeated(self, runs: dict[str, Callable[[], object]], row: Row) -> None:
         """All runs in turn, again and again; a row for each, with the collectives of its last time."""
@@ -250,8 +281,16 @@ class Bench:
         module = models.build("actor", use, 0, lm=True, value=False, train=False).to(self.device)
         for count in rows:
             requests = [generate.request((0, 0), s, s, prompt, steps, shape.vocabulary) for s in range(count)]
-            loop = generate.Generation(module, module.body.config, requests, rows=count, continuous=False,
-                                       log_probs=True, dtype=self.dtype, device=self.device)
+            loop = generate.Generation(
+                module,
+                module.body.config,
+                requests,
+                rows=count,
+                continuous=False,
+                log_probs=True,
+                dtype=self.dtype,
+                device=self.device,
+            )
             found = []
             dist.barrier()
             while loop.busy:
@@ -271,15 +310,18 @@ class Bench:
                 part = torch.zeros(size // 4 // n, device=self.device)
                 whole = torch.zeros(len(part) * n, device=self.device)
                 row = {"ranks": n, "nodes": nodes, "bytes": whole.nbytes}
-                for op, run, args in (("all_gather", dist.all_gather_into_tensor, (whole, part)),
-                                      ("reduce_scatter", dist.reduce_scatter_tensor, (part, whole)),
-                                      ("all_reduce", dist.all_reduce, (whole,)),
-                                      ("broadcast", dist.broadcast, (whole, ranks[0]))):
+                for op, run, args in (
+                    ("all_gather", dist.all_gather_into_tensor, (whole, part)),
+                    ("reduce_scatter", dist.reduce_scatter_tensor, (part, whole)),
+                    ("all_reduce", dist.all_reduce, (whole,)),
+                    ("broadcast", dist.broadcast, (whole, ranks[0])),
+                ):
                     run = partial(run, group=self.groups.of(ranks))
                     self.timed("collectives", row | {"op": op}, run, *args, ranks=ranks)
                 if n == 2:
-                    self.timed("collectives", row | {"op": "send", "calls": 2}, self._there_and_back, whole, ranks,
-                               ranks=ranks)
+                    self.timed(
+                        "collectives", row | {"op": "send", "calls": 2}, self._there_and_back, whole, ranks, ranks=ranks
+                    )
 
     def _there_and_back(self, whole: Tensor, ranks: tuple[int, ...]) -> None:
         first = self.rank == ranks[0]
@@ -304,6 +346,10 @@ def _entered(whole: WholeCopy) -> None:
 
 def _in_turn(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
     return F.linear(x, next(weights))
+
+
+def _gradient(dy: Tensor, x: Tensor, gradients: Iterator[Tensor]) -> Tensor:
+    return torch.matmul(dy.t(), x, out=next(gradients))
 
 
 def _decode(module: nn.Module, cache: generate.Cache, q: Tensor, k: Tensor, v: Tensor) -> object:
@@ -356,14 +402,24 @@ def measure(bench: Bench) -> None:
 def machine(device: torch.device) -> dict[str, Any]:
     """What it was measured on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {"device": device.type, "name": _cpu_info("model name") or platform.processor(), "cores": os.cpu_count(),
-             "multiprocessors": 1, "memory_bytes": memory, "host_memory_bytes": memory, "system": platform.platform(),
-             "versions": {"python": platform.python_version()} | {
-                 package: version(package) for package in ("torch", "transformers", "deepspeed")}}
+    found = {
+        "device": device.type,
+        "name": _cpu_info("model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "multiprocessors": 1,
+        "memory_bytes": memory,
+        "host_memory_bytes": memory,
+        "system": platform.platform(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers", "deepspeed")},
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"name": properties.name, "multiprocessors": properties.multi_processor_count,
-                  "memory_bytes": properties.total_memory}
+        found |= {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
     return found
 
 
@@ -373,8 +429,13 @@ def clocks(device: torch.device) -> str | None:
         return _cpu_info("cpu MHz")
     query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     try:
-        return subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True,
-                              check=True, timeout=30).stdout
+        return subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -410,11 +471,20 @@ def main(arguments: list[str] | None = None) -> int:
     tables = bench.gathered()
     if bench.rank == 0:
         seconds = round(time.time() - started, 1)
-        found = {"kind": "rlhfsim microbench", "version": VERSION, "machine": machine(device),
-                 "clocks": [before, clocks(device)], "precision": bench.precision, "ranks": bench.ranks,
-                 "ranks_per_node": bench.per_node, "quick": options.quick,
-                 "nic_bytes_per_second": options.nic_bytes_per_second,
-                 "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)), "seconds": seconds, "tables": tables}
+        found = {
+            "kind": "rlhfsim microbench",
+            "version": VERSION,
+            "machine": machine(device),
+            "clocks": [before, clocks(device)],
+            "precision": bench.precision,
+            "ranks": bench.ranks,
+            "ranks_per_node": bench.per_node,
+            "quick": options.quick,
+            "nic_bytes_per_second": options.nic_bytes_per_second,
+            "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)),
+            "seconds": seconds,
+            "tables": tables,
+        }
         options.out.write_text(json.dumps(found, indent=1))
         print(f"{sum(map(len, tables.values()))} rows in {seconds} s: {options.out}")
     dist.destroy_process_group()

@@ -95,6 +95,8 @@ def config_of(spec: ModelSpec) -> transformers.PreTrainedConfig:
         tie_word_embeddings=spec.tied_embeddings,
         attention_dropout=0.0,
         pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 
@@ -261,8 +263,11 @@ def fill(module: nn.Module, role: str, seed: int) -> None:
             elif parameter.ndim < 2:
                 parameter.fill_(1.0)
             else:
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{role}/{name}".encode()))
-                parameter.normal_(0.0, INITIAL_DEVIATION, generator=generator)
+                parameter.normal_(0.0, INITIAL_DEVIATION, generator=_generator(seed, role, name))
+
+
+def _generator(seed: int, role: str, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{role}/{name}".encode()))
 
 
 def _adapt(module: Decoder, use: ModelUse, role: str, seed: int) -> None:
@@ -276,17 +281,15 @@ def _adapt(module: Decoder, use: ModelUse, role: str, seed: int) -> None:
         if isinstance(child, nn.Linear)
     ]
     if not chosen:
-        raise InputError(
-            f"{use.shape.family} has no linear modules that LoRA could adapt", field=f"models.{role}.lora_rank"
-        )
+        message = f"{use.shape.family} has no linear modules that LoRA could adapt"
+        raise InputError(message, field=f"models.{role}.lora_rank")
     for parent, name, child in chosen:
         setattr(parent, name, LoraLinear(child, use.lora_rank))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name.endswith(".a"):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{role}/{name}".encode()))
                 bound = 1 / math.sqrt(parameter.shape[1])
-                parameter.uniform_(-bound, bound, generator=generator)
+                parameter.uniform_(-bound, bound, generator=_generator(seed, role, name))
 
 
 def layers_of(module: Decoder) -> nn.ModuleList:
@@ -305,6 +308,6 @@ def trained_names(module: Decoder, use: ModelUse) -> list[str]:
     layers = layers_of(module)
     prefix = next(name for name, m in module.named_modules() if m is layers)
     bottom = tuple(f"{prefix}.{i}." for i in range(use.shape.layers - use.trainable_layers))
-    embeddings = {n for n, m in module.body.named_modules(prefix="body") if isinstance(m, nn.Embedding)}
-    frozen = (*bottom, *(f"{n}." for n in embeddings), *(f"{prefix.rpartition('.')[0]}.project_in",))
+    embeddings = [f"{n}." for n, m in module.body.named_modules(prefix="body") if isinstance(m, nn.Embedding)]
+    frozen = (*bottom, *embeddings, f"{prefix.rpartition('.')[0]}.project_in")
     return [n for n in names if not n.startswith(frozen)]

@@ -25,7 +25,7 @@ from rlhfsim.graph import Firing, Stage, StageGraph
 from rlhfsim.layout import Holding, algorithm_of
 from rlhfsim.spec.lengths import draw_lengths
 from rlhfsim.spec.loader import length_dir
-from rlhfsim.spec.scenario import Scenario
+from rlhfsim.spec.scenario import ROLES, ModelUse, Scenario
 
 from . import generate, models, ppo
 from .engines import Engine, WholeCopy
@@ -33,41 +33,32 @@ from .executor import Inbox, LaneStore, base_name
 from .groups import Fields, Groups
 from .ppo import Sample
 
+Numbered = list[tuple[int, Sample]]
+
 END_OF_SEQUENCE = 0  # the token that ends a sampled response
 
 
 def check(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
-    chosen, generation = scenario.models, scenario.generation
-    for role in ("actor", "critic", "reference", "reward"):
-        use = getattr(chosen, role)
-        if use.ranks_per_replica > 1:
-            raise InputError(
-                f"makes {use.ranks_per_replica} ranks per replica; real runs split no model over ranks (allowed: 1)",
-                field=f"models.{role}.tensor_parallel",
-            )
-        if use.shape.vocabulary != chosen.actor.shape.vocabulary:
-            raise InputError(
-                f"has {use.shape.vocabulary} tokens, the actor {chosen.actor.shape.vocabulary}; in a real "
-                "run all models read the same tokens",
-                field=f"models.{role}.spec",
-            )
-        longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
-        if longest > use.shape.max_positions:
-            raise InputError(
-                f"{use.spec} has {use.shape.max_positions} positions, prompt and response up to {longest}",
-                field=f"models.{role}.spec",
-            )
-    if generation.tensor_parallel > 1:
-        raise InputError(
-            f"is {generation.tensor_parallel}; real runs have no tensor parallelism (allowed: 1)",
-            field="generation.tensor_parallel",
-        )
-    if generation.routing != "static":
-        raise InputError(
-            f"is {generation.routing!r}; real runs share samples out beforehand (allowed: static)",
-            field="generation.routing",
-        )
+    generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
+    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    for role in ROLES:
+        use: ModelUse = getattr(scenario.models, role)
+        if (split := use.ranks_per_replica) > 1:
+            message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
+            raise InputError(message, field=f"models.{role}.tensor_parallel")
+        if (tokens := use.shape.vocabulary) != vocabulary:
+            message = f"has {tokens} tokens, the actor {vocabulary}; in a real run all models read the same tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+        if longest > (positions := use.shape.max_positions):
+            message = f"{use.spec} has {positions} positions, prompt and response up to {longest} tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+    if (split := generation.tensor_parallel) > 1:
+        message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
+        raise InputError(message, field="generation.tensor_parallel")
+    if (routing := generation.routing) != "static":
+        message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
+        raise InputError(message, field="generation.routing")
 
 
 class Stages:
@@ -148,7 +139,7 @@ class Stages:
         homes = {s: stage.home(lane, f.place) for lane in stage.lanes_of(f.place) for s in self._lane(lane)}
         return all(homes[s] == rank for rank, own in zip(stage.ranks_of(f.place), shares, strict=True) for s in own)
 
-    def _mine(self, f: Firing, stage: Stage) -> list[tuple[int, Sample]]:
+    def _mine(self, f: Firing, stage: Stage) -> Numbered:
         """This rank's share with all that is known of it. Raises KeyError where a lane's data have not come."""
         place, known, at_home = stage.ranks_of(f.place), dict[int, Sample](), self._at_home(f, stage)
         for lane in stage.lanes_of(f.place):
@@ -233,14 +224,8 @@ class Stages:
         prompts, responses = (np.resize(tokens, samples) for tokens in self._lengths(iteration))
         limit = workload.response_tokens.longest if workload.responses == "sampled" else int(responses[sample])
         key = (self.seed, iteration, *([generate.VALIDATION] if validation else []))
-        return generate.request(
-            key,
-            sample,
-            sample // workload.responses_per_prompt,
-            int(prompts[sample]),
-            limit,
-            self.scenario.models.actor.shape.vocabulary,
-        )
+        prompt, vocabulary = sample // workload.responses_per_prompt, self.scenario.models.actor.shape.vocabulary
+        return generate.request(key, sample, prompt, int(prompts[sample]), limit, vocabulary)
 
     def _decoder(self, engine: Engine, together: bool) -> AbstractContextManager[nn.Module]:
         """The module that decodes: the engine's own, or under ZeRO-3 a whole copy for this call."""
@@ -299,13 +284,7 @@ class Stages:
                             results[s][name] = part
         return results
 
-    def _micro_batches(
-        self,
-        f: Firing,
-        stage: Stage,
-        mine: list[tuple[int, Sample]],
-        size: int,
-    ) -> Iterator[list[tuple[int, Sample]]]:
+    def _micro_batches(self, f: Firing, stage: Stage, mine: Numbered, size: int) -> Iterator[Numbered]:
         """As many on every rank, since ranks meet in each; without samples of its own a rank takes one of no weight."""
         count = max(1, *(-(-len(own) // size) for own in self._shares(f, stage, self.samples)))
         nothing = {"tokens": torch.zeros(2, dtype=torch.long), "mask": torch.tensor([ppo.PROMPT, ppo.RESPONSE])}

@@ -58,12 +58,16 @@ WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 # The numbers that every row of a table has, besides `seconds`.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "gemm": ("m", "n", "k"), "weight_gradient": ("m", "n", "k"),
+    "gemm": ("m", "n", "k", "weights_bytes"),
+    "weight_gradient": ("m", "n", "k", "weights_bytes"),
     "prefill": ("heads", "kv_heads", "head_dim", "batch", "tokens"),
     "prefill_backward": ("heads", "kv_heads", "head_dim", "batch", "tokens"),
     "decode": ("heads", "kv_heads", "head_dim", "batch", "tokens"),
-    "memory": ("bytes",), "collectives": ("ranks", "nodes", "bytes"), "copies": ("bytes",),
-    "passes": ("zero_stage", "batch", "tokens", "ranks"), "decode_step": ("rows", "tokens"),
+    "memory": ("bytes",),
+    "collectives": ("ranks", "nodes", "bytes"),
+    "copies": ("bytes",),
+    "passes": ("zero_stage", "batch", "tokens", "ranks"),
+    "decode_step": ("rows", "tokens"),
 }
 MEMORY_KERNELS = ("residual_add", "rms_norm", "rope", "gated_activation", "embedding", "cross_entropy", "optimizer")
 REQUIRED = ("gemm", "weight_gradient", "prefill", "prefill_backward", "decode", "memory")
@@ -104,9 +108,14 @@ class Calibration:
     paths: list[Path] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        return {"name": self.cluster["name"], "files": [str(p) for p in self.paths], "residuals": self.fits,
-                "overheads": self.cluster["overheads"], "fitted_on": self.fitted_on,
-                "undetermined": [{"what": what, "run": run} for what, run in self.undetermined]}
+        return {
+            "name": self.cluster["name"],
+            "files": [str(p) for p in self.paths],
+            "residuals": self.fits,
+            "overheads": self.cluster["overheads"],
+            "fitted_on": self.fitted_on,
+            "undetermined": [{"what": what, "run": run} for what, run in self.undetermined],
+        }
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -145,11 +154,16 @@ def _merged(benches: Mapping[str, Bench]) -> Tables:
     """The rows of all files by table. Raises InputError for different machines, and for what no spec can do without."""
     first, *others = benches.items()
     for path, bench in others:
-        for name, mine, its in (("machine.name", first[1].machine.get("name"), bench.machine.get("name")),
-                                ("precision", first[1].precision, bench.precision)):
+        for name, mine, its in (
+            ("machine.name", first[1].machine.get("name"), bench.machine.get("name")),
+            ("precision", first[1].precision, bench.precision),
+        ):
             if mine != its:
-                raise InputError(f"is {its!r}, but {mine!r} in {first[0]}: one spec is of one kind of machine",
-                                 field=name, where=path)
+                raise InputError(
+                    f"is {its!r}, but {mine!r} in {first[0]}: one spec is of one kind of machine",
+                    field=name,
+                    where=path,
+                )
     tables: Tables = {}
     for bench in benches.values():
         for table, rows in bench.tables.items():
@@ -157,8 +171,11 @@ def _merged(benches: Mapping[str, Bench]) -> Tables:
     missing = [t for t in REQUIRED if not tables.get(t)]
     missing += [k for k in MEMORY_KERNELS if tables.get("memory") and not _of(tables["memory"], kernel=k)]
     if missing:
-        raise InputError(f"nothing was measured of {', '.join(missing)}; `torchrun --nproc-per-node N -m "
-                         "real.microbench --out bench.json` measures all of it", where=", ".join(benches))
+        raise InputError(
+            f"nothing was measured of {', '.join(missing)}; `torchrun --nproc-per-node N -m "
+            "real.microbench --out bench.json` measures all of it",
+            where=", ".join(benches),
+        )
     return tables
 
 
@@ -185,8 +202,11 @@ def calibrate(bench_paths: Sequence[str | Path], runs: Sequence[tuple[str, str]]
         fitted_on[Path(recorded).name] = digest(Path(recorded))
     kernels, link, nic = _kernels(name, benches, tables)
     cluster = _cluster(name, benches, tables, kernels, link, nic, list(fitted_on.values()))
-    fits = {curve: fit.model_dump(exclude={"source", "measured", "note"})
-            for curve, fit in Kernels.model_validate(kernels).fits().items() if fit.mean_error is not None}
+    fits = {
+        curve: fit.model_dump(exclude={"source", "measured", "note"})
+        for curve, fit in Kernels.model_validate(kernels).fits().items()
+        if fit.mean_error is not None
+    }
     host = _Host(kernels, cluster, tables, link)
     cluster["overheads"] = host.overheads()
     fits |= host.fits
@@ -200,34 +220,66 @@ def _kernels(name: str, benches: Mapping[str, Bench], tables: Tables) -> tuple[d
     bench = next(iter(benches.values()))
     width = WIDTH[bench.precision]
     peak = max(2 * r["m"] * r["n"] * r["k"] / r["seconds"] for r in tables["gemm"])
-    bandwidth = max(max(r["bytes"] / r["seconds"] for r in tables["memory"]),
-                    max(width * r["n"] * r["k"] / r["seconds"] for r in tables["gemm"]))
+    bandwidth = max(
+        max(r["bytes"] / r["seconds"] for r in tables["memory"]),
+        max(width * r["n"] * r["k"] / r["seconds"] for r in tables["gemm"]),
+    )
     rates = Rates(peak, bandwidth, int(bench.machine.get("multiprocessors", 1)))
-    gemm = fit_gemm(_data(tables["gemm"], "mnk", ["n", "k"]), rates, "bench", width, width)
+    gemm = fit_gemm(
+        _data(tables["gemm"], COLUMNS["gemm"], ["n", "k"]),
+        rates,
+        "bench",
+        width,
+        width,
+        cached=bench.machine.get("device") == "cpu",
+    )
     attention = ("batch", "heads", "kv_heads", "tokens", "head_dim")
     prefill = fit_prefill(_data(tables["prefill"], attention, ["batch", "tokens"]), rates, "bench", width)
     decode = fit_decode(_data(tables["decode"], attention, ["batch", "tokens"]), rates, "bench", width)
-    memory = {kernel: fit_memory(_data(_of(tables["memory"], kernel=kernel), ["bytes"], ["bytes"]), rates, "bench")
-              for kernel in MEMORY_KERNELS}
+    memory = {
+        kernel: fit_memory(_data(_of(tables["memory"], kernel=kernel), ["bytes"], ["bytes"]), rates, "bench")
+        for kernel in MEMORY_KERNELS
+    }
     inside, link = _collectives(_of(tables.get("collectives", []), nodes=1))
-    across, nic = _collectives([r for r in tables.get("collectives", []) if r["nodes"] == r["ranks"]],
-                               next((b.nic_bytes_per_second for b in benches.values() if b.nic_bytes_per_second), None))
+    across, nic = _collectives(
+        [r for r in tables.get("collectives", []) if r["nodes"] == r["ranks"]],
+        next((b.nic_bytes_per_second for b in benches.values() if b.nic_bytes_per_second), None),
+    )
     copies, _ = _collectives([r | {"ranks": 1} for r in tables.get("copies", [])])
     small = min((r["seconds"] for r in tables.get("collectives", [])), default=0.0)
     between = [r for r in tables.get("collectives", []) if r["nodes"] > 1]
     record: dict[str, Any] = {
-        "name": name, "fitted": date.today().isoformat(), "sources": {"bench": _source(benches)},
-        "reference": {"gpu": name, "flops_per_second": {"bf16": peak}, "memory_bytes_per_second": bandwidth,
-                      "multiprocessors": rates.multiprocessors, "link_bytes_per_second": link},
+        "name": name,
+        "fitted": date.today().isoformat(),
+        "sources": {"bench": _source(benches)},
+        "reference": {
+            "gpu": name,
+            "flops_per_second": {"bf16": peak},
+            "memory_bytes_per_second": bandwidth,
+            "multiprocessors": rates.multiprocessors,
+            "link_bytes_per_second": link,
+        },
         # what host_launch_seconds is for is measured per layer (overheads.eager_layer_seconds)
         "host_launch_seconds": {"value": min(r["seconds"] for r in tables["memory"]), "source": "bench"},
-        "gemm": {"bf16": gemm | fit_weight_gradient(
-            gemm, _data(tables["weight_gradient"], "mnk", ["n", "k"]), rates, "bench", width)},
-        "prefill": prefill | fit_prefill_backward(
-            prefill, _data(tables["prefill_backward"], attention, ["batch", "tokens"]), rates, "bench", width),
-        "decode": decode, "memory": memory, "collectives": inside | copies, "across_nodes": across,
-        "inter_node": {f"{op}_seconds": min((r["seconds"] for r in _of(between, op=op)), default=small)
-                       for op in ("all_reduce", "send")} | {"fit": {"source": "bench", "measured": bool(between)}},
+        "gemm": {
+            "bf16": gemm
+            | fit_weight_gradient(
+                gemm, _data(tables["weight_gradient"], COLUMNS["weight_gradient"], ["n", "k"]), rates, "bench", width
+            )
+        },
+        "prefill": prefill
+        | fit_prefill_backward(
+            prefill, _data(tables["prefill_backward"], attention, ["batch", "tokens"]), rates, "bench", width
+        ),
+        "decode": decode,
+        "memory": memory,
+        "collectives": inside | copies,
+        "across_nodes": across,
+        "inter_node": {
+            f"{op}_seconds": min((r["seconds"] for r in _of(between, op=op)), default=small)
+            for op in ("all_reduce", "send")
+        }
+        | {"fit": {"source": "bench", "measured": bool(between)}},
     }
     Kernels.model_validate(record)
     return record, link, nic
@@ -269,15 +321,23 @@ class _Host:
         if self.plain:
             layers = np.array([[self._shape(r).layers, 1.0] for r in self._phases("score", "forward")])
             layer, once = self._solve("passes.forward", self._phases("score", "forward"), layers, self._forward)
-            back, _ = self._solve("passes.backward", self._phases("backward"),
-                                  np.array([[self._shape(r).layers, 0.0] for r in self._phases("backward")]),
-                                  lambda r: self._backward(r) + once)
+            back, _ = self._solve(
+                "passes.backward",
+                self._phases("backward"),
+                np.array([[self._shape(r).layers, 0.0] for r in self._phases("backward")]),
+                lambda r: self._backward(r) + once,
+            )
             found |= {"eager_layer_seconds": layer, "eager_layer_backward_seconds": back, "eager_pass_seconds": once}
         if self.steps and self.plain:
-            terms = np.array([[1.0, r["rows"]] for r in self.steps])
-            step, sequence = self._solve("decode_step", self.steps, terms, lambda r: (
-                self._decode(r) + self._shape(r).layers * found["eager_layer_seconds"] + found["eager_pass_seconds"]))
-            found |= {"decode_step_seconds": step, "decode_sequence_seconds": sequence}
+            terms = np.array([[self._shape(r).layers, 1.0, r["rows"]] for r in self.steps])
+            layer, step, sequence = self._solve(
+                "decode_step", self.steps, terms, lambda r: self._decode(r) + found["eager_pass_seconds"]
+            )
+            found |= {
+                "decode_layer_seconds": layer,
+                "decode_step_seconds": step,
+                "decode_sequence_seconds": sequence,
+            }
         if engines := self._deepspeed():
             found["deepspeed"] = engines
         return found
@@ -315,8 +375,9 @@ class _Host:
         return [r for r in self.plain if r["phase"] in names]
 
     def _shape(self, row: Row) -> ModelSpec:
-        return ModelSpec.model_validate({"name": row["model"], "family": "llama", "source": "unverified", "norm": "rms"}
-                                        | row["shape"])
+        return ModelSpec.model_validate(
+            {"name": row["model"], "family": "llama", "source": "unverified", "norm": "rms"} | row["shape"]
+        )
 
     def _use(self, row: Row) -> ModelUse:
         return ModelUse(spec=row["model"], shape=self._shape(row), precision=self.precision, zero_stage=0)
@@ -376,16 +437,25 @@ def _seconds(time: OperatorTime) -> float:
 
 
 def _source(benches: Mapping[str, Bench]) -> str:
-    parts = [f"{Path(path).name} ({b.ranks} ranks, {b.ranks_per_node} a node, {b.started} UTC)"
-             for path, b in benches.items()]
+    parts = [
+        f"{Path(path).name} ({b.ranks} ranks, {b.ranks_per_node} a node, {b.started} UTC)"
+        for path, b in benches.items()
+    ]
     machine = next(iter(benches.values())).machine
     versions = ", ".join(f"{k} {v}" for k, v in machine.get("versions", {}).items())
     on = f"{machine.get('name')}, {machine.get('cores')} cores, {versions}"
     return f"python -m real.microbench on {on}: {'; '.join(parts)}"
 
 
-def _cluster(name: str, benches: Mapping[str, Bench], tables: Tables, kernels: dict[str, Any], link: float, nic: float,
-             fitted_on: list[str]) -> dict[str, Any]:
+def _cluster(
+    name: str,
+    benches: Mapping[str, Bench],
+    tables: Tables,
+    kernels: dict[str, Any],
+    link: float,
+    nic: float,
+    fitted_on: list[str],
+) -> dict[str, Any]:
     """As many nodes, with as many ranks each, as any of the files had."""
     bench = next(iter(benches.values()))
     machine, reference, cuda = bench.machine, kernels["reference"], bench.machine.get("device") == "cuda"
@@ -402,27 +472,46 @@ def _cluster(name: str, benches: Mapping[str, Bench], tables: Tables, kernels: d
     slot = max(copied) if copied else link
     between = any(r["nodes"] > 1 for r in tables.get("collectives", []))
     gpu: dict[str, Any] = {
-        "name": name, "description": str(machine.get("name", "")), "architecture": "cuda" if cuda else "cpu",
-        "kernels": f"./{name}.kernels.yaml", "overlaps_communication": cuda, "overlaps_launches": cuda,
-        "fitted_on": fitted_on, "sources": sources, "memory_bytes": measured(memory, "memory_bytes" in machine),
+        "name": name,
+        "description": str(machine.get("name", "")),
+        "architecture": "cuda" if cuda else "cpu",
+        "kernels": f"./{name}.kernels.yaml",
+        "overlaps_communication": cuda,
+        "overlaps_launches": cuda,
+        "fitted_on": fitted_on,
+        "sources": sources,
+        "memory_bytes": measured(memory, "memory_bytes" in machine),
         "memory_bytes_per_second": measured(reference["memory_bytes_per_second"]),
         "flops_per_second": {bench.precision: measured(reference["flops_per_second"]["bf16"])},
         "multiprocessors": measured(reference["multiprocessors"]),
-        "pcie_bytes_per_second": measured(slot, bool(copied or tables.get("collectives")))}
+        "pcie_bytes_per_second": measured(slot, bool(copied or tables.get("collectives"))),
+    }
     if ports:
         gpu["nvlink_bytes_per_second"] = measured(link)
     host_rate = (streamed or reference["memory_bytes_per_second"]) * per_node
-    node = {"name": name, "gpu": name, "gpus_per_node": per_node, "gpu_link": "nvswitch" if ports else "pcie",
-            "sources": sources, "host_memory_bytes": measured(machine.get("host_memory_bytes", 1 << 30)),
-            "host_memory_bytes_per_second": measured(host_rate, not cuda)}
+    node = {
+        "name": name,
+        "gpu": name,
+        "gpus_per_node": per_node,
+        "gpu_link": "nvswitch" if ports else "pcie",
+        "sources": sources,
+        "host_memory_bytes": measured(machine.get("host_memory_bytes", 1 << 30)),
+        "host_memory_bytes_per_second": measured(host_rate, not cuda),
+    }
     network = {"nics_per_node": 1, "nic_bytes_per_second": measured(nic, between), "sources": sources}
-    return {"name": name, "description": f"Measured by real.microbench on {machine.get('name')}.",
-            "node": node, "gpu": gpu, "nodes": max(b.ranks // b.ranks_per_node for b in benches.values()),
-            "network": network}
+    return {
+        "name": name,
+        "description": f"Measured by real.microbench on {machine.get('name')}.",
+        "node": node,
+        "gpu": gpu,
+        "nodes": max(b.ranks // b.ranks_per_node for b in benches.values()),
+        "network": network,
+    }
 
 
-def _undetermined(benches: Mapping[str, Bench], tables: Tables, fits: dict[str, dict[str, Any]], host: _Host,
-                  has_runs: bool) -> list[tuple[str, str]]:
+def _undetermined(
+    benches: Mapping[str, Bench], tables: Tables, fits: dict[str, dict[str, Any]], host: _Host, has_runs: bool
+) -> list[tuple[str, str]]:
     """What no file tells, and the run that would."""
     run = "torchrun --nproc-per-node {} -m real.microbench --out more.json"
     collectives, found = tables.get("collectives", []), []
@@ -430,12 +519,17 @@ def _undetermined(benches: Mapping[str, Bench], tables: Tables, fits: dict[str, 
     if most == 1:
         found.append(("collectives inside a node (built-in defaults are used)", run.format(2)))
     else:
-        found.append((f"collectives of more than {most} ranks in a node (taken as those of {most})",
-                      run.format(2 * most)))
+        found.append(
+            (f"collectives of more than {most} ranks in a node (taken as those of {most})", run.format(2 * most))
+        )
     if not any(r["nodes"] > 1 for r in collectives):
-        found.append(("the network between nodes (nic_bytes_per_second is a placeholder)",
-                      "torchrun --nnodes 2 --nproc-per-node 1 ... -m real.microbench --out nodes.json "
-                      "--nic-bytes-per-second B"))
+        found.append(
+            (
+                "the network between nodes (nic_bytes_per_second is a placeholder)",
+                "torchrun --nnodes 2 --nproc-per-node 1 ... -m real.microbench --out nodes.json "
+                "--nic-bytes-per-second B",
+            )
+        )
     found.append(("all_to_all (a default is used; no strategy here needs it)", "none yet"))
     if not host.plain:
         found.append(("host time of layers and passes (taken as nothing)", run.format("N")))
@@ -454,11 +548,19 @@ def _undetermined(benches: Mapping[str, Bench], tables: Tables, fits: dict[str, 
         found.append(("anything to rely on: a --quick file is a trial", run.format("N")))
     noisy = [r for rows in tables.values() for r in rows if r.get("high", 0) - r.get("low", 0) > NOISY * r["seconds"]]
     if noisy:
-        found.append((f"{len(noisy)} of {sum(map(len, tables.values()))} rows vary by more than {NOISY:.0%}",
-                      "the same with nothing else running"))
+        found.append(
+            (
+                f"{len(noisy)} of {sum(map(len, tables.values()))} rows vary by more than {NOISY:.0%}",
+                "the same with nothing else running",
+            )
+        )
     if not has_runs:
-        found.append(("firing_seconds, host time around a stage's work (taken as nothing)",
-                      "torchrun ... -m real.run scenario.yaml --out run.jsonl, then add `run.jsonl scenario.yaml`"))
+        found.append(
+            (
+                "firing_seconds, host time around a stage's work (taken as nothing)",
+                "torchrun ... -m real.run scenario.yaml --out run.jsonl, then add `run.jsonl scenario.yaml`",
+            )
+        )
     return found
 
 
@@ -474,9 +576,11 @@ def _with_runs(found: Calibration, runs: Sequence[tuple[str, str]]) -> Calibrati
             measured = timeline.read(recorded)
             predicted, _ = _predicted(scenario, path)
             turns = _turns(measured)
-            beyond += [(seconds - predicted[stage]) / turns[stage]
-                       for stage, seconds in metrics.stage_seconds(measured).items()
-                       if stage in predicted and seconds > 0]
+            beyond += [
+                (seconds - predicted[stage]) / turns[stage]
+                for stage, seconds in metrics.stage_seconds(measured).items()
+                if stage in predicted and seconds > 0
+            ]
         overheads = found.cluster["overheads"] | {"firing_seconds": number(max(0.0, median(beyond)) if beyond else 0.0)}
         fits = dict(found.fits)
         done = replace(found, cluster=found.cluster | {"overheads": overheads}, fits=fits)
@@ -486,17 +590,25 @@ def _with_runs(found: Calibration, runs: Sequence[tuple[str, str]]) -> Calibrati
             predicted, step = _predicted(scenario, path)
             stages = {s: v for s, v in metrics.stage_seconds(measured).items() if s in predicted and v > 0}
             fits[f"{Path(recorded).name}: stages"] = {"rows": len(stages), "held_out_rows": 0} | errors(
-                np.array([predicted[s] for s in stages]), np.array(list(stages.values())))
+                np.array([predicted[s] for s in stages]), np.array(list(stages.values()))
+            )
             fits[f"{Path(recorded).name}: step_seconds"] = {"rows": 1, "held_out_rows": 0} | errors(
-                np.array([step]), np.array([metrics.step_seconds(measured)]))
+                np.array([step]), np.array([metrics.step_seconds(measured)])
+            )
     return done
 
 
 def _predicted(scenario: str, cluster: Path) -> tuple[dict[str, float], float]:
     """Seconds by stage, and of a step, on the calibrated cluster with the scenario's own number of ranks."""
     own = load_scenario(scenario).cluster
-    run = simulate(prepare(load_scenario(scenario, {
-        "cluster": {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}})))
+    run = simulate(
+        prepare(
+            load_scenario(
+                scenario,
+                {"cluster": {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}},
+            )
+        )
+    )
     return metrics.stage_seconds(run), metrics.step_seconds(run)
 
 
@@ -534,8 +646,12 @@ def _write(found: Calibration, path: Path) -> list[Path]:
     from ruamel.yaml import YAML
 
     kernels = _kernels_path(path)
-    write_kernels(found.kernels, kernels, "Efficiency curves fitted by `rlhfsim calibrate`: do not edit by hand.\n"
-                  "Seconds and bytes; efficiencies are relative to `reference`. Errors: on the rows held out.")
+    write_kernels(
+        found.kernels,
+        kernels,
+        "Efficiency curves fitted by `rlhfsim calibrate`: do not edit by hand.\n"
+        "Seconds and bytes; efficiencies are relative to `reference`. Errors: on the rows held out.",
+    )
     yaml = YAML()
     yaml.width = 4096
     yaml.default_flow_style = False

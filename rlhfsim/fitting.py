@@ -119,9 +119,15 @@ def _curve(kind: type[C], **values: Any) -> C:
 
 
 def fit_gemm(
-    data: Data, rates: Rates, source: str, input_bytes: float = 2.0, output_bytes: float = 2.0, note: str = ""
+    data: Data,
+    rates: Rates,
+    source: str,
+    input_bytes: float = 2.0,
+    output_bytes: float = 2.0,
+    note: str = "",
+    cached: bool = False,
 ) -> dict[str, Any]:
-    """Columns m, n, k."""
+    """Columns m, n, k, and weights_bytes where `cached`: whether small models may lie in a cache in part."""
     m, n, k = (data.column(name) for name in "mnk")
 
     def curve(x: np.ndarray) -> GemmCurve:
@@ -134,20 +140,28 @@ def fit_gemm(
             "padding_k",
             "padding_bytes",
             "exponent",
+            "cache_bytes",
         )
-        values = dict(zip(names, map(float, x), strict=True))
+        values = dict(zip(names, map(float, x), strict=False))
         values["kernel_seconds"] *= 1e-6
         values["padding_bytes"] *= 1e6
+        values["cache_bytes"] = values.get("cache_bytes", 0.0) * 1e6
         return _curve(GemmCurve, **values)
 
     def predict(x: np.ndarray) -> np.ndarray:
-        time = gemm_time(curve(x), rates, m, n, k, input_bytes=input_bytes, output_bytes=output_bytes)
+        time = gemm_time(
+            curve(x), rates, m, n, k, input_bytes=input_bytes, output_bytes=output_bytes, weights_bytes=weights
+        )
         return np.asarray(time.seconds)
 
+    weights = data.column("weights_bytes") if cached else np.inf
     start = [0.75, 0.8, 4.0, 90.0, 60.0, 60.0, 0.1, 6.0]
-    high = [1, 1, _longest_fixed(data), 10000, 10000, 10000, 50, 16]
-    x = solve(predict, data, start, [0.05, 0.05, 0.1, 0, 0, 0, 0, 1], high)
-    return dict(curve(x)) | {"fit": fitted(source, predict(x), data, note)}
+    low, high = [0.05, 0.05, 0.1, 0, 0, 0, 0, 1], [1, 1, _longest_fixed(data), 10000, 10000, 10000, 50, 16]
+    if cached:
+        start, low, high = [*start, 10.0], [*low, 0], [*high, 1000]
+    x = solve(predict, data, start, low, high)
+    found = {name: value for name, value in dict(curve(x)).items() if cached or name != "cache_bytes"}
+    return found | {"fit": fitted(source, predict(x), data, note)}
 
 
 def fit_prefill(data: Data, rates: Rates, source: str, element_bytes: float = 2.0) -> dict[str, Any]:
@@ -173,19 +187,24 @@ def fit_prefill(data: Data, rates: Rates, source: str, element_bytes: float = 2.
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
 
 
-def fit_weight_gradient(gemm: dict[str, Any], data: Data, rates: Rates, source: str,
-                        width: float = 2.0) -> dict[str, Any]:
-    """Columns m, n, k: seconds of weight gradients over those of forward products of their shapes, by `gemm`."""
+def fit_weight_gradient(
+    gemm: dict[str, Any], data: Data, rates: Rates, source: str, width: float = 2.0
+) -> dict[str, Any]:
+    """Columns m, n, k, weights_bytes: seconds of weight gradients over those of forward products of their shapes."""
     curve = _curve(GemmCurve, **(gemm | {"weight_gradient_ratio": 1.0}))
     m, n, k = (data.column(name) for name in "mnk")
-    forward = np.asarray(gemm_time(curve, rates, m, n, k, input_bytes=width, output_bytes=width).seconds)
+    time = gemm_time(
+        curve, rates, m, n, k, input_bytes=width, output_bytes=width, weights_bytes=data.column("weights_bytes")
+    )
+    forward = np.asarray(time.seconds)
     ratio = _ratio(data.column("seconds"), forward, 1.0, 3.0)
     fit = {"source": source, "rows": len(m)} | errors(ratio * forward, data.column("seconds"))
     return {"weight_gradient_ratio": ratio, "weight_gradient_fit": fit}
 
 
-def fit_prefill_backward(prefill: dict[str, Any], data: Data, rates: Rates, source: str,
-                         element_bytes: float = 2.0) -> dict[str, Any]:
+def fit_prefill_backward(
+    prefill: dict[str, Any], data: Data, rates: Rates, source: str, element_bytes: float = 2.0
+) -> dict[str, Any]:
     """Columns as of `fit_prefill`: seconds of backward kernels over forward ones by `prefill`, both without t0."""
     curve = _curve(PrefillCurve, **(prefill | {"backward_ratio": 1.0}))
     shape = [data.column(name) for name in ("batch", "heads", "kv_heads", "tokens", "head_dim")]

@@ -29,8 +29,15 @@ from rlhfsim.validate import run_case
 ROOT = Path(__file__).parents[1]
 NOISE = 0.01
 PEAK, BANDWIDTH, LINK, NIC = 1e11, 1e10, 2e9, 1.25e7  # FLOP/s, bytes/s
-COPIES = {"residual_add": 1.0, "rms_norm": 0.4, "rope": 0.5, "gated_activation": 0.8, "embedding": 0.3,
-          "cross_entropy": 0.6, "optimizer": 0.7}  # of the bandwidth
+COPIES = {
+    "residual_add": 1.0,
+    "rms_norm": 0.4,
+    "rope": 0.5,
+    "gated_activation": 0.8,
+    "embedding": 0.3,
+    "cross_entropy": 0.6,
+    "optimizer": 0.7,
+}  # of the bandwidth
 LAYER, LAYER_BACK, PASS, STEP, SEQUENCE = 5e-4, 8e-4, 3e-4, 4e-4, 2e-5  # host seconds
 WEIGHT_GRADIENT, ATTENTION_BACK, WIDTH = 1.2, 2.5, 4
 ENGINE = {0: (1e-3, 2e-4, 1e-9), 2: (2e-3, 1e-4, 2e-9), 3: (5e-4, 3e-3, 5e-10)}  # call, layer, parameter
@@ -71,8 +78,12 @@ class Machine:
         return sum(self.gemm(t, g.n, g.k) for g in layer_gemms(s)) + self.elementwise(s, t)
 
     def head(self, s: ModelSpec, t: float) -> float:
-        return (self.gemm(t, s.vocabulary, s.hidden) + self.memory("cross_entropy", 14 * t * s.vocabulary)
-                + self.memory("embedding", 2 * WIDTH * t * s.hidden) + PASS)
+        return (
+            self.gemm(t, s.vocabulary, s.hidden)
+            + self.memory("cross_entropy", 14 * t * s.vocabulary)
+            + self.memory("embedding", 2 * WIDTH * t * s.hidden)
+            + PASS
+        )
 
     def forward(self, s: ModelSpec, batch: int, tokens: int) -> float:
         layer = self.layer(s, batch * tokens) + self.prefill(batch, s.heads, tokens, s.head_dim) + LAYER
@@ -84,8 +95,12 @@ class Machine:
         def products(n: int, k: int) -> float:
             return self.gemm(t, k, n) + 2e-6 + WEIGHT_GRADIENT * (self.gemm(k, n, t) - 2e-6)
 
-        layer = (sum(products(g.n, g.k) for g in layer_gemms(s)) + 2 * self.elementwise(s, t)
-                 + self.prefill(batch, s.heads, tokens, s.head_dim, True) + LAYER_BACK)
+        layer = (
+            sum(products(g.n, g.k) for g in layer_gemms(s))
+            + 2 * self.elementwise(s, t)
+            + self.prefill(batch, s.heads, tokens, s.head_dim, True)
+            + LAYER_BACK
+        )
         ends = products(s.vocabulary, s.hidden) + self.memory("cross_entropy", 14 * t * s.vocabulary)
         return s.layers * layer + ends + self.memory("embedding", 2 * WIDTH * t * s.hidden) + PASS
 
@@ -110,10 +125,10 @@ def tables(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     for s in MODELS:
         for g in layer_gemms(s):
             for m in (1, 4, 16, 64, 256, 1024):
-                add("gemm", machine.gemm(m, g.n, g.k), m=m, n=g.n, k=g.k)
+                add("gemm", machine.gemm(m, g.n, g.k), m=m, n=g.n, k=g.k, weights_bytes=WIDTH * parameters(s))
                 if m > 8:
                     again = 2e-6 + WEIGHT_GRADIENT * (machine.gemm(g.n, g.k, m) - 2e-6)
-                    add("weight_gradient", again, m=g.n, n=g.k, k=m)
+                    add("weight_gradient", again, m=g.n, n=g.k, k=m, weights_bytes=WIDTH * parameters(s))
         shape = {"heads": s.heads, "kv_heads": s.heads, "head_dim": s.head_dim}
         for batch in (1, 4, 16):
             for t in (16, 64, 128, 256):
@@ -128,8 +143,15 @@ def tables(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
         for op in ("all_gather", "reduce_scatter", "all_reduce", "broadcast", "send"):
             for size in (2**b for b in range(10, 28, 2)):
                 calls = 2 if op == "send" else 1
-                add("collectives", calls * machine.collective(op, 2, size, nodes), op=op, ranks=2, nodes=nodes,
-                    bytes=size, calls=calls)
+                add(
+                    "collectives",
+                    calls * machine.collective(op, 2, size, nodes),
+                    op=op,
+                    ranks=2,
+                    nodes=nodes,
+                    bytes=size,
+                    calls=calls,
+                )
     for s in MODELS:
         add_passes(machine, s, add)
     return found
@@ -139,8 +161,11 @@ def add_passes(machine: Machine, s: ModelSpec, add: Any) -> None:
     row, size = {"model": s.name, "shape": numbers(s), "ranks": 2}, parameters(s, "lm")
     for batch, t in ((1, 32), (4, 64), (4, 128)):
         common = row | {"backend": "torch", "zero_stage": 0, "batch": batch, "tokens": t, "collectives": {}}
-        for phase, seconds in (("score", machine.forward(s, batch, t)), ("forward", machine.forward(s, batch, t)),
-                               ("backward", machine.backward(s, batch, t))):
+        for phase, seconds in (
+            ("score", machine.forward(s, batch, t)),
+            ("forward", machine.forward(s, batch, t)),
+            ("backward", machine.backward(s, batch, t)),
+        ):
             add("passes", seconds, phase=phase, **common)
     for stage, (call, layer, parameter) in ENGINE.items():
         more = call + s.layers * layer + size * parameter
@@ -158,10 +183,25 @@ def add_passes(machine: Machine, s: ModelSpec, add: Any) -> None:
 
 
 def write_bench(folder: Path, name: str = "bench.json", **changes: Any) -> Path:
-    bench = {"kind": "rlhfsim microbench", "version": 1, "precision": "fp32", "ranks": 2, "ranks_per_node": 2,
-             "machine": {"device": "cpu", "name": "synthetic", "cores": 2, "multiprocessors": 1, "versions": {},
-                         "memory_bytes": 2**34, "host_memory_bytes": 2**34},
-             "nic_bytes_per_second": NIC, "started": "2026-01-01 00:00", "tables": tables()} | changes
+    bench = {
+        "kind": "rlhfsim microbench",
+        "version": 1,
+        "precision": "fp32",
+        "ranks": 2,
+        "ranks_per_node": 2,
+        "machine": {
+            "device": "cpu",
+            "name": "synthetic",
+            "cores": 2,
+            "multiprocessors": 1,
+            "versions": {},
+            "memory_bytes": 2**34,
+            "host_memory_bytes": 2**34,
+        },
+        "nic_bytes_per_second": NIC,
+        "started": "2026-01-01 00:00",
+        "tables": tables(),
+    } | changes
     path = folder / name
     path.write_text(json.dumps(bench))
     return path
@@ -179,10 +219,19 @@ def found(bench: Path) -> Calibration:
 
 def scenario(cluster: Path | str, model: str = "tiny-2x128", **changes: Any) -> dict[str, Any]:
     """A small run on two CPU ranks."""
-    use = {"spec": model, "precision": "fp32", "zero_stage": 2, "recompute": "none", "micro_batch_samples": 2,
-           "score_micro_batch_samples": 2}
-    return {"cluster": {"spec": str(cluster), "nodes": 1, "gpus_per_node": 2}, "models": {"actor": use, "critic": use},
-            "workload": {"prompts": 8, "prompt_tokens": 32, "response_tokens": 16}} | changes
+    use = {
+        "spec": model,
+        "precision": "fp32",
+        "zero_stage": 2,
+        "recompute": "none",
+        "micro_batch_samples": 2,
+        "score_micro_batch_samples": 2,
+    }
+    return {
+        "cluster": {"spec": str(cluster), "nodes": 1, "gpus_per_node": 2},
+        "models": {"actor": use, "critic": use},
+        "workload": {"prompts": 8, "prompt_tokens": 32, "response_tokens": 16},
+    } | changes
 
 
 # --- what is found again ---------------------------------------------------------------------------------------------
@@ -219,6 +268,7 @@ def test_host_times(found: Calibration) -> None:
     assert overheads["eager_layer_seconds"] == pytest.approx(LAYER, rel=0.1)
     assert overheads["eager_layer_backward_seconds"] == pytest.approx(LAYER_BACK, rel=0.1)
     assert overheads["eager_pass_seconds"] == pytest.approx(PASS, rel=0.3)
+    assert overheads["decode_layer_seconds"] == pytest.approx(LAYER, rel=0.1)
     assert overheads["decode_step_seconds"] == pytest.approx(STEP, rel=0.3)
     assert overheads["decode_sequence_seconds"] == pytest.approx(SEQUENCE, rel=0.3)
     assert set(overheads["deepspeed"]) == {f"zero_{stage}" for stage in ENGINE}
@@ -270,8 +320,10 @@ def test_links_between_nodes_are_those_measured(found: Calibration, tmp_path: Pa
         data["cluster"] |= {"nodes": nodes, "gpus_per_node": per_node}
         step[nodes] = stage_seconds(simulate(prepare(scenario_from_dict(data, tmp_path))))["update_actor"]
     machine, size = Machine(), WIDTH * parameters(MODELS[1], "lm")
-    slower = sum(times * (machine.collective(op, 2, size, 2) - machine.collective(op, 2, size))
-                 for op, times in (("reduce_scatter", 2), ("all_gather", 1)))
+    slower = sum(
+        times * (machine.collective(op, 2, size, 2) - machine.collective(op, 2, size))
+        for op, times in (("reduce_scatter", 2), ("all_gather", 1))
+    )
     assert step[2] - step[1] == pytest.approx(slower, rel=0.1)
 
 
@@ -317,13 +369,31 @@ def test_nothing_is_overwritten(found: Calibration, tmp_path: Path) -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("", "damaged"), ('{"kind": "rlhfsim', "damaged"), ("[1, 2]", "no file of"), ('{"kind": "other"}', "no file of"),
-    ("\xff\xfe", "damaged"),
-    (json.dumps({"kind": "rlhfsim microbench", "version": 2}), "version"),
-    (json.dumps({"kind": "rlhfsim microbench", "version": 1, "machine": {}, "precision": "fp32", "ranks": 1,
-                 "ranks_per_node": 1, "tables": {}}), "no measurements"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "damaged"),
+        ('{"kind": "rlhfsim', "damaged"),
+        ("[1, 2]", "no file of"),
+        ('{"kind": "other"}', "no file of"),
+        ("\xff\xfe", "damaged"),
+        (json.dumps({"kind": "rlhfsim microbench", "version": 2}), "version"),
+        (
+            json.dumps(
+                {
+                    "kind": "rlhfsim microbench",
+                    "version": 1,
+                    "machine": {},
+                    "precision": "fp32",
+                    "ranks": 1,
+                    "ranks_per_node": 1,
+                    "tables": {},
+                }
+            ),
+            "no measurements",
+        ),
+    ],
+)
 def test_damaged_files_are_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(text.encode("latin-1"))
@@ -334,7 +404,8 @@ def test_damaged_files_are_named(tmp_path: Path, text: str, said: str) -> None:
 
 @pytest.mark.parametrize("seconds", [None, 0.0, -1.0, float("nan"), float("inf"), "1.0", True])
 def test_rows_without_a_time_are_named(tmp_path: Path, seconds: Any) -> None:
-    broken = {"gemm": [{"m": 1, "n": 1, "k": 1, "seconds": 1.0}, {"m": 1, "n": 1, "k": 1, "seconds": seconds}]}
+    row = {"m": 1, "n": 1, "k": 1, "weights_bytes": 1}
+    broken = {"gemm": [row | {"seconds": 1.0}, row | {"seconds": seconds}]}
     with pytest.raises(InputError, match=r"tables\.gemm\.1\.seconds"):
         read_bench(write_bench(tmp_path, tables=broken))
 
@@ -380,8 +451,20 @@ def test_command(bench: Path, tmp_path: Path) -> None:
 def test_microbenchmark_on_two_processes(tmp_path: Path) -> None:
     """From two gloo processes to a spec that simulates; what was measured is positive and says where it was."""
     out = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533",
-               "-m", "real.microbench", "--quick", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29533",
+        "-m",
+        "real.microbench",
+        "--quick",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = read_bench(out)

@@ -187,7 +187,8 @@ class StepSeconds:
         overheads = operators.overheads
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
         self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if generation.copies_cache else 1
-        eager = overheads.eager_layer_seconds
+        eager = overheads.decode_layer_seconds
+        eager = overheads.eager_layer_seconds if eager is None else eager
         launch_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)
         self.floor_seconds = launch_seconds
         if ideal or generation.graphs or not operators.gpu.overlaps_launches:

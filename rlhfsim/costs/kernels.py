@@ -29,8 +29,15 @@ MemoryKernel = Literal[
     "residual_add", "rms_norm", "rope", "gated_activation", "embedding", "cross_entropy", "optimizer"
 ]
 Collective = Literal[
-    "all_reduce", "custom_all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send",
-    "to_host", "from_host"
+    "all_reduce",
+    "custom_all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "broadcast",
+    "send",
+    "to_host",
+    "from_host",
 ]
 
 QUERY_TILE_ROWS = 128  # FlashAttention-2's forward block of query rows at head dimension 128
@@ -60,6 +67,8 @@ class GemmCurve(Record):
 
     The paddings are efficiencies that saturate: m / (m+m0) and so on. `kernel_seconds` is t0.
     weight_gradient_ratio: seconds of a weight-gradient GEMM (accumulates in fp32) over a forward one of its shape.
+    cache_bytes: part of what a small model's products read is still in a cache from their last use: of all weights
+        that take turns, weights / (weights + cache_bytes) come from memory. For CPUs; 0: not fitted.
     """
 
     compute_efficiency: Fraction
@@ -70,6 +79,7 @@ class GemmCurve(Record):
     padding_k: NonNegative
     padding_bytes: NonNegative
     exponent: Exponent
+    cache_bytes: NonNegative = 0.0
     weight_gradient_ratio: Annotated[float, Field(ge=1, le=3)]
     fit: Fit
     weight_gradient_fit: Fit
@@ -231,9 +241,11 @@ def gemm_time(
     output_bytes: float = 2.0,
     weight_gradient: bool = False,
     ideal: bool = False,
+    weights_bytes: Numbers = math.inf,
 ) -> KernelTime:
     """(m, k) @ (k, n): 2mnk FLOPs, every operand moved once. `input_bytes`, `output_bytes`: per element.
 
+    weights_bytes: of all layers that take turns, this one among them (see `GemmCurve.cache_bytes`).
     weight_gradient: the GEMM with tokens as the summed dimension k.
     """
     m, n, k = (np.asarray(x, dtype=float) for x in (m, n, k))
@@ -244,6 +256,8 @@ def gemm_time(
         return _limited(2 * m * n * k / peak, moved / bandwidth)
     padded = (m + curve.padding_m) * (n + curve.padding_n) * (k + curve.padding_k)
     compute, memory = 2 * padded / peak, (moved + curve.padding_bytes) / bandwidth
+    if curve.cache_bytes:
+        memory = memory / (1 + curve.cache_bytes / np.asarray(weights_bytes))
     body = p_norm(compute, memory, curve.exponent) * (curve.weight_gradient_ratio if weight_gradient else 1.0)
     return _limited(compute, memory, body, curve.kernel_seconds)
 

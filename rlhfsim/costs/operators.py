@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms
+from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, parameters
 from rlhfsim.spec.hardware import Gpu
 from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage
 from rlhfsim.spec.scenario import Effects, ModelUse
@@ -253,10 +253,12 @@ class Operators:
         return _where(np.asarray(tokens) > 0, time)
 
     def _gemm(self, use: ModelUse, m: Numbers, n: Numbers, k: Numbers, weight_gradient: bool = False) -> OperatorTime:
+        curve = self.kernels.gemm_curve(use.precision)
+        weights_bytes = parameters(use.shape) * use.bytes_per_parameter if curve.cache_bytes else np.inf
         time = gemm_time(
-            self.kernels.gemm_curve(use.precision), self._rates(use), m, n, k,
+            curve, self._rates(use), m, n, k,
             input_bytes=use.bytes_per_parameter, output_bytes=use.bytes_per_parameter,
-            weight_gradient=weight_gradient, ideal=self.ideal,
+            weight_gradient=weight_gradient, ideal=self.ideal, weights_bytes=weights_bytes,
         )  # fmt: skip
         return _operator(time)
 

@@ -49,6 +49,7 @@ class Overheads(Record):
     deepspeed: by ZeRO stage (`zero_0` to `zero_3`), what DeepSpeed adds on the host to the passes of a micro-batch and
         to an update. Default nothing: on GPUs its host runs ahead of the device, and how far was not measured.
     firing_seconds: host time of one stage's turn on one place outside its work (handing over data). Default 0.
+    decode_layer_seconds: host time of one layer in a decode step without CUDA graphs; absent: eager_layer_seconds.
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
@@ -62,6 +63,7 @@ class Overheads(Record):
     eager_pass_seconds: Seconds = 0.0
     deepspeed: dict[ZeroStage, EngineTime] = Field(default_factory=dict)
     firing_seconds: Seconds = 0.0
+    decode_layer_seconds: Seconds | None = None
     decode_step_seconds: Seconds | None = None
     decode_sequence_seconds: Seconds | None = None
     controller_bytes_per_second: BytesPerSecond | None = None
