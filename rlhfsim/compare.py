@@ -10,13 +10,13 @@ import numpy as np
 
 from .errors import DoesNotFit, InputError, nearest
 from .fits import Fit
-from .layout import graph_of
+from .format import human_seconds
 from .metrics import bound_by, critical_path, step_seconds
-from .model import tensor_parallel_choices
 from .simulate import Setup, prepare, simulate
 from .spec.loader import load_rows, load_scenario
 from .spec.scenario import Scenario, StrategyChoice
 from .timeline import Timeline
+from .tune import tuned
 
 # What `compare` shows for a scenario that names no rows: the paper's placements, co-location with each engine.
 DEFAULT_ROWS = {
@@ -28,10 +28,6 @@ DEFAULT_ROWS = {
     "disaggregated, engine": ("disaggregated", "engine"),
 }
 DEFAULT_BASELINE = "colocated, hybrid"
-
-# Shares that tuning tries for disaggregation: generation, scoring (over its models), training (over its models).
-SPLITS = [(g, s, 8 - g - s) for g in (1, 2, 3, 4, 5) for s in (1, 2, 3) if 8 - g - s >= 1]
-BATCHES = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -172,109 +168,6 @@ def settings(setup: Setup) -> dict[str, Any]:
     return used
 
 
-# -- tuning -------------------------------------------------------------------------------------------------------
-
-
-def tuned(scenario: Scenario) -> Scenario:
-    """The scenario with the best micro-batches, engine TP and (disaggregated) split and batches that fit.
-
-    A small grid, one dimension after the other; what the scenario's strategy states explicitly stays as it is.
-    """
-    best, seconds = _with_micro_batches(scenario), None
-    for candidates in (_splits, _tensor_parallel, _batches, _replicas):
-        for candidate in candidates(best, scenario):
-            candidate = _with_micro_batches(candidate)
-            if candidate == best and seconds is not None:
-                continue
-            found = _seconds(candidate)
-            if found is not None and (seconds is None or found < seconds):
-                best, seconds = candidate, found
-    return best
-
-
-def _seconds(scenario: Scenario) -> float | None:
-    """Step time over two iterations of the first draw; None where it does not fit or cannot be built."""
-    short = scenario.simulation.model_copy(update={"iterations": min(2, scenario.simulation.iterations), "draws": 1})
-    try:
-        setup = prepare(scenario.model_copy(update={"simulation": short}))
-        return step_seconds(simulate(setup)) if setup.fit().fits else None
-    except (InputError, DoesNotFit):
-        return None
-
-
-def _with_micro_batches(scenario: Scenario) -> Scenario:
-    """Each model's largest micro-batches that fit, as powers of two (one where nothing fits)."""
-    try:
-        scenario = _with_generation_batches(scenario)
-        largest = prepare(scenario).memory.largest_micro_batches()
-    except InputError:
-        return scenario
-    models = scenario.models
-    for key, size in largest.items():
-        _, role, name = key.split(".")
-        use = getattr(models, role).model_copy(update={name: 1 << max(0, size.bit_length() - 1) if size else 1})
-        models = models.model_copy(update={role: use})
-    return scenario.model_copy(update={"models": models})
-
-
-def _with_generation_batches(scenario: Scenario) -> Scenario:
-    """Static generation in batches of halves, quarters, ... until the KV cache fits."""
-    if scenario.generation.continuous or scenario.generation.batch_samples is not None:
-        return scenario
-    memory = prepare(scenario).memory
-    stage = next(s for s in memory.graph.stages() if s.kind == "generate")
-    size = memory.samples_per_replica(stage)
-    while size > 1 and memory.fit().by_phase[stage.name].bytes.total > memory.capacity_bytes:
-        size = -(-size // 2)
-        generation = scenario.generation.model_copy(update={"batch_samples": size})
-        scenario = scenario.model_copy(update={"generation": generation})
-        memory = prepare(scenario).memory
-    return scenario
-
-
-def _tensor_parallel(best: Scenario, _given: Scenario) -> Iterable[Scenario]:
-    """Engine sizes inside a node that divide the heads."""
-    generation, node = best.generation, best.cluster.node.gpus_per_node
-    if generation.engine == "zero3_per_token":
-        return [best]
-    sizes = [
-        t for t in tensor_parallel_choices(best.models.actor.shape) if t <= node and node % t == 0 and t & (t - 1) == 0
-    ]
-    return [best.model_copy(update={"generation": generation.model_copy(update={"tensor_parallel": t})}) for t in sizes]
-
-
-def _splits(best: Scenario, given: Scenario) -> Iterable[Scenario]:
-    if best.strategy.name != "disaggregated" or {"split", "ranks"} & set(given.strategy.options):
-        return [best]
-    graph, _ = graph_of(best)
-    stages = graph.stages()
-    trained = list(dict.fromkeys(s.model for s in stages if s.kind == "train"))
-    scoring = list(dict.fromkeys(s.model for s in stages if s.kind == "score" and s.model not in trained))
-    found = []
-    for generate, score, train in SPLITS:
-        split = {"shadow_actor": float(generate)}
-        split |= {m: score / len(scoring) for m in scoring} | {m: train / len(trained) for m in trained}
-        found.append(_with_options(best, split=split))
-    return found
-
-
-def _batches(best: Scenario, given: Scenario) -> Iterable[Scenario]:
-    if best.strategy.name != "disaggregated" or "batches" in given.strategy.options:
-        return []
-    return [_with_options(best, batches=n) for n in BATCHES]
-
-
-def _replicas(best: Scenario, given: Scenario) -> Iterable[Scenario]:
-    if best.strategy.name != "disaggregated" or "replicas" in given.strategy.options:
-        return []
-    return [_with_options(best, replicas=n) for n in (2, 4)]
-
-
-def _with_options(scenario: Scenario, **options: Any) -> Scenario:
-    choice = StrategyChoice(name=scenario.strategy.name, **(scenario.strategy.options | options))
-    return scenario.model_copy(update={"strategy": choice})
-
-
 # -- words --------------------------------------------------------------------------------------------------------
 
 
@@ -296,8 +189,9 @@ def why(comparison: Comparison) -> str:
     by_stage = {s: sum(v for (stage, _), v in gains.items() if stage == s) for s in sorted(stages)}
     lost = min(by_stage, key=lambda s: (by_stage[s], s))
     text = (
-        f"{winner.label} wins over {base.label} ({base.step_seconds:.3g} s to {winner.step_seconds:.3g} s per "
-        f"iteration) mainly because {saved[0]} spends {gains[saved]:.3g} s less on {saved[1]} on the critical path"
+        f"{winner.label} wins over {base.label} ({human_seconds(base.step_seconds or 0)} to "
+        f"{human_seconds(winner.step_seconds or 0)} per iteration) mainly because {saved[0]} spends "
+        f"{gains[saved]:.3g} s less on {saved[1]} on the critical path"
     )
     if by_stage[lost] < -0.02 * (base.step_seconds or 0):
         text += f"; it pays {-by_stage[lost]:.3g} s more for {lost}"

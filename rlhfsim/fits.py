@@ -257,6 +257,10 @@ class Memory:
     def _generating_stages(self) -> list[Stage]:
         return [s for s in self.graph.stages() if s.kind == "generate"]
 
+    def of_stage(self, stage: Stage) -> Iterator[Instant]:
+        """One stage on every kind of rank that runs it."""
+        return (Instant(r, stage.name, self.during(stage, r)) for r in self.rank_kinds if r in stage.ranks)
+
     def instants(self, tokens: tuple[int, int] | None = None) -> Iterator[Instant]:
         """Every phase on every kind of rank."""
         for rank in self.rank_kinds:

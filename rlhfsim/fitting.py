@@ -154,12 +154,21 @@ def fit_gemm(
         )
         return np.asarray(time.seconds)
 
+    def error(x: np.ndarray) -> float:
+        return float(np.abs(np.log(predict(x) / data.column("seconds")))[~data.held_out].mean())
+
     weights = data.column("weights_bytes") if cached else np.inf
-    start = [0.75, 0.8, 4.0, 90.0, 60.0, 60.0, 0.1, 6.0]
+    starts = [[0.75, 0.8, 4.0, 90.0, 60.0, 60.0, 0.1, 6.0]]
     low, high = [0.05, 0.05, 0.1, 0, 0, 0, 0, 1], [1, 1, _longest_fixed(data), 10000, 10000, 10000, 50, 16]
-    if cached:
-        start, low, high = [*start, 10.0], [*low, 0], [*high, 1000]
-    x = solve(predict, data, start, low, high)
+    if cached:  # paddings, bandwidth and cache can stand for each other: the best of several minima
+        low, high = [*low, 0], [*high, 1000]
+        starts = [
+            [0.9, bandwidth, 4.0, padding, padding, padding, 0.1, 3.0, cache]
+            for bandwidth in (0.2, 0.8)
+            for padding in (1.0, 20.0)
+            for cache in (0.0, 30.0)
+        ]
+    x = min((solve(predict, data, start, low, high) for start in starts), key=error)
     found = {name: value for name, value in dict(curve(x)).items() if cached or name != "cache_bytes"}
     return found | {"fit": fitted(source, predict(x), data, note)}
 

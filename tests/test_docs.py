@@ -66,6 +66,26 @@ def test_scenarios_of_the_pages_are_valid(tmp_path: Path) -> None:
         load_scenario(file)
 
 
+INLINE = re.compile(r"`(rlhfsim (?:fits|simulate|compare|show) [^`]+)`")
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for page in PAGES for c in INLINE.findall(page.read_text()) if "..." not in c})
+)
+def test_commands_in_the_text_run(command: str, tmp_path: Path) -> None:
+    folder = prepare(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhfsim.cli", *shlex.split(command)[1:]],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_pages_link_to_what_exists() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

@@ -33,7 +33,15 @@ MAX_GPUS = 1_000_000
 # A frozen model sits beside the trained one that it judges or is judged with, and is laid out like it.
 _PARTNERS = {"reference": "actor", "reward": "critic"}
 _SPEC_OF = {"critic": "actor", "reference": "actor", "reward": "critic"}
-_LAYOUT = ("precision", "tensor_parallel", "pipeline_parallel")
+_LAYOUT = (
+    "precision",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "sequence_parallel",
+    "score_micro_batch_samples",
+    "flash_attention",
+    "logits_chunk_tokens",
+)
 _RECORDS: dict[str, type[Sources]] = {"node": Node, "gpu": Gpu, "network": Network}
 
 
@@ -99,6 +107,9 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
     for key, value, place in overrides:
         apply_override(data, where, key, value, place)
         data = _without_shorthand(data)
+    if overrides and isinstance(data.get("keep", []), list):
+        set_by_user = {leaf for key, value, _ in overrides for leaf in _leaves(key, value)}
+        data["keep"] = sorted({*map(str, data.get("keep", [])), *set_by_user})
     if "cluster" in data:
         data["cluster"] = _cluster(data["cluster"], "cluster", folder, where)
         data = _with_overheads(data)
@@ -109,6 +120,13 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
     scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
     _check(scenario, where)
     return scenario
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    """The dotted fields that an override sets."""
+    if not isinstance(value, dict) or not value:
+        return [key]
+    return [leaf for name, part in value.items() for leaf in _leaves(f"{key}.{name}", part)]
 
 
 def _with_overheads(data: dict[str, Any]) -> dict[str, Any]:

@@ -301,7 +301,11 @@ class Compare(Record):
 
 
 class Scenario(Record):
-    """A complete question to the simulator."""
+    """A complete question to the simulator.
+
+    keep: dotted fields that `compare` and `sweep` leave as they are when they tune a strategy; what is set on the
+        command line, swept, or named in a row of `compare` is added by itself.
+    """
 
     name: str = "scenario"
     description: str = ""
@@ -317,3 +321,4 @@ class Scenario(Record):
     effects: Effects = Effects()
     simulation: Simulation = Simulation()
     compare: Compare | None = None
+    keep: list[str] = Field(default_factory=list)
