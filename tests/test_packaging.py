@@ -79,7 +79,7 @@ def copies(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def rlhfsim(folder: Path, line: str, at: Path) -> subprocess.CompletedProcess[str]:
     """The installed command, with that copy of rlhfsim and no other."""
     start = (
-        f"import site, sys; site.addsitedir({str(folder)!r}); import rlhfsim; "
+        f"import site, sys; sys.path.insert(0, {str(folder)!r}); site.addsitedir({str(folder)!r}); import rlhfsim; "
         "print(rlhfsim.__file__, file=sys.stderr); from rlhfsim.cli import main; main()"
     )
     return python("-c", start, *line.split(), cwd=at)
