@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .compare import Comparison
-    from .simulate import Setup
 
 FITS_NOT, BAD_INPUT, FAILED = 3, 2, 1
 
@@ -52,7 +50,8 @@ as_json = click.option("--json", "json_output", is_flag=True, help="One JSON obj
 
 @scenario_command("fits")
 @as_json
-def fits(scenario: str, overrides: tuple[str, ...], json_output: bool) -> int:
+@click.option("--plot", "plot_path", type=str, help="Draw the memory of each phase (PNG or SVG).")
+def fits(scenario: str, overrides: tuple[str, ...], json_output: bool, plot_path: str | None) -> int:
     """Does it run out of memory: where, by how much, and what helps. Does not simulate. Exit code 3: does not fit."""
     from .render import fit_json, print_fit
     from .simulate import prepare
@@ -60,7 +59,7 @@ def fits(scenario: str, overrides: tuple[str, ...], json_output: bool) -> int:
 
     setup = prepare(load_scenario(scenario, overrides))
     fit = setup.fit()
-    _warn(setup)
+    _note(setup.notes)
     if json_output:
         _print_json(fit_json(fit))
     else:
@@ -92,7 +91,7 @@ def simulate(
     _drawable(plot_path)
     setup = prepare(load_scenario(scenario, overrides))
     fit = setup.fit()
-    _warn(setup)
+    _note(setup.notes)
     if not fit.fits:
         if json_output:
             _print_json(simulation_json(setup, fit, None))
@@ -134,6 +133,7 @@ def compare(
 
     folder = _folder(out)
     rows, default_baseline = rows_of(scenario, overrides)
+    _note(doubt for row in rows.values() for doubt in row.cluster.doubts)
     with progress(len(rows)) as advance:
         comparison = run(rows, baseline or default_baseline, tune=not as_given, progress=advance)
     if folder:
@@ -171,7 +171,7 @@ def sweep(scenario: str, overrides: tuple[str, ...], **options: Any) -> int:
 
 @cli.command("trace")
 @click.argument("timelines", nargs=-1, required=True)
-@click.option("--out", type=str, default="trace.json", show_default=True)
+@click.option("-o", "--out", type=str, default="trace.json", show_default=True)
 def trace(timelines: tuple[str, ...], out: str) -> None:
     """Timeline files (from simulate --timeline, or a real run) side by side as one Perfetto / Chrome trace."""
     from . import timeline as reader
@@ -184,7 +184,7 @@ def trace(timelines: tuple[str, ...], out: str) -> None:
 
 @cli.command("plot")
 @click.argument("timelines", nargs=-1, required=True)
-@click.option("--out", type=str, default="timeline.png", show_default=True)
+@click.option("-o", "--out", type=str, default="timeline.png", show_default=True)
 def plot(timelines: tuple[str, ...], out: str) -> None:
     """Timeline files side by side as one figure (PNG or SVG)."""
     from . import timeline as reader
@@ -222,8 +222,8 @@ def validate(paths: tuple[str, ...], json_output: bool) -> None:
 @click.option("--force", is_flag=True, help="Overwrite files of an earlier calibration.")
 @as_json
 def calibrate(measurements: tuple[str, ...], name: str, out: str, force: bool, json_output: bool) -> None:
-    """A hardware spec of this machine from files of real.microbench (.json), and from real runs, each a timeline (.jsonl)
-    followed by its scenario (.yaml)."""
+    """A hardware spec of this machine from files of real.microbench (.json), and from real runs, each a timeline
+    (.jsonl) followed by its scenario (.yaml)."""
     from .calibrate import calibrate as fit
     from .calibrate import split_arguments, write
     from .render import print_calibration
@@ -238,10 +238,10 @@ def calibrate(measurements: tuple[str, ...], name: str, out: str, force: bool, j
 
 
 @cli.command("show")
-@click.argument("what", type=str)
+@click.argument("what", type=str, required=False)
 @click.argument("overrides", nargs=-1)
 @as_json
-def show(what: str, overrides: tuple[str, ...], json_output: bool) -> None:
+def show(what: str | None, overrides: tuple[str, ...], json_output: bool) -> None:
     """What there is: show models, gpus, nodes, clusters, strategies, algorithms, fields; or, for a scenario file, where
     each of its numbers comes from."""
     from .show import shown
@@ -292,23 +292,15 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
-def _warn(setup: Setup) -> None:
-    for note in setup.notes:
+def _note(notes: Iterable[str]) -> None:
+    for note in dict.fromkeys(notes):
         click.echo(f"note: {note}", err=True)
 
 
 def _writable(*paths: str | None) -> None:
-    """Complain about an output path before any work is done."""
-    from .errors import InputError
+    from .output import check_writable
 
-    for path in filter(None, paths):
-        target = Path(path)
-        if target.is_dir():
-            raise InputError("is a folder, a file is needed", where=path)
-        if not target.parent.is_dir():
-            raise InputError(f"there is no folder {str(target.parent)!r}", where=path)
-        if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise InputError("is not writable", where=path)
+    check_writable(*paths)
 
 
 def _drawable(path: str | None) -> None:
@@ -348,9 +340,9 @@ def _draw_comparison(comparison: Comparison, folder: Path) -> None:
         drawn.append(folder / "speedup.png")
         speedup_bars(table, comparison.baseline, drawn[-1], title=comparison_title(comparison))
     timed = {row.label: row.timeline for row in comparison.rows if row.timeline is not None}
-    if timed:  # one iteration in steady state says it all
+    if timed:  # the second iteration: the first also fills the pipeline
         drawn.append(folder / "timeline.png")
-        gantt(timed, drawn[-1], window=(0.0, 1.02 * max(t.end_seconds / t.iterations for t in timed.values())))
+        gantt(timed, drawn[-1], iteration=1)
     if drawn:
         click.echo(", ".join(map(str, drawn)), err=True)
 

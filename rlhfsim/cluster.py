@@ -14,7 +14,7 @@ a group are taken in topology order (a ring enters and leaves every leaf once).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -155,7 +155,7 @@ class ClusterTopology:
     """Links of a cluster. Rank r is GPU r % gpus_per_node of node r // gpus_per_node.
 
     capacities: nominal bytes/s of every link, one direction each ("gpu3 nvlink out", "node0 nic1 in", "leaf0 up");
-    only host memory has a single one for both directions. warnings: what a user should know about the placement.
+    only host memory has a single one for both directions.
     """
 
     def __init__(
@@ -164,7 +164,6 @@ class ClusterTopology:
         self.cluster = cluster
         self.collectives = collectives or default_collectives(cluster)
         self.free = effects is not None and not effects.links
-        self.warnings: list[str] = []
         self._routes: dict[tuple[Op, Groups], Route] = {}
 
         node, network = cluster.node, cluster.network
@@ -190,16 +189,6 @@ class ClusterTopology:
 
     def crosses_nodes(self, ranks: Iterable[int]) -> bool:
         return len({self.node_of(r) for r in ranks}) > 1
-
-    def expect_one_node(self, what: str, ranks: Sequence[int]) -> None:
-        """Warn when ranks that talk at every layer (a tensor-parallel group) do not share a node."""
-        if self.crosses_nodes(ranks):
-            text = (
-                f"{what}: ranks {min(ranks)}..{max(ranks)} are on {len({self.node_of(r) for r in ranks})} nodes "
-                f"of {self.cluster.node.gpus_per_node} GPUs; their traffic goes through the NICs"
-            )
-            if text not in self.warnings:
-                self.warnings.append(text)
 
     # --- links -------------------------------------------------------------------------------------------------------
 
@@ -273,6 +262,8 @@ class ClusterTopology:
         return found
 
     def _route(self, op: Op, groups: Groups) -> Route:
+        if op == "host_memory":
+            return self._host_memory_route(groups)
         copy = op in ("to_host", "from_host")
         talking = [g for g in groups if copy or len(g) > 1]
         if self.free or not talking:
@@ -289,6 +280,13 @@ class ClusterTopology:
         usage, nodes = self._usage(op, members)
         latency = max(self._latency(op, n, k) for n, k in set(zip(sizes.tolist(), nodes.tolist(), strict=True)))
         return Route(self._named(usage), latency, self._exponent(op, int(sizes.max()), int(nodes.max())))
+
+    def _host_memory_route(self, groups: Groups) -> Route:
+        """Every rank's bytes on its node's memory, at the nominal rate. No link between devices, yet others wait."""
+        if self.free:
+            return Route({}, 0.0, 1.0)
+        ranks = np.array([rank for group in groups for rank in group])
+        return Route(self._named(self._assemble(ranks, pcie=None, switch=None, memory=np.ones(len(ranks)))), 0.0, 1.0)
 
     def _exponent(self, op: Op, ranks: int, nodes: int) -> float:
         if nodes == 1:
@@ -358,7 +356,7 @@ class ClusterTopology:
         self,
         ranks: np.ndarray,
         *,
-        pcie: _OutIn,
+        pcie: _OutIn | None,
         switch: _OutIn | None,
         inside: _OutIn | None = None,
         memory: np.ndarray | None = None,

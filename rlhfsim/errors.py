@@ -21,6 +21,10 @@ class InputError(ValueError):
         super().__init__(": ".join(part for part in (where, field, message) if part))
 
 
+class NeverValid(InputError):
+    """A value that its field allows in no scenario: of another type, out of bounds, no such name."""
+
+
 class DoesNotFit(Exception):
     """The scenario is valid, but needs more memory than there is; the text names the component and the instant."""
 

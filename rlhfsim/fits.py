@@ -31,7 +31,7 @@ KNOBS = {
     "activations": "a smaller micro_batch_samples, recompute: full, or flash_attention",
     "logits": "logits_chunk_tokens, or a smaller micro_batch_samples",
     "gathered": "generation.tensor_parallel while generating, else tensor_parallel instead of zero_stage 3",
-    "engine": "tensor_parallel of the engine, or engine: hybrid",
+    "engine": "a larger generation.tensor_parallel (engine: hybrid gathers as many bytes while it generates)",
     "buffers": "zero_stage 0, or lora_rank",
     "reserved": "overheads.reserved_bytes, if you know better",
 }

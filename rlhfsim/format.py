@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def three(value: float) -> str:
@@ -39,3 +40,14 @@ def human_seconds(seconds: float) -> str:
 def gib(count: float) -> str:
     """Bytes in GiB: ``79.2 GiB``."""
     return f"{three(count / 2**30)} GiB"
+
+
+def rank_text(ranks: Sequence[int]) -> str:
+    """`(0, 1, 2, 5)` -> `0-2, 5`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

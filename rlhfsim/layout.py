@@ -6,21 +6,27 @@ Between the graph (ranks and order) and the costs (bytes and seconds): nothing h
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from .algorithms import Algorithm
-from .errors import InputError, nearest
+from .errors import InputError, NeverValid, nearest
+from .format import rank_text
 from .graph import Stage, StageGraph
 from .schedule import check
 from .slots import place_slots
+from .spec.problems import validate_value
 from .spec.scenario import ModelUse, Scenario
 from .strategies import Devices
 
 # Kinds of stages that move or hand over what others hold: they run no model.
 IDLE_KINDS = ("sync", "swap", "store")
+
+# Options that say in how many pieces an iteration is processed.
+PIECES = ("batches", "calls")
 
 Purpose = Literal["train", "frozen", "generate"]
 
@@ -109,6 +115,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
                 f"strategy {name!r} has no such option{nearest(option, [*allowed, 'slots'])}",
                 field=f"strategy.{option}",
             )
+    _check_options(module, options, scenario.workload.samples)
     if name == "disaggregated" and scenario.generation.engine == "zero3_per_token":
         raise InputError(
             "zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
@@ -121,6 +128,19 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
         return check(graph), notes
     except (ValueError, TypeError) as error:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
+
+
+def _check_options(module: ModuleType, options: dict[str, Any], samples: int) -> None:
+    """Types by the annotations of `build`; an iteration is cut in at most as many pieces as it has samples."""
+    kinds = get_type_hints(module.build)
+    for option, value in options.items():
+        validate_value(kinds[option], value, f"strategy.{option}")
+        if option in PIECES and value < 1:
+            raise NeverValid(f"is {value}, but must be at least 1", field=f"strategy.{option}")
+        if option in PIECES and value > samples:
+            raise InputError(
+                f"is {value}, but there are only {samples} samples in an iteration", field=f"strategy.{option}"
+            )
 
 
 def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
@@ -205,6 +225,37 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         if stage.kind not in IDLE_KINDS:
             _check_places(stage, found[stage.model], scenario)
     return found
+
+
+def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:
+    """What a user should know about a layout that works and may surprise."""
+    notes, per_node = [], scenario.cluster.node.gpus_per_node
+    for field, degree, ranks in dict.fromkeys(_tensor_groups(scenario, graph, holdings)):
+        groups = (ranks[i : i + degree] for i in range(0, len(ranks), degree))
+        apart = next((g for g in groups if len({r // per_node for r in g}) > 1), None)
+        if apart:
+            notes.append(
+                f"{field} {degree}: ranks {rank_text(apart)} are on several nodes of {per_node} GPUs; what they "
+                "exchange in every layer goes through the NICs"
+            )
+    if scenario.generation.engine == "zero3_per_token" and scenario.models.actor.zero_stage < 3:
+        notes.append(
+            f"generation.engine zero3_per_token: with models.actor.zero_stage {scenario.models.actor.zero_stage} every "
+            "rank has whole weights and nothing is gathered while generating"
+        )
+    return notes
+
+
+def _tensor_groups(
+    scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]
+) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """(field, degree, ranks) of all that is split in tensor-parallel groups of neighbours."""
+    for stage in graph.stages():
+        if stage.kind == "generate":
+            yield "generation.tensor_parallel", scenario.generation.tensor_parallel, stage.ranks
+        elif stage.kind not in IDLE_KINDS:
+            role = stage.model.removeprefix("shadow_")
+            yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
 
 
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from .firing import Firing
+from .format import rank_text
 from .timeline import MemorySample, Span, Timeline, per_replica
 
 T = TypeVar("T")
@@ -136,25 +137,6 @@ def union_seconds(intervals: Iterable[tuple[float, float]]) -> float:
     return float(covered)
 
 
-def timing(timeline: Timeline) -> dict[str, float]:
-    """`timing_s/gen`, ..., `timing_s/step`, in seconds: the names that verl logs."""
-    return {f"timing_s/{stage}": seconds for stage, seconds in stage_seconds(timeline).items()} | {
-        "timing_s/step": step_seconds(timeline)
-    }
-
-
-def throughput(timeline: Timeline, *, samples: float, tokens: float) -> dict[str, float]:
-    """Rates from what one iteration processes. `perf/throughput` is verl's: tokens per second *and device*."""
-    seconds = step_seconds(timeline)
-    return {
-        "perf/time_per_step": seconds,
-        "perf/total_num_tokens": tokens,
-        "perf/throughput": tokens / seconds / timeline.ranks,
-        "tokens_per_second": tokens / seconds,
-        "samples_per_second": samples / seconds,
-    }
-
-
 def overlap_share(timeline: Timeline) -> dict[str, float]:
     """Share of each stage's wall time in the measured window in which another stage runs as well (0: never hidden)."""
     window = measured(timeline)
@@ -175,6 +157,44 @@ def overlap_share(timeline: Timeline) -> dict[str, float]:
         for stage in active:
             (shared if len(active) > 1 else alone)[stage] += then - now
     return {stage: shared[stage] / (shared[stage] + alone[stage]) for stage in running}
+
+
+# ---------------------------------------------------------------- generation
+
+
+class GenerationSummary(NamedTuple):
+    """What all engines (replicas) did in one iteration, mean over the measured ones; validation is left out.
+
+    low_occupancy_share: of their time (compute, without transfers), with less than 10 % of an engine's largest batch.
+    mean_running, most_running: sequences on an engine while it generates, over the time and at once.
+    """
+
+    preemptions: float
+    recomputed_tokens: float
+    low_occupancy_share: float
+    mean_running: float
+    most_running: float
+
+
+def generation_summary(timeline: Timeline) -> GenerationSummary | None:
+    """From the counts of `gen`'s spans; None where they have none (real runs, or generation without steps)."""
+    iterations = measured_iterations(timeline)
+    chosen = [
+        s.counts
+        for s in timeline.spans
+        if s.counts and base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations
+    ]
+    if not chosen:
+        return None
+    total = {name: sum(counts[name] for counts in chosen) for name in chosen[0]}
+    seconds = total["replica_seconds"] or 1.0
+    return GenerationSummary(
+        total["preemptions"] / len(iterations),
+        total["recomputed_tokens"] / len(iterations),
+        total["low_occupancy_seconds"] / seconds,
+        total["sequence_seconds"] / seconds,
+        max(counts["most_running"] for counts in chosen),
+    )
 
 
 # ---------------------------------------------------------------- rank-seconds
@@ -230,17 +250,6 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
     """At most `count` of the items, evenly spaced, from the first on."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def rank_text(ranks: Sequence[int]) -> str:
-    """`(0, 1, 2, 5)` -> `0-2, 5`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def spans_by_rank(timeline: Timeline) -> dict[int, list[Span]]:
@@ -310,18 +319,6 @@ class CriticalPath:
             for cause, seconds in step.causes.items():
                 table[base_stage(step.span.firing.stage), cause] += seconds
         return dict(sorted(table.items(), key=lambda item: (-item[1], item[0])))
-
-    def by_stage(self) -> dict[str, float]:
-        return self._sums(0)
-
-    def by_cause(self) -> dict[str, float]:
-        return self._sums(1)
-
-    def _sums(self, column: int) -> dict[str, float]:
-        sums: dict[str, float] = defaultdict(float)
-        for key, seconds in self.table().items():
-            sums[key[column]] += seconds
-        return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
 
 
 def critical_path(timeline: Timeline) -> CriticalPath:
@@ -439,13 +436,6 @@ def _peak(samples: Iterable[MemorySample]) -> MemoryPeak:
     # Of equal peaks the earliest on the lowest rank, so that the answer does not depend on the order of samples.
     top = min(samples, key=lambda m: (-sum(m.bytes_by_component.values()), m.seconds, m.rank))
     return MemoryPeak(top.rank, top.seconds, top.phase, sum(top.bytes_by_component.values()), top.bytes_by_component)
-
-
-def peaks_by_rank(timeline: Timeline) -> dict[int, MemoryPeak]:
-    samples: dict[int, list[MemorySample]] = defaultdict(list)
-    for sample in timeline.memory:
-        samples[sample.rank].append(sample)
-    return {rank: _peak(samples[rank]) for rank in sorted(samples)}
 
 
 def peaks_by_phase(timeline: Timeline) -> dict[str, MemoryPeak]:

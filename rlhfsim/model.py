@@ -270,21 +270,6 @@ def kv_bytes_per_token(
     return 2 * layers * kv_heads_per_rank(spec, tensor_parallel) * spec.head_dim * element_bytes
 
 
-def decode_kv_bytes(
-    spec: ModelSpec,
-    context_tokens: float,
-    element_bytes: float = 2,
-    *,
-    tensor_parallel: int = 1,
-    pipeline_parallel: int = 1,
-) -> float:
-    """Bytes of cache that one decode step of one sequence moves on one rank: the context read, one token written."""
-    per_token = kv_bytes_per_token(
-        spec, element_bytes, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel
-    )
-    return (context_tokens + 1) * per_token
-
-
 # --- activations -----------------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,14 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import InputError, nearest
 from .format import gib, human_seconds, three
 from .metrics import RankGroup, base_stage, evenly, idle_share, iteration_ends, rank_groups, step_seconds, whole
+from .output import replacing
 from .timeline import Span, Timeline, per_replica
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def _figure(path: str | Path, height_inches: float, width_inches: float = WIDTH_
         yield figure
         # Neither file may hold the date, nor the program's version.
         metadata: dict[str, Any] = {"Date": None} if kind == ".svg" else {"Software": None}
-        figure.savefig(path, metadata=metadata)
+        with replacing(path) as file:
+            figure.savefig(file, format=kind[1:], metadata=metadata)
 
 
 # ---------------------------------------------------------------- Gantt
@@ -89,14 +92,19 @@ def gantt(
     *,
     max_rows: int = MAX_ROWS,
     window: tuple[float, float] | None = None,
+    iteration: int | None = None,
 ) -> None:
     """What each rank does when, one panel a timeline on one time axis.
 
     A row is a group of ranks that do the same at the same times; where a timeline has more than its share of
     `max_rows`, rows are evenly chosen and the panel's title says so. window: seconds to show (default: all).
+    iteration: show only the spans of this one (of a shorter timeline the last), each timeline's from 0 on.
     """
     if not timelines:
         raise InputError("there is no timeline to draw", field="timelines")
+    headlines = timelines  # rates and shares are those of all iterations
+    if iteration is not None:
+        timelines = {label: _only(timeline, iteration) for label, timeline in timelines.items()}
     rows_of = {label: _rows(timeline, max(1, max_rows // len(timelines))) for label, timeline in timelines.items()}
     count = sum(len(rows) for rows, _ in rows_of.values())
     row_inches = min(0.36, max(0.14, 9.0 / count))
@@ -114,13 +122,21 @@ def gantt(
         per_inch = (limits[1] - limits[0]) / (WIDTH_INCHES - 2.0)
         for axes, (label, timeline), start in zip(panels, timelines.items(), starts, strict=True):
             rows, skipped = rows_of[label]
-            _draw_rows(axes, rows, colours, start, limits, per_inch, row_inches)
+            _draw_rows(axes, rows, colours, start, whole(timeline).seconds, limits, per_inch, row_inches)
             for end in iteration_ends(timeline):
                 axes.axvline(end - start, color="black", linewidth=0.8, linestyle=(0, (4, 2)))
-            axes.set_title(_headline(label, timeline, skipped), loc="left", fontsize=10, wrap=True)
-        panels[-1].set_xlabel("seconds (inside a span: how much is compute, communication, waiting; not their order)")
+            axes.set_title(_headline(label, headlines[label], skipped), loc="left", fontsize=10, wrap=True)
+        which = "" if iteration is None else " of one iteration in steady state"
+        panels[-1].set_xlabel(
+            f"seconds{which} (inside a span: how much is compute, communication, waiting; not their order)"
+        )
         panels[0].set_xlim(*limits)
         _gantt_legend(figure, stages, colours)
+
+
+def _only(timeline: Timeline, iteration: int) -> Timeline:
+    """The spans of one iteration; of the last one where there are fewer."""
+    return replace(timeline, spans=timeline.of(iteration=min(iteration, timeline.iterations - 1)))
 
 
 def _rows(timeline: Timeline, limit: int) -> tuple[list[_Row], int]:
@@ -177,6 +193,7 @@ def _draw_rows(
     rows: Sequence[_Row],
     colours: Mapping[str, str],
     origin: float,
+    seconds: float,
     limits: tuple[float, float],
     per_inch: float,
     row_inches: float,
@@ -186,7 +203,7 @@ def _draw_rows(
     pixel, letter = per_inch / DPI, per_inch * 0.075
     font = min(8.0, 72 * row_inches * 0.62)
     for y, row in enumerate(rows):
-        axes.barh(y, limits[1] - limits[0], 0.8, left=limits[0], color=IDLE_COLOUR, zorder=0)
+        axes.barh(y, seconds, 0.8, color=IDLE_COLOUR, zorder=0)  # ends with the timeline: after it nobody idles
         bars, fills, edges, hidden, hatched = [], [], [], [], []
         for span in row.spans:
             start, width = span.start_seconds - origin, max(span.seconds, pixel)
@@ -276,6 +293,7 @@ def speedup_figure(
     *,
     scaling: Literal["strong", "weak"] | None = None,
     ideal: Literal["linear", "flat"] | None = None,
+    ideal_from: float | None = None,
     x_label: str = "",
     title: str = "",
 ) -> None:
@@ -283,7 +301,8 @@ def speedup_figure(
 
     Rows hold `strategy`, the column `x` (numbers, or names in the order of the rows) and `speedup`; where known `low`
     and `high` (drawn as a band) and `measured` (drawn as a point). strong: the work is fixed; weak: the work per rank
-    is. ideal: a speedup in proportion to x from the smallest x on, or the same for all.
+    is. ideal: a speedup in proportion to x, which is 1 at `ideal_from` (the baseline's x; default: the smallest), or
+    the same for all.
     """
     _require_columns(table, ("strategy", x, "speedup"))
     curves: dict[str, list[Mapping[str, Any]]] = {}
@@ -302,7 +321,7 @@ def speedup_figure(
             _draw_curve(axes, strategy, [place[row[x]] + aside for row in rows], rows, number, joined=numeric)
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label=f"{baseline} (1x)")
         if ideal and numeric:
-            reached = [1.0 if ideal == "flat" else v / values[0] for v in values]
+            reached = [1.0 if ideal == "flat" else v / (ideal_from or values[0]) for v in values]
             axes.plot(values, reached, color="#999999", linewidth=1.2, linestyle=(0, (5, 3)), label=f"ideal ({ideal})")
         _speedup_axes(axes, values, numeric, log_y=ideal == "linear")
         axes.set_xlabel(x_label or x.replace("_", " "))
@@ -435,7 +454,10 @@ def _require_columns(table: Sequence[Mapping[str, Any]], columns: Sequence[str])
 def _write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """What a figure shows, beside it; columns that no row has are left out."""
     used = [column for column in columns if any(row.get(column) is not None for row in rows)]
-    with Path(path).with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(Path(path).with_suffix(".csv")) as place,
+        place.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, used, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -15,9 +15,22 @@ from rich.table import Table
 
 from .compare import Comparison, Row, why
 from .fits import Fit
-from .format import gib, human_seconds, three
-from .metrics import bound_by, idle_share, stage_seconds, step_seconds
-from .simulate import Setup, kernels_of, lengths_of, periodic_seconds
+from .format import gib, human_seconds, rank_text, three
+from .metrics import (
+    BUSY_PARTS,
+    GenerationSummary,
+    base_stage,
+    bound_by,
+    generation_summary,
+    group_seconds,
+    idle_share,
+    memory_peak,
+    overlap_share,
+    peaks_by_phase,
+    stage_seconds,
+    step_seconds,
+)
+from .simulate import Setup, kernels_of, lengths_of, model_flops_utilisation, periodic_seconds, slack
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
@@ -86,7 +99,7 @@ def print_fit(setup: Setup, fit: Fit) -> None:
     out = console()
     out.print(("Fits" if fit.fits else "Does not fit") + f": {setup.label} on {_cluster(setup.scenario)}.")
     if not fit.fits:
-        out.print(fit.reason[0].upper() + fit.reason[1:] + ".")
+        out.print(f"Reason: {fit.reason}.")
     table = _memory_table(fit)
     narrow = Measurement.get(out, out.options.update(width=1000), table).maximum > out.width
     out.print(_short_memory_table(fit) if narrow else table)
@@ -102,8 +115,16 @@ def print_fit(setup: Setup, fit: Fit) -> None:
         )
     if fit.host_bytes:
         out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)}.")
-    out.print("Largest micro-batches that fit: " + ", ".join(f"{k}={v}" for k, v in fit.micro_batches.items()))
+    out.print("Largest micro-batches that fit: " + " ".join(f"{k}={v}" for k, v in fit.micro_batches.items()))
     _print_unverified(out, setup.scenario)
+
+
+def draw_fit(setup: Setup, fit: Fit, path: str) -> None:
+    """The memory of every phase as a figure (PNG or SVG), and its CSV file."""
+    from .plot import memory_figure
+
+    phases = {phase: instant.bytes.components for phase, instant in fit.by_phase.items()}
+    memory_figure(phases, path, capacity_bytes=fit.capacity_bytes, title=f"{setup.label} on {_cluster(setup.scenario)}")
 
 
 def print_fit_reason(fit: Fit) -> None:
@@ -170,10 +191,61 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
             "stage_seconds": stage_seconds(timeline),
             "samples_per_second": scenario.workload.samples / seconds,
             "tokens_per_second": tokens_per_iteration(scenario) / seconds,
+            "model_flops_utilisation": model_flops_utilisation(setup, seconds),
             "bound_by": bound_by(timeline),
             "idle_share": idle_share(timeline),
+            "rank_groups": _group_shares(timeline),
+            "slack_seconds": slack(setup, timeline),
+            "overlap_share": overlap_share(timeline),
+            "memory_peaks": {
+                phase: {"rank": peak.rank, "seconds": peak.seconds, "bytes": peak.bytes}
+                for phase, peak in peaks_by_phase(timeline).items()
+            },
+            "generation": summary._asdict() if (summary := generation_summary(timeline)) else None,
         }
     return found
+
+
+def _group_shares(timeline: Timeline) -> list[dict[str, Any]]:
+    """Shares of their time by part, of ranks that run the same stages."""
+    found = []
+    for ranks, parts in group_seconds(timeline).items():
+        total = sum(parts.values()) or 1.0
+        stages = dict.fromkeys(base_stage(s.firing.stage) for s in timeline.spans if ranks[0] in s.ranks)
+        shares = {part: seconds / total for part, seconds in parts.items()}
+        found.append({"ranks": rank_text(ranks), "stages": list(stages), **shares})
+    return found
+
+
+def _print_groups(out: Console, timeline: Timeline) -> None:
+    """Where the ranks' time goes; only where ranks have different stages."""
+    if len(groups := _group_shares(timeline)) < 2:
+        return
+    waits = [part for part in BUSY_PARTS if part.startswith("wait_") and any(g[part] >= 0.005 for g in groups)]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("ranks", overflow="fold")
+    for part in ("compute", "communication", *waits, "idle"):
+        table.add_column(part.replace("_", " "), justify="right")
+    table.add_column("stages", overflow="fold")
+    for group in groups:
+        shares = (f"{group[part]:.0%}" for part in ("compute", "communication", *waits, "idle"))
+        table.add_row(group["ranks"], *shares, ", ".join(group["stages"]))
+    out.print(table)
+
+
+def _generation_line(summary: GenerationSummary) -> str:
+    """Empty where every engine is full all the time and nothing is computed twice."""
+    words = []
+    if summary.low_occupancy_share >= 0.005:
+        words.append(f"{summary.low_occupancy_share:.0%} of its time below 10 % of the largest batch")
+    if summary.preemptions:
+        words.append(
+            f"{three(summary.preemptions)} preemptions ({three(summary.recomputed_tokens)} tokens computed again)"
+        )
+    if not words:
+        return ""
+    running = f"{three(summary.mean_running)} sequences at once per engine (at most {three(summary.most_running)})"
+    return f"Generation: {', '.join([running, *words])}."
 
 
 def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
@@ -198,8 +270,18 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     )
     if (extra := periodic_seconds(setup)) > 0:
         out.print(f"Validation and checkpoints add {human_seconds(extra)} per iteration on average.")
-    out.print(f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle.")
-    out.print(f"Peak memory {gib(fit.worst.bytes.total)} of {gib(fit.capacity_bytes)}, in {fit.limiting[0]}.")
+    if (summary := generation_summary(timeline)) and (line := _generation_line(summary)):
+        out.print(line)
+    out.print(
+        f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle; "
+        f"model FLOPs utilisation {model_flops_utilisation(setup, seconds):.1%}."
+    )
+    _print_groups(out, timeline)
+    if peak := memory_peak(timeline):
+        out.print(
+            f"Peak memory {gib(peak.bytes)} of {gib(fit.capacity_bytes)}, in {peak.phase} on rank {peak.rank} "
+            f"from {human_seconds(peak.seconds)} on."
+        )
     _print_unverified(out, scenario)
 
 

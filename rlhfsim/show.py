@@ -11,11 +11,14 @@ FOLDERS = ("models", "gpus", "nodes", "clusters", "kernels")  # of hw_specs, one
 LISTINGS = (*FOLDERS, "strategies", "algorithms", "fields")
 
 
-def shown(what: str, overrides: tuple[str, ...]) -> Any:
-    """A listing by name (names, or texts by name), or field, value and source of a scenario's numbers.
+def shown(what: str | None, overrides: tuple[str, ...]) -> Any:
+    """A listing by name (names, or texts by name), or field, value and source of a scenario's numbers; without a name,
+    the names of the listings.
 
     Raises InputError for what is neither a listing nor a scenario file.
     """
+    if what is None:
+        return list(LISTINGS)
     if what.endswith((".yaml", ".yml")):
         from .spec.loader import load_scenario, scenario_sources
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .batch import even
 from .cluster import ClusterTopology, default_collectives
 from .costs.kernels import Kernels, load_kernels
-from .costs.model import CostModel
+from .costs.model import CostModel, head_of
 from .costs.operators import Operators
 from .fits import Fit, Memory, p99_tokens
 from .fold import Fold, fold, unfolded
-from .graph import StageGraph
-from .layout import Holding, graph_of, holdings_of
+from .graph import Stage, StageGraph
+from .layout import Holding, graph_of, holdings_of, placement_notes
+from .metrics import slack_seconds
+from .model import forward_flops, training_flops
 from .spec.data import data_dir
 from .spec.lengths import draw_lengths
 from .spec.loader import length_dir
@@ -51,7 +54,8 @@ def prepare(scenario: Scenario) -> Setup:
     """Build and check the scenario's graph. Raises InputError for impossible options or layouts."""
     graph, notes = graph_of(scenario)
     holdings = holdings_of(scenario, graph)
-    return Setup(scenario, graph, holdings, Memory(scenario, graph, holdings), tuple(notes))
+    notes += placement_notes(scenario, graph, holdings)
+    return Setup(scenario, graph, holdings, Memory(scenario, graph, holdings), (*scenario.cluster.doubts, *notes))
 
 
 def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
@@ -77,6 +81,11 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
         memory=_memory_samples(setup.memory, spans),
         info=info,
     )
+
+
+def slack(setup: Setup, timeline: Timeline) -> dict[str, float]:
+    """How much longer each stage could take, in seconds; which firings wait for which, the setup's graph says."""
+    return slack_seconds(timeline, folded_graph(setup, lengths_of(setup.scenario, timeline.info["seed"])).graph.needs)
 
 
 def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], iterations: int) -> list[Span]:
@@ -105,6 +114,44 @@ def periodic_seconds(setup: Setup) -> float:
             alone.stage(stage.name, stage.kind, stage.model, stage.ranks, size=stage.size)
             total += max(s.end_seconds for s in _run(setup, unfolded(alone), lengths_of(scenario, 0), 1)) / stage.every
     return total
+
+
+def model_flops_utilisation(setup: Setup, step_seconds: float) -> float:
+    """Share of the GPUs' peak that an iteration's floating-point operations need (MFU), of all GPUs and stages.
+
+    Counted once: no recomputation (Chowdhery et al., "PaLM", 2022, appendix B). Padding counts where it is computed.
+    Each stage at the peak of its model's precision.
+    """
+    cluster = setup.scenario.cluster
+    peaks = {name: rate.value for name, rate in cluster.gpu.flops_per_second.items()}
+    at_peak = sum(
+        _stage_flops(setup, stage) / peaks[setup.holdings[stage.model].use.precision]
+        for stage in setup.graph.stages()
+        if stage.kind in ("generate", "score", "train") and stage.every == 1
+    )
+    return at_peak / (cluster.gpus * step_seconds)
+
+
+def _stage_flops(setup: Setup, stage: Stage) -> float:
+    """Of one iteration, mean over the drawn lengths. With frozen lower layers the backward pass is the upper ones'
+    share of the whole."""
+    scenario, use, head = setup.scenario, setup.holdings[stage.model].use, head_of(stage.model)
+    workload, spec = scenario.workload, use.shape
+    draws = lengths_of(scenario, scenario.simulation.seed)
+    vectors: Any = [np.concatenate(part).astype(float) for part in zip(*draws, strict=True)]
+    prompts, responses = vectors
+    share = len(stage.serves) / setup.graph.lanes / len(draws)
+    if stage.kind == "generate":  # the last token is drawn and never computed
+        return float(np.sum(forward_flops(spec, 1, prompts + responses - 1, head, head_tokens=responses))) * share
+    tokens = prompts + responses
+    if workload.padded:
+        tokens = np.full(len(tokens), float(workload.prompt_tokens.longest + workload.response_tokens.longest))
+    forward = np.sum(forward_flops(spec, 1, tokens, head))
+    if stage.kind == "score":
+        return float(forward) * share
+    both = np.sum(training_flops(spec, 1, tokens, head, frozen_weights=use.lora_rank > 0))
+    trained = (use.trainable_layers or spec.layers) / spec.layers
+    return float(forward + (both - forward) * trained) * share * stage.epochs
 
 
 def _memory_samples(memory: Memory, spans: list[Span]) -> list[MemorySample]:

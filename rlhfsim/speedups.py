@@ -288,8 +288,10 @@ def draw(
     """Speedup curves over the baseline, with the ideal line where x counts GPUs, and a CSV file of them beside it."""
     by_curve = curves(table, x)
     bases = set(_bases(by_curve, baseline).values())
-    starts = {_smallest(by_curve[base])["gpus"] for base in bases}
-    name = f"{baseline} on {starts.pop()} GPUs" if not same_point and len(starts) == 1 else baseline
+    starts = {(row["gpus"], row[x]) for row in (_smallest(by_curve[base]) for base in bases)}
+    gpus, start = min(starts)
+    common = not same_point and len(starts) == 1  # all curves have speedup 1 at one point: the ideal line's too
+    name = f"{baseline} on {gpus} GPUs" if common else baseline
     kind = scaling(table, x)
     rows = speedups(table, baseline, x, same_point=same_point, measured=measured)
     notes = [title, "speedup in samples per second"]
@@ -303,7 +305,8 @@ def draw(
         x,
         path,
         scaling=None if kind == "mixed" else kind,
-        ideal="linear" if scales(table, x) and not same_point else None,
+        ideal="linear" if common and scales(table, x) else None,
+        ideal_from=start if common and scales(table, x) else None,
         x_label="GPUs" if x == "gpus" else x,
         title=", ".join(filter(None, notes)),
     )

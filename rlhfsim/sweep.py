@@ -28,8 +28,9 @@ from joblib import Parallel, delayed
 
 from . import __version__
 from .compare import DEFAULT_BASELINE, DEFAULT_ROWS, compare, default_rows
-from .errors import DoesNotFit, InputError, nearest
+from .errors import DoesNotFit, InputError, NeverValid, nearest
 from .metrics import base_stage, bound_by, stage_seconds
+from .output import check_writable, replacing
 from .plot import STAGE_COLOURS
 from .render import progress, tokens_per_iteration
 from .simulate import prepare
@@ -128,7 +129,8 @@ def plan(
 ) -> Sweep:
     """Resolve and check every point. strategies: all rows of `compare`, else only the scenario's own strategy.
 
-    Raises InputError if nothing can be simulated; a single invalid point becomes a line with its reason.
+    Raises InputError if nothing can be simulated, and NeverValid where a value is wrong whatever the others are;
+    another invalid point (a layout that does not divide) becomes a line with its reason.
     """
     points, swept = points_of(overrides, zipped)
     rows = _compared(path, points) if strategies else None
@@ -194,6 +196,8 @@ def _task(row: str, found: Scenario | InputError, point: Point, swept: Sequence[
         setup = prepare(found)
         scenario, label = found, row or setup.label
         stages = tuple(dict.fromkeys(base_stage(stage.name) for stage in setup.graph.stages()))
+    except NeverValid:
+        raise
     except InputError as error:
         reason = _one_line(str(error))
     resolved = scenario.model_dump_json() if scenario else f"{point}: {reason}"
@@ -374,14 +378,9 @@ def _append(file: BinaryIO, line: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Either the old file or the new one is there at any instant."""
-    target = Path(os.path.realpath(path))
-    if target.read_bytes() == content:
-        return
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("wb") as file:
-        _append(file, content)
-    os.replace(temporary, target)
+    if path.read_bytes() != content:
+        with replacing(path) as place, place.open("wb") as file:
+            _append(file, content)
 
 
 def read_table(path: str | Path) -> Table:
@@ -416,12 +415,8 @@ def _write_parquet(source: Path, out: Path, columns: Sequence[str]) -> None:
     table = arrow_csv.read_csv(
         source, arrow_csv.ReadOptions(use_threads=False), convert_options=arrow_csv.ConvertOptions(column_types=types)
     )
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        parquet.write_table(table, temporary)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise InputError(f"cannot be written ({error.strerror}); the table is in {source}", where=str(out)) from None
+    with replacing(out) as place:
+        parquet.write_table(table, place)
 
 
 # -- the verb -----------------------------------------------------------------------------------------------------
@@ -486,10 +481,7 @@ def _check_plot_path(plot_path: str, table_path: Path) -> None:
     path = Path(plot_path)
     if path.suffix.lower() not in (".png", ".svg"):
         raise InputError(f"figures are .png or .svg files, not {path.suffix!r}", field="--plot", where=plot_path)
-    for target in (path, path.with_suffix(".csv")):
-        place = target if target.exists() else target.parent
-        if target.is_dir() or not target.parent.is_dir() or not os.access(place, os.W_OK):
-            raise InputError("cannot be written", field="--plot", where=str(target))
+    check_writable(path, path.with_suffix(".csv"))
     if path.with_suffix(".csv").resolve() == table_path.resolve():
         raise InputError(
             f"the figure's numbers would go to {table_path}, which is the table: give one another name",

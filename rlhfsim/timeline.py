@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import InputError
 from .firing import Firing
+from .output import replacing
 
 VERSION = 1
 STRICT = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, when `read` checks what a file holds
@@ -33,6 +34,7 @@ class Span:
     detail: seconds by named component ("prefill", "decode", "controller", ...), mean over replicas.
     bound: seconds by what limits the compute ("flops", "hbm", "launch", "host", ...), mean over replicas.
     released_by: the firing whose end let this one start; None for the first.
+    counts: what happened beside time passing, over all ranks held (generation: see `metrics.GenerationSummary`).
     """
 
     firing: Firing
@@ -49,6 +51,7 @@ class Span:
     detail: dict[str, float] = field(default_factory=dict)
     bound: dict[str, float] = field(default_factory=dict)
     released_by: Firing | None = None
+    counts: dict[str, float] = field(default_factory=dict)
 
     __pydantic_config__ = STRICT
 
@@ -116,7 +119,8 @@ def write(timeline: Timeline, path: str | Path) -> None:
         *({"memory": asdict(m)} for m in timeline.memory),
     )
     text = "".join(json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines)
-    Path(path).write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 @dataclass
@@ -238,7 +242,9 @@ def _check_span(span: Span, timeline: Timeline) -> None:
     _require(all(0 <= rank < timeline.ranks for rank in span.ranks), span, f"of {timeline.ranks} ranks")
     _require(span.released_by != span.firing, span, "released by itself")
     _require(
-        all(seconds >= 0 for seconds in (*span.detail.values(), *span.bound.values())), span, "negative detail or bound"
+        all(value >= 0 for value in (*span.detail.values(), *span.bound.values(), *span.counts.values())),
+        span,
+        "negative detail, bound or counts",
     )
     replicas = per_replica(span)
     _require(len(span.ranks) % len(replicas) == 0, span, f"{len(replicas)} replicas do not share the ranks equally")

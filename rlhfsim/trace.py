@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from .errors import InputError
 from .firing import Firing
-from .metrics import base_stage, evenly, rank_groups, rank_text, spans_by_rank
+from .format import rank_text
+from .metrics import base_stage, evenly, rank_groups, spans_by_rank
+from .output import replacing
 from .timeline import Span, Timeline, per_replica
 
 MAX_TRACKS = 64
@@ -65,7 +67,8 @@ def write_trace(
         if flows:
             events += _flows(tracks, arrows)
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, sort_keys=True, separators=(",", ":"))
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _shown(
@@ -114,6 +117,7 @@ def _slice(track: _Track, span: Span) -> Event:
         "released_by": "nothing" if span.released_by is None else _text(span.released_by),
         "detail_seconds": span.detail,
         "bound_seconds": span.bound,
+        "counts": span.counts,
     }
     return {
         "ph": "X",

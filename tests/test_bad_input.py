@@ -212,6 +212,11 @@ LINES = [
      "there is no such column (did you mean 'response_tokens'?)"),
     ("minibatches: 2", "minibatches: 999",
      "case.yaml:12: algorithm.minibatches: is 999, but there are only 128 samples in an iteration"),
+    ("epochs: 1", "epochs: 1e12", "case.yaml:12: algorithm.epochs: is 1000000000000, but must be at most 100"),
+    ("epochs: 1", "epochs: 101", "case.yaml:12: algorithm.epochs: is 101, but must be at most 100"),
+    ("minibatches: 2", "minibatches: 2001", "case.yaml:12: algorithm.minibatches: is 2001, but must be at most 2000"),
+    ("epochs: 1, minibatches: 2", "epochs: 50, minibatches: 41", "case.yaml:12: algorithm: epochs 50 x minibatches 41 "
+     "are 2050 optimizer steps an iteration; at most 2000 are allowed"),
     ("name: ppo", "name: pppo", "case.yaml:12: algorithm.name: is 'pppo', but must be one of "),
     ("  name: colocated", "  name: collocated", "case.yaml:18: strategy.name: is 'collocated', but must be one of "),
     ("  name: colocated", "  name: ../colocated",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 import pty
@@ -33,6 +35,7 @@ workload:
 algorithm: {name: ppo, minibatches: 2}
 simulation: {iterations: 1}
 """
+STREAMED = "strategy.name=disaggregated generation.engine=engine"
 TOO_LARGE = "models.actor.spec=llama-2-70b"
 STEPS = {"gen", "old_log_prob", "ref", "reward", "values", "update_critic", "update_actor"}
 
@@ -134,6 +137,18 @@ def test_not_fitting_is_3(run: Run, verb: str) -> None:
         ("fits small.yaml cluster.nodes", "cluster.nodes"),
         ("simulate small.yaml strategy.name=colocatd", "'colocated'"),
         ("simulate small.yaml strategy.cals=2", "'calls'"),
+        ("simulate small.yaml strategy.calls=foo", "strategy.calls: is 'foo', but must be a whole number"),
+        ("simulate small.yaml strategy.calls=true", "strategy.calls: is true, but must be a whole number"),
+        ("simulate small.yaml strategy.calls=0", "strategy.calls: is 0, but must be at least 1"),
+        ("simulate small.yaml strategy.calls=33", "strategy.calls: is 33, but there are only 32 samples"),
+        (f"simulate small.yaml {STREAMED} strategy.batches=33", "strategy.batches: is 33, but there are only 32"),
+        (f"simulate small.yaml {STREAMED} 'strategy.split={{actor: x}}'", "strategy.split.actor: is 'x'"),
+        (f"simulate small.yaml {STREAMED} strategy.barrier=1", "strategy.barrier: is 1, but must be true or false"),
+        ("sweep small.yaml cluster.nodes=1,foo", "cluster.nodes: is 'foo', but must be a whole number"),
+        ("sweep small.yaml generation.engine=hybrid,hybird", "did you mean 'hybrid'"),
+        ("sweep small.yaml models.actor.zero_stage=3,4", "models.actor.zero_stage: is 4, but must be at most 3"),
+        ("sweep small.yaml strategy.calls=1,foo", "strategy.calls: is 'foo'"),
+        ("sweep small.yaml --strategies cluster.nodes=1,foo", "cluster.nodes: is 'foo'"),
         ("compare small.yaml --baseline 'colocated, hybird'", "'colocated, hybrid'"),
         ("compare small.yaml cluster.gpus_per_node=1 --baseline 'disaggregated, engine'", "too few"),
         ("sweep small.yaml --x gpus", "--plot"),
@@ -225,6 +240,40 @@ def test_largest_micro_batch_fits_and_the_next_does_not(run: Run) -> None:
     others = [f"{name}=1" for name in found if name != key]
     assert run(crowded, *others, f"{key}={found[key]}").code == 0
     assert run(crowded, *others, f"{key}={found[key] + 1}").code == 3
+
+
+def test_printed_micro_batches_can_be_pasted(run: Run) -> None:
+    printed = run("fits small.yaml").out.partition("Largest micro-batches that fit: ")[2].split("Unverified")[0].split()
+    found = run("fits small.yaml --json").json["largest_micro_batch"]
+    assert printed == [f"{key}={size}" for key, size in found.items()]
+    assert run("fits small.yaml", *printed).code == 0
+
+
+def test_the_reason_keeps_names_as_they_are(run: Run) -> None:
+    """`gen` is a stage's name: no sentence may begin with `Gen`."""
+    reason = run(f"fits small.yaml --json {TOO_LARGE}").json["reason"]
+    assert f"Reason: {reason}." in " ".join(run(f"fits small.yaml {TOO_LARGE}").out.split())
+
+
+UNITS = {
+    "cluster.network.nic_bytes_per_second": (25, "GB/s"),
+    "cluster.gpu.nvlink_bytes_per_second": (300, "GB/s"),
+    "cluster.gpu.pcie_bytes_per_second": (32, "GB/s"),
+    "cluster.gpu.flops_per_second.bf16": (312, "TFLOP/s"),
+}
+
+
+@pytest.mark.parametrize("verb", ["fits", "simulate", "compare --as-given"])
+def test_numbers_in_another_unit_are_asked_about(run: Run, verb: str) -> None:
+    overrides = [f"{field}={value}" for field, (value, _) in UNITS.items()]
+    code, _, err = run(f"{verb} small.yaml", *overrides)
+    assert code == 0  # a question, not an error
+    notes = [line for line in err.splitlines() if line.endswith("?")]
+    assert len(notes) == len(UNITS)
+    for field, (value, unit) in UNITS.items():
+        assert any(n.startswith(f"note: {field} is {value}") and f"in {unit} instead of" in n for n in notes), field
+    assert "note: cluster.gpu.memory_bytes is 80" in run("fits small.yaml cluster.gpu.memory_bytes=80").err
+    assert run("fits small.yaml cluster.network.nic_bytes_per_second=1e8").err == ""
 
 
 def test_simulate_as_json(run: Run) -> None:
@@ -375,14 +424,56 @@ def test_files_of_one_simulation(run: Run) -> None:
     assert len(json.loads(Path("again.json").read_text())["traceEvents"]) == len(events)
 
 
+@pytest.mark.parametrize("option, name", [("timeline", "t.jsonl"), ("trace", "t.json"), ("plot", "t.svg")])
+def test_an_earlier_file_survives_a_full_disk(
+    run: Run, option: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the content is written, then there is no space left."""
+    original = io.open
+
+    def full(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+        opened = original(file, mode, *more, **options)
+        if name in str(file) and "w" in mode:
+            opened.write("half" if "b" not in mode else b"half")
+            opened.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened
+
+    Path(name).write_text("earlier")
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", full)
+        patch.setattr("builtins.open", full)
+        code, out, err = run(f"simulate small.yaml --{option} {name}")
+    assert (code, out, err) == (2, "", f"rlhfsim: {name}: cannot be written: No space left on device\n")
+    assert Path(name).read_text() == "earlier"
+    assert {path.name for path in Path().iterdir()} <= {"small.yaml", name}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(
+    "output", ["--timeline /dev/full", "--trace /dev/full", "--trace /proc/x", "--plot /proc/x.png"]
+)
+def test_places_that_take_no_file(run: Run, output: str) -> None:
+    code, out, err = run(f"simulate small.yaml {output}")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"rlhfsim: {output.split()[1]}: ")
+    assert not Path("/dev/full").is_file()
+
+
+def test_a_pipe_is_written_not_replaced(outside: Path) -> None:
+    done = process(outside, "from rlhfsim.cli import main\nmain(['simulate', 'small.yaml', '--trace', '/dev/stderr'])")
+    assert done.returncode == 0
+    assert "traceEvents" in json.loads(done.stderr)
+
+
 def test_timelines_side_by_side_even_with_equal_names(run: Run) -> None:
     for folder, engine in (("a", "hybrid"), ("b", "engine")):
         Path(folder).mkdir()
         assert run(f"simulate small.yaml generation.engine={engine} --timeline {folder}/t.jsonl").code == 0
-    assert run("trace a/t.jsonl b/t.jsonl --out both.json").code == 0
+    assert run("trace a/t.jsonl b/t.jsonl -o both.json").code == 0
     text = Path("both.json").read_text()
     assert "a/t.jsonl" in text and "b/t.jsonl" in text
-    assert run("plot a/t.jsonl b/t.jsonl --out both.svg").code == 0
+    assert run("plot a/t.jsonl b/t.jsonl -o both.svg").code == 0
     assert Path("both.svg").stat().st_size > 10_000
 
 
@@ -442,6 +533,13 @@ def test_show_names(run: Run, what: str, some: set[str]) -> None:
     assert text.code == 0
     assert text.out.splitlines() == names == sorted(names)
     assert some <= set(names)
+
+
+def test_show_alone_lists_what_can_be_shown(run: Run) -> None:
+    names = run("show").out.split()
+    assert names == run("show --json").json
+    assert {"models", "fields"} < set(names)
+    assert all(run(f"show {name}").code == 0 for name in names)
 
 
 def test_show_explains_every_section(run: Run) -> None:

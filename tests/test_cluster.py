@@ -312,16 +312,6 @@ def test_1024_ranks_cost_little() -> None:
 # --- what a user is told ---------------------------------------------------------------------------------------------
 
 
-def test_a_group_that_leaves_its_node_is_reported_once() -> None:
-    t = ClusterTopology(make_cluster())
-    t.expect_one_node("actor, tensor_parallel 8", range(8))
-    assert t.warnings == []
-    for _ in range(2):
-        t.expect_one_node("actor, tensor_parallel 16", range(16))
-    assert len(t.warnings) == 1
-    assert "2 nodes" in t.warnings[0] and "tensor_parallel 16" in t.warnings[0]
-
-
 def test_nvlink_without_a_rate_is_an_input_error() -> None:
     with pytest.raises(InputError, match="nvlink_bytes_per_second"):
         ClusterTopology(make_cluster(nvlink=None))

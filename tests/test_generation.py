@@ -18,7 +18,7 @@ from rlhfsim.costs.kernels import bus_factor, load_kernels
 from rlhfsim.costs.operators import Operators
 from rlhfsim.costs.segment import Route
 from rlhfsim.errors import DoesNotFit, InputError
-from rlhfsim.model import decode_kv_bytes, forward_flops, kv_bytes_per_token, parameters
+from rlhfsim.model import forward_flops, kv_bytes_per_token, parameters
 from rlhfsim.spec.hardware import Gpu
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse, Overheads
@@ -295,7 +295,7 @@ def test_never_above_the_peaks(samples: int, prompt: int, response: int, efficie
     stats = result.stats[0]
     flops = forward_flops(model.shape, samples, prompt + response - 1, head_tokens=samples * response)
     assert flops < stats.seconds * device.flops_per_second["bf16"].value
-    kv = sum(decode_kv_bytes(model.shape, prompt + i) for i in range(1, response)) * samples
+    kv = kv_bytes_per_token(model.shape) * sum(prompt + i + 1 for i in range(1, response)) * samples
     weights = 2 * (parameters(model.shape) - model.shape.vocabulary * model.shape.hidden)
     moved = weights * (stats.decode_steps + stats.prefill_steps) + kv
     assert moved < stats.seconds * device.memory_bytes_per_second.value

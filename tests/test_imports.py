@@ -83,7 +83,14 @@ def test_the_simulator_needs_no_framework_and_no_real_runs() -> None:
 
 @pytest.mark.parametrize("name", ["metrics", "trace", "plot", "timeline"])
 def test_readers_take_a_timeline(name: str) -> None:
-    allowed = ("rlhfsim.timeline", "rlhfsim.firing", "rlhfsim.metrics", "rlhfsim.errors", "rlhfsim.format")
+    allowed = (
+        "rlhfsim.timeline",
+        "rlhfsim.firing",
+        "rlhfsim.metrics",
+        "rlhfsim.errors",
+        "rlhfsim.format",
+        "rlhfsim.output",
+    )
     ours = {n for n in imports(ROOT / "rlhfsim" / f"{name}.py") if within(n, "rlhfsim") and n != "rlhfsim"}
     assert all(within(n, *allowed) for n in ours), ours
 

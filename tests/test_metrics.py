@@ -15,6 +15,7 @@ from timelines import colocated, disaggregated, scaled, span, timelines
 from rlhfsim import format as text
 from rlhfsim import metrics
 from rlhfsim.firing import Firing
+from rlhfsim.format import rank_text
 from rlhfsim.timeline import MemorySample, Span, Timeline, check, per_replica
 
 approx = pytest.approx
@@ -33,7 +34,7 @@ def test_step_is_the_interval_between_iteration_ends() -> None:
     timeline = check(Timeline(spans, 2, 4))
     assert metrics.step_seconds(timeline) == 5.0
     assert metrics.measured(timeline) == (9.0, 24.0)
-    assert metrics.timing(timeline) == {"timing_s/gen": 5.0, "timing_s/update_actor": 4.0, "timing_s/step": 5.0}
+    assert metrics.stage_seconds(timeline) == {"gen": 5.0, "update_actor": 4.0}
 
 
 def test_step_does_not_follow_fill_and_drain() -> None:
@@ -70,13 +71,8 @@ def test_stage_seconds_leave_out_the_first_of_several_iterations() -> None:
 
 def test_disaggregated_by_hand() -> None:
     timeline = disaggregated()
-    assert metrics.timing(timeline) == {
-        "timing_s/gen": 4.0,
-        "timing_s/ref": 2.0,
-        "timing_s/reward": 3.0,
-        "timing_s/update_actor": 3.0,
-        "timing_s/step": 10.0,
-    }
+    assert metrics.stage_seconds(timeline) == {"gen": 4.0, "ref": 2.0, "reward": 3.0, "update_actor": 3.0}
+    assert metrics.step_seconds(timeline) == 10.0
     second = metrics.measured(timeline)
     account = metrics.rank_seconds(timeline, second)
     assert metrics.total_seconds(account) == {
@@ -93,7 +89,6 @@ def test_disaggregated_by_hand() -> None:
     # Every second of the step is on the path: gen 4, reward 3, update_actor 3.
     path = metrics.critical_path(timeline)
     assert path.seconds == 10.0
-    assert path.by_stage() == {"gen": 4.0, "reward": 3.0, "update_actor": 3.0}
     assert path.table() == {
         ("reward", "compute"): 2.5,
         ("gen", "hbm"): 2.0,
@@ -104,7 +99,6 @@ def test_disaggregated_by_hand() -> None:
         ("update_actor", "exposed communication"): 0.5,
         ("update_actor", "shared links"): 0.5,
     }
-    assert sum(path.by_cause().values()) == 10.0
     assert metrics.bound_by(timeline) == "reward: compute (25 % of the critical path)"
 
 
@@ -144,15 +138,23 @@ def test_overlap_share() -> None:
     assert share == {"gen": 0.0, "ref": 1.0, "reward": approx(2 / 3), "update_actor": 0.0}
 
 
-def test_throughput_has_verl_names_and_units() -> None:
-    rates = metrics.throughput(disaggregated(), samples=20, tokens=6000)
-    assert rates == {
-        "perf/time_per_step": 10.0,
-        "perf/total_num_tokens": 6000,
-        "perf/throughput": 100.0,
-        "tokens_per_second": 600.0,
-        "samples_per_second": 2.0,
-    }
+def test_generation_counts_of_the_measured_iterations() -> None:
+    def counts(scale: float, most: float) -> dict[str, float]:
+        return {
+            "replica_seconds": 10 * scale, "low_occupancy_seconds": 2.5 * scale, "sequence_seconds": 80 * scale,
+            "preemptions": scale, "recomputed_tokens": 100 * scale, "most_running": most,
+        }  # fmt: skip
+
+    spans = [
+        span("gen", (0,), 0.0, 9.0, counts=counts(50, 99)),  # the first iteration is not measured
+        span("gen", (0,), 9.0, 2.0, iteration=1, counts=counts(1, 16)),
+        span("gen", (1,), 9.0, 2.0, iteration=1, place=1, counts=counts(3, 20)),
+        span("testing", (0,), 11.0, 2.0, iteration=1, counts=counts(7, 99)),
+        span("gen", (0,), 13.0, 2.0, iteration=2, counts=counts(2, 12)),
+    ]
+    found = metrics.generation_summary(check(Timeline(spans, 2, 3)))
+    assert found == metrics.GenerationSummary(3.0, 300.0, 0.25, 8.0, 20.0)
+    assert metrics.generation_summary(disaggregated()) is None
 
 
 def test_path_through_waits_inside_spans_gaps_and_interruptions() -> None:
@@ -179,9 +181,9 @@ def test_path_through_waits_inside_spans_gaps_and_interruptions() -> None:
 
 def test_path_follows_the_replica_that_does_not_wait() -> None:
     both = Span(Firing(0, "gen", 0, 0), "generate", "actor", (0, 1), 0.0, 4.0, (1.0, 3.0), (1.0,), (2.0, 0.0))
-    assert metrics.critical_path(check(Timeline([both], 2, 1))).by_cause() == {
-        "compute": 3.0,
-        "exposed communication": 1.0,
+    assert metrics.critical_path(check(Timeline([both], 2, 1))).table() == {
+        ("gen", "compute"): 3.0,
+        ("gen", "exposed communication"): 1.0,
     }
 
 
@@ -200,14 +202,13 @@ def test_like_ranks_are_one_group() -> None:
         replace(s, ranks=(5,), firing=s.firing._replace(place=2)) for s in timeline.spans if s.ranks == (0,)
     ]
     assert metrics.rank_groups(check(timeline))[0].ranks == (0, 5)
-    assert metrics.rank_text((7, 1, 2, 3, 9)) == "1-3, 7, 9"
+    assert rank_text((7, 1, 2, 3, 9)) == "1-3, 7, 9"
 
 
 def test_memory_peaks_name_instant_phase_and_content() -> None:
     timeline = disaggregated()
     peak = metrics.memory_peak(timeline)
     assert peak == (2, 7.0, "train", 80.0, {"weights": 20.0, "optimizer": 60.0})
-    assert {rank: p.bytes for rank, p in metrics.peaks_by_rank(timeline).items()} == {0: 40.0, 2: 80.0}
     assert {phase: p.bytes for phase, p in metrics.peaks_by_phase(timeline).items()} == {
         "generate": 40.0,
         "idle": 10.0,
@@ -271,7 +272,7 @@ def test_critical_path_fills_the_window_and_never_more(timeline: Timeline) -> No
     assert path.window.seconds <= metrics.whole(timeline).seconds
     for before, after in zip(path.steps, path.steps[1:], strict=False):
         assert before.span.end_seconds <= after.start_seconds
-    assert sum(path.by_stage().values()) == approx(path.seconds)
+    assert sum(path.table().values()) == approx(path.seconds)
 
 
 @many

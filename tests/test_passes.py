@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +26,11 @@ from rlhfsim.costs.passes import (
     train_program,
 )
 from rlhfsim.costs.pipeline import PipelineSegment
-from rlhfsim.costs.segment import Route, Segment
+from rlhfsim.costs.segment import Elapsed, Route, Segment
 from rlhfsim.errors import InputError
 from rlhfsim.model import lora_parameters, parameters
-from rlhfsim.sim.links import lone_rate
+from rlhfsim.sim.links import LinkPool, lone_rate
+from rlhfsim.spec.base import Sourced
 from rlhfsim.spec.data import data_dir
 from rlhfsim.spec.loader import load_cluster
 from rlhfsim.spec.model_spec import ModelSpec, load_model
@@ -150,7 +152,48 @@ def test_offloaded_optimizer_moves_its_share_and_streams_host_memory() -> None:
     with pytest.raises(InputError, match="host"):
         train_program(u, equal(8, 4), layout(u, 8), OPS)
     on_gpu = moved(train_program(u, equal(8, 4), layout(u, 8), operators(sync=False)))
-    assert on_gpu["to_host"] == on_gpu["from_host"] == 0
+    assert on_gpu["to_host"] == on_gpu["from_host"] == on_gpu["host_memory"] == 0
+
+
+def host_adam(ranks: Sequence[int]) -> Segment:
+    u = use(zero_stage=2, offload_optimizer=True)
+    program = train_program(u, equal(len(ranks), 4), Layout.of(ranks, u), OPS, host=HOST)
+    return next(s for s in program if s.label == "optimizer")
+
+
+def run_together(*segments: Segment, **effects: bool) -> list[tuple[Elapsed, float]]:
+    """On two nodes of eight GPUs whose memory gives 400 GB/s each: what each took, and alone."""
+    node = CLUSTER.node.model_copy(update={"host_memory_bytes_per_second": Sourced(value=400e9, source="test")})
+    topology = ClusterTopology(CLUSTER.model_copy(update={"nodes": 2, "node": node}), None, Effects(**effects))
+    env = simpy.Environment()
+    pool = LinkPool(env, topology)
+    processes = [env.process(pool.run(segment)) for segment in segments]
+    env.run()
+    return [process.value for process in processes]
+
+
+def test_offloaded_adam_shares_the_memory_of_its_node() -> None:
+    """A quarter of the model a rank, 28 bytes a parameter: the node with most ranks at 400 GB/s."""
+    one_rank = 28 * parameters(LLAMA) / 4 / 400e9
+    for ranks, on_node in (((0, 1, 2, 3), 4), ((0, 1, 8, 9), 2), ((0, 1, 2, 8), 3), ((0, 8, 16, 24), 1)):
+        assert host_adam(ranks).compute_seconds.max() == pytest.approx(on_node * one_rank)
+    assert host_adam((0, 1, 2, 8)).compute_seconds[:, 0] == pytest.approx([3 * one_rank] * 3 + [one_rank])
+    [(elapsed, alone)] = run_together(host_adam((0, 1, 2, 8)))
+    assert elapsed.seconds == pytest.approx(alone) == pytest.approx(3 * one_rank)
+    assert elapsed.peers == pytest.approx([0, 0, 0, 2 * one_rank])
+
+
+def test_offloaded_optimizers_of_two_models_contend_on_a_node() -> None:
+    """Each alone: 4 ranks' bytes at 400 GB/s. Together on a node twice as long, the extra through the shared link."""
+    alone = 28 * parameters(LLAMA) / 400e9
+    for elapsed, lone in run_together(host_adam(range(4)), host_adam(range(4, 8))):
+        assert (elapsed.seconds, lone) == (pytest.approx(2 * alone), pytest.approx(alone))
+        assert elapsed.compute == pytest.approx(np.full(4, alone))
+        assert elapsed.communication == pytest.approx(np.full(4, alone))
+    for elapsed, _ in run_together(host_adam(range(4)), host_adam(range(8, 12))):
+        assert elapsed.seconds == pytest.approx(alone)  # nodes of their own
+    for elapsed, _ in run_together(host_adam(range(4)), host_adam(range(4, 8)), links=False):
+        assert elapsed.seconds == pytest.approx(alone)  # no link is shared, the CPU's work remains
 
 
 def test_offloaded_parameters_come_once_a_pass_or_with_every_gather() -> None:

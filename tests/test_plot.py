@@ -182,6 +182,27 @@ def test_speedup_figure_and_its_csv(tmp_path: Path, drawn: list[Any]) -> None:
     assert_legible(drawn[0])
 
 
+def test_the_ideal_line_is_1_where_the_baseline_is(tmp_path: Path, drawn: list[Any]) -> None:
+    """The baseline begins at 16, since 8 is too few for it."""
+    plot.speedup_figure(CURVES, "colocated", "gpus", tmp_path / "s.png", ideal="linear", ideal_from=16)
+    ideal = next(line for line in drawn[0].axes[0].lines if "ideal" in line.get_label())
+    assert list(ideal.get_ydata()) == [0.5, 1, 2, 4]
+
+
+def test_one_iteration_from_zero_on(tmp_path: Path, drawn: list[Any]) -> None:
+    """The second iteration of each, on one axis; idle ranks are grey only until their own timeline ends."""
+    spans = [span("gen", (0,), 0.0, 9.0), span("gen", (0,), 9.0, 2.0, iteration=1)]
+    twice = check(Timeline([*spans, span("gen", (0,), 11.0, 5.0, iteration=2)], 1, 3))
+    once = check(Timeline([span("gen", (0,), 4.0, 8.0)], 2, 1))
+    plot.gantt({"a": twice, "b": once}, tmp_path / "g.png", iteration=1)
+    first, second = drawn[0].axes
+    assert first.get_xlim() == second.get_xlim() == pytest.approx((0.0, 8.08))
+    ends = [[path.vertices[:, 0].max() for path in axes.collections[0].get_paths()] for axes in (first, second)]
+    assert ends == [[2.0], [8.0]]
+    grey = [[patch.get_width() for patch in axes.patches] for axes in (first, second)]
+    assert grey == [[2.0], [8.0, 8.0]]
+
+
 def test_speedup_figure_over_names(tmp_path: Path, drawn: list[Any]) -> None:
     table = [
         {"strategy": s, "model": m, "speedup": 1.2, "low": 1.1, "high": 1.3}

@@ -273,7 +273,7 @@ def test_bad_input_before_anything_is_simulated(scenario: str, tmp_path: Path, s
         ("no such option", ["strategy.splitt=1,2"], {}),
         ("empty value", ["cluster.nodes=1,,2"], {}),
         (r"\.png or \.svg", NODES, {"plot_path": str(tmp_path / "f.gif")}),
-        ("cannot be written", NODES, {"plot_path": str(tmp_path / "missing" / "f.png")}),
+        ("there is no folder", NODES, {"plot_path": str(tmp_path / "missing" / "f.png")}),
         ("is the table", NODES, {"plot_path": str(tmp_path / "t.png")}),
         ("sweep something", [], {"plot_path": figure}),
         ("no such column.*did you mean 'gpus'", NODES, {"plot_path": figure, "x": "gpu"}),
@@ -437,6 +437,17 @@ def test_figure_states_baseline_scaling_and_ideal(scenario: str, tmp_path: Path)
     measured = {place: float(r["measured"]) for place, r in rows.items() if r["measured"]}
     assert measured == {("small", "2"): 1, ("small", "8"): 8, ("split", "4"): 8}  # (64 / 1) and (32 / 0.5) over 16 / 2
     assert float(rows["split", "8"]["low"]) <= float(rows["split", "8"]["speedup"]) <= float(rows["split", "8"]["high"])
+
+
+def test_the_ideal_line_starts_where_the_baseline_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline fits on 16 GPUs and more, another strategy on 8 already: ideal is 1x on 16."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(speedups, "speedup_figure", lambda *_, **options: drawn.update(options))
+    table = [row(n, s, None if (n, s) == (1, "a") else [8 / n]) for n in (1, 2, 4) for s in ("a", "b")]
+    speedups.draw(table, "a", "gpus", tmp_path / "f.png", same_point=False)
+    assert (drawn["ideal"], drawn["ideal_from"]) == ("linear", 16)
+    speedups.draw(table, "a", "cluster.nodes", tmp_path / "f.png", same_point=False)
+    assert (drawn["ideal"], drawn["ideal_from"]) == ("linear", 2)
 
 
 def test_figure_over_a_value_that_is_no_size_has_no_ideal(scenario: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def two_spans() -> Timeline:
         (0.0, 0.75),
         detail={"prefill": 0.25, "decode": 1.0},
         bound={"hbm": 1.25},
+        counts={"preemptions": 2.0},
     )
     train = Span(TRAIN, "train", "actor", (0, 1, 2, 3), 2.0, 5.0, (2.0,), (0.25,), (0.0,), 0.5, 0.25, released_by=GEN)
     memory = [
@@ -73,6 +74,7 @@ spans = st.builds(
     st.dictionaries(st.text(), finite),
     st.dictionaries(st.text(), finite),
     st.none() | firings,
+    st.dictionaries(st.text(), finite),
 )
 samples = st.builds(MemorySample, st.integers(0, 9), finite, st.text(), st.dictionaries(st.text(), finite))
 

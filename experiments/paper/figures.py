@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cells import BASELINES, DISAGGREGATED, EFFECTS, read_csv
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-from run import BASELINES, DISAGGREGATED, EFFECTS, read_csv
 
 # Placement by colour (Paul Tol, "Colour Schemes", bright), engine by line.
 COLOURS = {"colocated": "#4477AA", "interleaved": "#228833", "disaggregated": "#EE6677"}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cells import BASELINES, DISAGGREGATED, EFFECTS, read_csv
 from joblib import Parallel, delayed
 from ruamel.yaml import YAML
 
@@ -27,8 +28,6 @@ from rlhfsim.spec.scenario import ROLES, Scenario
 HERE = Path(__file__).parent
 SCENARIO = HERE / "scenario.yaml"
 GRID = YAML(typ="safe").load((HERE / "grid.yaml").read_text(encoding="utf-8"))
-BASELINES = ("colocated, zero3_per_token", "colocated, hybrid", "colocated, engine")
-DISAGGREGATED = "disaggregated, engine"
 MEGATRON = "colocated, megatron"
 STRATEGIES = (*GRID["candidates"], MEGATRON, DISAGGREGATED)
 NIC_GB_PER_SECOND = 25
@@ -240,7 +239,6 @@ VARIANTS: tuple[tuple[str, str, Overrides], ...] = (
     ),
 )
 VARIANT_COLUMNS = (*CELL[1:], "strategy", "variant", "step_seconds", "speedup_over_without", "reason")
-EFFECTS = ("decode", "links", "memory", "sync", "efficiency")
 EFFECT_COLUMNS = (
     *CELL[1:],
     "effect_off",
@@ -340,11 +338,6 @@ def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict[str, Any
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # A number in README.md and, as a comment behind it, where it stands:

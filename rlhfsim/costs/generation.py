@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlhfsim.errors import InputError
+from rlhfsim.memory import PREFETCH_PARAMETERS
 from rlhfsim.model import parameters
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
 from .engine import Runs, continuous_runs, static_runs
 from .operators import Operators, OperatorTime
-from .passes import GATHER_BUCKET_PARAMETERS
 from .segment import Op, Segment, Transfer
 
 # Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
@@ -97,9 +97,35 @@ class GenerationStats:
     def low_occupancy_share(self) -> float:
         if not self.seconds:
             return 0.0
-        durations = np.diff(self.timeline_seconds, append=self.seconds)
         low = self.timeline_running < LOW_OCCUPANCY * self.timeline_running.max()
-        return float(durations[low].sum() / self.seconds)
+        return float(self._durations[low].sum() / self.seconds)
+
+    @property
+    def sequence_seconds(self) -> float:
+        """Seconds that sequences were running, all together: over `seconds`, the mean batch."""
+        return float(self._durations @ self.timeline_running)
+
+    @property
+    def _durations(self) -> np.ndarray:
+        return np.diff(self.timeline_seconds, append=self.seconds)
+
+
+def generation_counts(stats: Sequence[GenerationStats], copies: int = 1) -> dict[str, float]:
+    """What `copies` places with these replicas did, for `Span.counts`: sums over all replicas, but `most_running`.
+
+    Seconds are the replicas' own, without transfers. sequence_seconds: the integral of the running sequences.
+    """
+    if not stats:
+        return {}
+    sums = {
+        "replica_seconds": sum(s.seconds for s in stats),
+        "low_occupancy_seconds": sum(s.low_occupancy_share * s.seconds for s in stats),
+        "sequence_seconds": sum(s.sequence_seconds for s in stats),
+        "preemptions": sum(s.preemptions for s in stats),
+        "recomputed_tokens": sum(s.recomputed_tokens for s in stats),
+    }
+    most = max(float(s.timeline_running.max(initial=0)) for s in stats)
+    return {name: float(copies * value) for name, value in sums.items()} | {"most_running": most}
 
 
 @dataclass(frozen=True)
@@ -380,7 +406,7 @@ def _sharded_segments(
     a bucket covers several layers.
     """
     layers = use.shape.layers
-    messages = min(1.0, np.ceil(parameters(use.shape) / GATHER_BUCKET_PARAMETERS) / layers)
+    messages = min(1.0, np.ceil(parameters(use.shape) / PREFETCH_PARAMETERS) / layers)
     return [
         Segment(
             label,

@@ -17,7 +17,7 @@ from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
 from rlhfsim.model import Head, parameters
 from rlhfsim.spec.scenario import Scenario
 
-from .generation import StepSeconds, generation_program, route_samples
+from .generation import StepSeconds, generation_counts, generation_program, route_samples
 from .operators import Operators
 from .passes import Host, Layout, controller_program, firing_program, score_program, sync_program, train_program
 from .segment import Segment, Transfer
@@ -119,7 +119,7 @@ class CostModel:
     def _work(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
-            segments = self._generate(stage, ranks, prompts, responses)
+            segments = self._generate(stage, places, prompts, responses)
         else:
             tokens = prompts + responses
             if self.scenario.workload.padded:
@@ -131,10 +131,8 @@ class CostModel:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
-    def _generate(
-        self, stage: Stage, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray
-    ) -> list[Segment]:
-        generation, holding = self.scenario.generation, self.holdings[stage.model]
+    def _generate(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
+        generation, holding, ranks = self.scenario.generation, self.holdings[stage.model], stage.ranks_of(places[0])
         engines = len(ranks) // generation.tensor_parallel
         shares = route_samples(prompts + responses, engines, generation.routing)
         if stage.model not in self._steps:
@@ -150,7 +148,10 @@ class CostModel:
             domain=holding.ranks,
             steps=self._steps[stage.model],
         )
-        return result.segments
+        if not result.segments:
+            return []
+        *others, last = result.segments
+        return [*others, replace(last, counts=generation_counts(result.stats, len(places)))]
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
@@ -159,7 +160,7 @@ class CostModel:
         if stage.kind == "score":
             return score_program(use, shares, layout, self.operators, head=head)
         node = self.scenario.cluster.node
-        host = Host(node.host_memory_bytes_per_second.value, min(len(ranks), node.gpus_per_node))
+        host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         return train_program(use, shares, layout, self.operators, head=head, host=host)
 
     def _sync(self, stage: Stage) -> list[Segment]:

@@ -222,8 +222,8 @@ class Operators:
         return self._memory(use, "optimizer", adam_bytes(use) * np.asarray(parameters, dtype=float))
 
     def optimizer_step_host(
-        self, use: ModelUse, parameters: float, host_bytes_per_second: float, sharing_ranks: int
-    ) -> float:
+        self, use: ModelUse, parameters: float, host_bytes_per_second: float, sharing_ranks: np.ndarray
+    ) -> np.ndarray:
         """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks of the node share."""
         return adam_bytes(use) * parameters * sharing_ranks / host_bytes_per_second
 

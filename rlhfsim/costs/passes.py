@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.memory import trained_parameters
+from rlhfsim.memory import PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS, trained_parameters
 from rlhfsim.model import (
     Head,
     embedding_parameters,
@@ -33,18 +33,16 @@ from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
 
 from .kernels import Numbers
-from .operators import NO_TIME, Operators, OperatorTime, total
+from .operators import NO_TIME, Operators, OperatorTime, adam_bytes, total
 from .pipeline import PipelineSegment, Role
-from .segment import Op, Segment, Transfer
+from .segment import HostSegment, Op, Segment, Transfer
 
 Lengths = Sequence[np.ndarray]
 SyncMethod = Literal["p2p", "broadcast", "reshard"]
 
-# Parameters that one ZeRO-3 gather fetches ahead, that one gradient reduction collects and that one gather of updated
-# weights covers: defaults of stage3_prefetch_bucket_size, reduce_bucket_size and allgather_bucket_size, DeepSpeed,
+# Parameters that one gather of updated weights covers: default of allgather_bucket_size, DeepSpeed,
 # deepspeed/runtime/zero/config.py at 1b88ac36.
-GATHER_BUCKET_PARAMETERS = 5e7
-REDUCE_BUCKET_PARAMETERS = 5e8
+ALLGATHER_BUCKET_PARAMETERS = 5e8
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Host:
-    """What offloaded work shares: memory bandwidth of a node and how many ranks of this place are on it."""
+    """What offloaded work shares: the memory bandwidth of a node, with the ranks of as many GPUs."""
 
     memory_bytes_per_second: float
-    ranks_per_node: int
+    gpus_per_node: int
+
+    def sharing_ranks(self, layout: Layout) -> np.ndarray:
+        """Of each replica: how many of the layout's ranks are on its fullest node."""
+        _, inverse, counts = np.unique(layout.grid // self.gpus_per_node, return_inverse=True, return_counts=True)
+        return np.asarray(counts[inverse].reshape(layout.grid.shape).max(axis=(0, 2)))
 
 
 def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
@@ -182,17 +185,20 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Se
         if host is None:
             raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
         single = work.layout.single_ranks
-        adam = work.operators.optimizer_step_host(use, share, host.memory_bytes_per_second, host.ranks_per_node)
+        adam = work.operators.optimizer_step_host(
+            use, share, host.memory_bytes_per_second, host.sharing_ranks(work.layout)
+        )
+        streamed = Transfer("host_memory", single, adam_bytes(use) * share)
         program = [
             work.transfer_only("gradients_to_host", Transfer("to_host", single, share * width)),
-            work.constant("optimizer", adam, "host"),
+            HostSegment("optimizer", adam[:, None], transfers=(streamed,), bound={"host": float(adam.mean())}),
             work.transfer_only("weights_from_host", Transfer("from_host", single, share * width)),
         ]
     else:
         program = [work.uniform("optimizer", work.operators.optimizer_step(use, share))]
     program += [work.uniform("engine_step", part.time) for part in work.engine("step")]
     if use.zero_stage in (1, 2) and work.layout.replicas > 1:
-        gather = work.collective("all_gather", trained * width, _messages(trained, REDUCE_BUCKET_PARAMETERS))
+        gather = work.collective("all_gather", trained * width, _messages(trained, ALLGATHER_BUCKET_PARAMETERS))
         program.append(work.transfer_only("gather_weights", gather))
     return program
 
@@ -413,7 +419,7 @@ class _Work:
             return ()
         payload, ranks = count * self.use.bytes_per_parameter, self.layout.ranks
         whole = parameters(self.use.shape, self.head)
-        ahead = _messages(whole, GATHER_BUCKET_PARAMETERS) * count / whole
+        ahead = _messages(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
         if self.use.offload_parameters and self.operators.effects.sync:
@@ -524,9 +530,6 @@ class _Work:
         bound: dict[str, float] = {}
         _add_bound(bound, time, 1, 1)
         return Segment(label, np.full((len(self.batches), 1), float(time.seconds)), bound=bound)
-
-    def constant(self, label: str, seconds: float, limit: str) -> Segment:
-        return Segment(label, np.full((len(self.batches), 1), seconds), bound={limit: seconds})
 
     def transfer_only(self, label: str, transfer: Transfer) -> Segment:
         return Segment(label, np.zeros((len(self.batches), 1)), transfers=(transfer,))

@@ -22,6 +22,7 @@ Op = Literal[
     "send",
     "to_host",
     "from_host",
+    "host_memory",
 ]
 
 
@@ -29,7 +30,8 @@ Op = Literal[
 class Transfer:
     """A collective or copy, run by every group of `groups` at the same time.
 
-    op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks.
+    op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks, as are
+        those of `host_memory`: what a rank's work on the CPU reads and writes there.
     op `custom_all_reduce`: the one-shot kernel of an inference engine (it reads its peers' buffers over NVLink);
         where a group has no NVLink between all its ranks it is an ordinary all_reduce.
     payload_bytes: of one group and one repeat: what every rank holds after an all_gather or all_reduce or broadcast,
@@ -77,6 +79,7 @@ class Segment:
     lockstep: replicas meet at every repeat (a collective over all of them), not only at the end.
     bound: seconds of `compute_seconds` by what limits them {"flops", "hbm", "launch", "host", "pcie"}, summed over
         repeats, mean over replicas.
+    counts: what the work did besides taking time, for `Span.counts`.
     """
 
     label: str
@@ -86,6 +89,7 @@ class Segment:
     prefetch: int = 0
     lockstep: bool = False
     bound: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
     def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
         """Seconds when transfer j moves `rates[j]` payload bytes per second (inf: free)."""
@@ -102,6 +106,20 @@ class Segment:
         total = float(together if self.lockstep else own.max())
         busy = compute @ self.repeats
         return Elapsed(total, busy, own - busy, total - own)
+
+
+@dataclass(frozen=True)
+class HostSegment(Segment):
+    """Work on the CPU that streams host memory: `compute_seconds` alone, longer where others use that memory too."""
+
+    def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
+        alone = self.compute_seconds @ self.repeats
+        streamed = sum(
+            float(transfer_seconds(t, route, rate) @ self.repeats)
+            for t, route, rate in zip(self.transfers, routes, rates, strict=True)
+        )
+        longer = max(0.0, streamed - float(alone.max()))
+        return Elapsed(float(alone.max()) + longer, alone, np.full(len(alone), longer), alone.max() - alone)
 
 
 def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:

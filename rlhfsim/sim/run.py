@@ -40,6 +40,7 @@ class _Parts:
     link_seconds: float = 0.0
     detail: dict[str, float] = field(default_factory=dict)
     bound: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> list[Span]:
@@ -116,6 +117,7 @@ def _add(parts: _Parts, segment: Segment, elapsed: Any, alone_seconds: float) ->
     parts.detail[segment.label] = parts.detail.get(segment.label, 0.0) + elapsed.seconds
     for cause, seconds in segment.bound.items():
         parts.bound[cause] = parts.bound.get(cause, 0.0) + seconds
+    parts.counts.update(segment.counts)  # one segment of a firing has them
 
 
 def _span(
@@ -139,4 +141,5 @@ def _span(
         parts.detail,
         parts.bound,
         cause,
+        parts.counts,
     )

@@ -9,8 +9,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ..format import three
 from .base import Count, Fraction, Record, Sourced
 from .overheads import Overheads
+
+# Below these (least, its unit) a number is more likely in the last unit; calibrated CPU machines may have such numbers.
+PLAUSIBLE = {
+    "network.nic_bytes_per_second": (1e8, "bytes/s", "GB/s"),
+    "gpu.nvlink_bytes_per_second": (1e8, "bytes/s", "GB/s"),
+    "gpu.pcie_bytes_per_second": (1e8, "bytes/s", "GB/s"),
+    "gpu.memory_bytes": (1e9, "bytes", "GB"),
+    "gpu.flops_per_second": (1e11, "FLOP/s", "TFLOP/s"),
+}
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
@@ -122,3 +132,15 @@ class Cluster(Record):
     @property
     def gpus(self) -> int:
         return self.nodes * self.node.gpus_per_node
+
+    @property
+    def doubts(self) -> list[str]:
+        """Questions about numbers that look as if they were given in another unit."""
+        numbers = {f"gpu.{name}": number.value for name, number in self.gpu.quantities().items()}
+        numbers["network.nic_bytes_per_second"] = self.network.nic_bytes_per_second.value
+        return [
+            f"cluster.{name} is {three(value)} {unit}: is this in {likely} instead of {unit}?"
+            for name, value in numbers.items()
+            for field, (least, unit, likely) in PLAUSIBLE.items()
+            if name in (field, f"{field}.{name.rpartition('.')[2]}") and value < least
+        ]

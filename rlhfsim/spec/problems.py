@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from ..errors import InputError, nearest
+from ..errors import InputError, NeverValid, nearest
 from .yaml_file import Where, kind_of, shown
 
 SHOWN_PROBLEMS = 5
@@ -81,7 +81,18 @@ def validate(record: type[R], data: Any, where: Where, also: Mapping[str, Iterab
     lines = [str(problem) for problem in problems[:SHOWN_PROBLEMS]]
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
-    raise InputError("\n".join(lines))
+    never = any(isinstance(problem, NeverValid) for problem in problems)
+    raise (NeverValid if never else InputError)("\n".join(lines))
+
+
+def validate_value(kind: Any, value: Any, field: str) -> None:
+    """Raise NeverValid unless a single value is of the annotated type `kind`, taken as strictly as in `validate`."""
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = (*field.split("."), *(str(part) for part in first["loc"] if part != "[key]"))
+        raise NeverValid(_message(first, path), field=".".join(path)) from None
 
 
 def whole_numbers(data: Any) -> Any:
@@ -122,7 +133,8 @@ def _problem(error: Any, record: type[BaseModel], where: Where, also: Mapping[st
         message = "unknown key" + _near_key(path[-1], allowed)
     else:
         message = _message(error, path)
-    return InputError(message, field=field, where=place_of(where, field))
+    never = error["type"] in {"literal_error", *_EXPECTED, *_BOUNDS}
+    return (NeverValid if never else InputError)(message, field=field, where=place_of(where, field))
 
 
 def _message(error: Any, path: tuple[str, ...]) -> str:

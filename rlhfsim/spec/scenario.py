@@ -16,6 +16,8 @@ from .model_spec import ModelSpec
 from .overheads import Overheads as Overheads
 
 Role = Literal["actor", "critic", "reference", "reward"]
+# Each is simulated: so many take 5 s (`rlhfsim simulate` of the quickstart, three iterations, one core).
+MAX_STEPS = 2000
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
 
 
@@ -155,7 +157,7 @@ class Workload(Record):
 
 
 class Algorithm(Record):
-    """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches.
+    """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches, at most 2000.
 
     The rest is for real runs only; the simulator assumes Adam and a reward model, and no number here changes a time.
     optimizer, learning_rate, adam_epsilon, gradient_clip: of actor and critic (clip: of the gradient's norm).
@@ -166,8 +168,8 @@ class Algorithm(Record):
     """
 
     name: str = "ppo"
-    epochs: Count = 1
-    minibatches: Count = 1
+    epochs: Annotated[int, Field(ge=1, le=100)] = 1
+    minibatches: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 1e-5
     adam_epsilon: Annotated[float, Field(gt=0, le=1e3)] = 1e-8
@@ -179,6 +181,15 @@ class Algorithm(Record):
     clip_ratio: Annotated[float, Field(gt=0, le=1e3)] = 0.2
     clip_values: Annotated[float, Field(gt=0, le=1e3)] = 0.2
     value_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.5
+
+    @model_validator(mode="after")
+    def _ends(self) -> Algorithm:
+        if self.epochs * self.minibatches > MAX_STEPS:
+            raise ValueError(
+                f"epochs {self.epochs} x minibatches {self.minibatches} are {self.epochs * self.minibatches} optimizer "
+                f"steps an iteration; at most {MAX_STEPS} are allowed"
+            )
+        return self
 
 
 class Generation(Record):
