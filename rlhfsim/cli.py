@@ -53,13 +53,16 @@ as_json = click.option("--json", "json_output", is_flag=True, help="One JSON obj
 @click.option("--plot", "plot_path", type=str, help="Draw the memory of each phase (PNG or SVG).")
 def fits(scenario: str, overrides: tuple[str, ...], json_output: bool, plot_path: str | None) -> int:
     """Does it run out of memory: where, by how much, and what helps. Does not simulate. Exit code 3: does not fit."""
-    from .render import fit_json, print_fit
+    from .render import draw_fit, fit_json, print_fit
     from .simulate import prepare
     from .spec.loader import load_scenario
 
+    _drawable(plot_path)
     setup = prepare(load_scenario(scenario, overrides))
     fit = setup.fit()
     _note(setup.notes)
+    if plot_path:
+        draw_fit(setup, fit, plot_path)
     if json_output:
         _print_json(fit_json(fit))
     else:

@@ -72,7 +72,7 @@ class CostModel:
         return self._remember(key, lambda: self._work(stage, places, prompts, responses))
 
     def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and response tokens of the samples of a firing; validation has its own prompts, as long as the others."""
+        """Prompt and response tokens of a firing; validation has prompts of its own, as long as the others."""
         prompts, responses = self.lengths[f.iteration % len(self.lengths)]
         if f.stage == "testing":
             count = self.scenario.periodic.validation_prompts
