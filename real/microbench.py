@@ -242,7 +242,7 @@ class Bench:
             engine.engine.destroy()
 
     def _phases(self, engine: Engine, row: Row, ids: Tensor) -> None:
-        """In the order of PPO: a forward pass alone comes before each update."""
+        """In the order of PPO: forward passes alone come before each update (DeepSpeed takes longer for the first)."""
         positions = torch.arange(ids.shape[1], device=self.device).expand(ids.shape[0], -1)
         loss = torch.zeros(())
 
@@ -255,7 +255,13 @@ class Bench:
             loss = (engine.engine if engine.deepspeed else engine.module)(ids, positions)["log_probs"].mean()
 
         self._repeated(
-            {"score": score, "forward": forward, "backward": lambda: engine.backward(loss, True), "step": engine.step},
+            {
+                "score": score,
+                "score_again": score,
+                "forward": forward,
+                "backward": lambda: engine.backward(loss, True),
+                "step": engine.step,
+            },
             row,
         )
 

@@ -349,8 +349,8 @@ class _Host:
             own = [r for r in _of(self.engines, zero_stage=stage) if r["phase"] in ("step", "gather") or self._base(r)]
             for phase in ("forward", "backward", "step", "gather"):
                 rows = _of(own, phase=phase)
-                if phase == "forward" and stage == 3:  # scoring goes through the engine's hooks as well
-                    rows += _of(own, phase="score")
+                if phase == "forward" and stage == 3:  # passes without a backward have the engine's hooks too
+                    rows += _of(own, phase="score_again")
                 if not rows:
                     continue
                 terms = np.array([[1.0, self._shape(r).layers, parameters(self._shape(r), "lm")] for r in rows])
