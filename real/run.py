@@ -29,6 +29,7 @@ from rlhfsim.spec.scenario import Scenario
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
 BAD_INPUT = 2
 GROUP_SECONDS = 24 * 3600.0  # of a collective: whether a rank hangs is for the watch to say
@@ -46,23 +47,42 @@ class Place:
     @classmethod
     def from_launcher(cls) -> Place:
         """As torchrun's environment says; alone without it."""
-        values = [int(os.environ.setdefault(name, default)) for name, default in
-                  (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))]
-        return cls(*values)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return cls(*(int(os.environ.setdefault(name, value)) for name, value in alone.items()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scenario to run, and how; `save` writes the timeline of what has been recorded so far."""
+
+    scenario: Scenario
+    graph: StageGraph
+    holdings: dict[str, Holding]
+    notes: list[str]
+    options: argparse.Namespace
+    place: Place
+    device: torch.device
+
+    @property
+    def records(self) -> Path:
+        return self.options.out.with_name(self.options.out.name + ".ranks")
+
+    def save(self, reason: str = "") -> timelines.Timeline:
+        from .spans import read, timeline
+
+        info = _info(self.scenario, self.device) | ({"failure": reason} if reason else {})
+        options, ranks = self.options, self.place.ranks
+        found = timeline(
+            self.graph, read(self.records, ranks), ranks, options.iterations, warmup=options.warmup, info=info
+        )
+        timelines.write(found, options.out)
+        return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    launched = "RANK" in os.environ
-    place = Place.from_launcher()
+    launched, place = "RANK" in os.environ, Place.from_launcher()
     try:
-        scenario = load_scenario(options.scenario, options.overrides)
-        graph, notes = graph_of(scenario)
-        holdings = holdings_of(scenario, graph)
-        _check_options(options)
-        _check_ranks(graph, place)
-        device = _device(place)
-        _check_memory(holdings, place, device)
+        job = prepare(arguments, place)
     except InputError as error:
         if place.rank:
             time.sleep(10.0)  # the launcher ends all ranks when one ends, and rank 0 has something to say
@@ -70,9 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"real.run: {error}", file=sys.stderr)
         return BAD_INPUT
     if place.rank == 0:
-        for note in notes:
+        for note in job.notes:
             print(f"note: {note}", file=sys.stderr)
-    _run(options, scenario, graph, holdings, place, device, launched)
+    from torch.distributed import TCPStore, destroy_process_group
+    from torch.distributed.rendezvous import rendezvous
+
+    store = next(rendezvous("env://"))[0] if launched else TCPStore("127.0.0.1", 0, 1, True)
+    found = run(job, store, heed_sigterm=True)
+    if found:
+        print(f"{job.options.iterations} iterations in {found.end_seconds:.3f} s: {job.options.out}")
+    destroy_process_group()
     return 0
 
 
@@ -91,6 +118,19 @@ def _parser() -> argparse.ArgumentParser:
 # --- before it starts ------------------------------------------------------------------------------------------------
 
 
+def prepare(arguments: list[str] | None, place: Place) -> Job:
+    """Raises InputError for what cannot run here."""
+    options = _parser().parse_args(arguments)
+    scenario = load_scenario(options.scenario, options.overrides)
+    graph, notes = graph_of(scenario)
+    holdings = holdings_of(scenario, graph)
+    _check_options(options)
+    _check_ranks(graph, place)
+    device = _device(place)
+    _check_memory(holdings, place, device)
+    return Job(scenario, graph, holdings, notes, options, place, device)
+
+
 def _check_options(options: argparse.Namespace) -> None:
     for name, least in (("iterations", 1), ("warmup", 0)):
         if getattr(options, name) < least:
@@ -105,8 +145,11 @@ def _check_options(options: argparse.Namespace) -> None:
 def _check_ranks(graph: StageGraph, place: Place) -> None:
     needed = 1 + max(r for s in graph.stages() for r in s.ranks)
     if needed > place.ranks:
-        raise InputError(f"the scenario runs on {needed} ranks, but {place.ranks} were started "
-                         f"(torchrun --nproc-per-node {needed} -m real.run ...)", field="cluster")
+        raise InputError(
+            f"the scenario runs on {needed} ranks, but {place.ranks} were started "
+            f"(torchrun --nproc-per-node {needed} -m real.run ...)",
+            field="cluster",
+        )
 
 
 def _device(place: Place) -> torch.device:
@@ -119,8 +162,10 @@ def _device(place: Place) -> torch.device:
         torch.set_num_threads(1)
         return torch.device("cpu")
     if gpus < place.local_ranks:
-        raise InputError(f"{place.local_ranks} ranks on a machine with {gpus} GPUs (CUDA_VISIBLE_DEVICES= runs them on "
-                         "CPUs)", field="cluster")
+        raise InputError(
+            f"{place.local_ranks} ranks on a machine with {gpus} GPUs (CUDA_VISIBLE_DEVICES= runs them on CPUs)",
+            field="cluster",
+        )
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)
 
@@ -138,8 +183,9 @@ def _check_memory(holdings: dict[str, Holding], place: Place, device: torch.devi
     else:
         there, needed, what = torch.cuda.get_device_properties(device).total_memory, max(needs), "a rank"
     if needed > there:
-        raise InputError(f"{what} need at least {needed / 2**30:.1f} GiB, but there are {there / 2**30:.1f} GiB",
-                         field="models")
+        raise InputError(
+            f"{what} need at least {needed / 2**30:.1f} GiB, but there are {there / 2**30:.1f} GiB", field="models"
+        )
 
 
 def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:
@@ -158,67 +204,90 @@ def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _run(options: argparse.Namespace, scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding], place: Place,
-         device: torch.device, launched: bool) -> None:
+def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Timeline | None:
+    """All ranks call it together; rank 0 gets the timeline that it has written.
+
+    store: nothing in it may be left of another job (give each its PrefixStore). torch.distributed is set up unless an
+    earlier job of these processes has done so. A failure ends the process.
+    """
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     from .clock import align
-    from .executor import LaneStore, run
+    from .executor import LaneStore
+    from .executor import run as execute
     from .groups import Groups, rank_sets
     from .meter import Meter
-    from .spans import RecordFile, read, record_path, timeline
+    from .spans import RecordFile, record_path
     from .watch import Watch
 
-    folder = options.out.with_name(options.out.name + ".ranks")
-    folder.mkdir(exist_ok=True)
-    record_path(folder, place.rank).unlink(missing_ok=True)
-    iterations = options.warmup + options.iterations
-
-    def save(reason: str = "") -> timelines.Timeline:
-        info = _info(scenario, device) | ({"failure": reason} if reason else {})
-        found = timeline(graph, read(folder, place.ranks), place.ranks, options.iterations, warmup=options.warmup,
-                         info=info)
-        timelines.write(found, options.out)
-        return found
-
-    root = next(rendezvous("env://"))[0] if launched else dist.TCPStore("127.0.0.1", 0, 1, True)
-    meter = Meter(device)
-    watch = Watch(dist.PrefixStore("watch", root), place.rank, place.ranks, meter, timeout_seconds=options.timeout,
-                  silence_seconds=options.silence, save=save)
-    watch.heed_sigterm()
+    options, place = job.options, job.place
+    job.records.mkdir(exist_ok=True)
+    record_path(job.records, place.rank).unlink(missing_ok=True)
+    meter = Meter(job.device)
+    watch = Watch(
+        dist.PrefixStore("watch", store),
+        place.rank,
+        place.ranks,
+        meter,
+        timeout_seconds=options.timeout,
+        silence_seconds=options.silence,
+        save=job.save,
+    )
+    if heed_sigterm:
+        watch.heed_sigterm()
     watch.start()
     try:
-        # CPU tensors (messages, barriers) always go by gloo.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.PrefixStore("groups", root), rank=place.rank,
-                                world_size=place.ranks, timeout=timedelta(seconds=GROUP_SECONDS))
+        if not dist.is_initialized():
+            # CPU tensors (messages, barriers) always go by gloo.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("groups", store),
+                rank=place.rank,
+                world_size=place.ranks,
+                timeout=timedelta(seconds=GROUP_SECONDS),
+            )
         from .stages import Stages, sync_rank_sets  # with transformers and DeepSpeed, which take seconds
 
         clock, results = align(place.rank, place.ranks), LaneStore()
-        sets = rank_sets(graph, holdings) | sync_rank_sets(graph, holdings, scenario.weight_sync.method)
+        sets = rank_sets(job.graph, job.holdings)
+        sets |= sync_rank_sets(job.graph, job.holdings, job.scenario.weight_sync.method)
         groups = Groups(place.rank, sets, meter)
-        work = Stages(scenario, graph, holdings, place.rank, groups, results)
+        work = Stages(job.scenario, job.graph, job.holdings, place.rank, groups, results)
     except BaseException as error:
         watch.fail(error)
         raise
-    run(graph, place.rank, work, iterations, dist.PrefixStore("run", root), groups, clock, results=results, watch=watch,
-        file=RecordFile(folder, place.rank, clock))
+    execute(
+        job.graph,
+        place.rank,
+        work,
+        options.warmup + options.iterations,
+        dist.PrefixStore("run", store),
+        groups,
+        clock,
+        results=results,
+        watch=watch,
+        file=RecordFile(job.records, place.rank, clock),
+    )
     watch.close()
-    if place.rank == 0:
-        found = save()
-        shutil.rmtree(folder, ignore_errors=True)
-        print(f"{options.iterations} iterations in {found.end_seconds:.3f} s: {options.out}")
-    dist.destroy_process_group()
+    if place.rank:
+        return None
+    found = job.save()
+    shutil.rmtree(job.records, ignore_errors=True)
+    return found
 
 
 def _info(scenario: Scenario, device: torch.device) -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return {"scenario": scenario.name, "strategy": scenario.strategy.name, "seed": scenario.simulation.seed,
-            "device": gpu or "cpu", "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"torch": torch.__version__, "python": platform.python_version()}}
+    return {
+        "scenario": scenario.name,
+        "strategy": scenario.strategy.name,
+        "seed": scenario.simulation.seed,
+        "device": gpu or "cpu",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 if __name__ == "__main__":

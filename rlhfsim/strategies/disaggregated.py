@@ -37,7 +37,7 @@ def build(
     recompute_log_probs: behaviour log-probs by a pass of the actor (on its training ranks) instead of by the engine.
     barrier: the next iteration begins when all weights have arrived; otherwise each copy waits only for its own, and
         generation may overlap a slower critic's last updates (as in the authors' code).
-    split: shares of the ranks by model; ranks: exact disjoint ranks by model instead.
+    split: shares of the ranks by model; ranks: exact ranks by model instead (models on the same rank take turns).
     """
     if spread not in ("robin", "first"):
         raise ValueError(f"spread is {spread!r} (allowed: robin, first)")
@@ -113,15 +113,12 @@ def _place(
             odd = sorted(set(given) ^ set(models))
             raise ValueError(f"{option} must name exactly {', '.join(models)} (check {', '.join(odd)})")
     if ranks is not None:
-        taken: dict[int, str] = {}
         for model, own in ranks.items():
-            for rank in own:
-                if rank not in devices.ranks:
-                    raise ValueError(f"ranks.{model} names rank {rank}; there are ranks 0 to {devices.ranks[-1]}")
-                if rank in taken:
-                    raise ValueError(
-                        f"ranks.{model} and ranks.{taken[rank]} share rank {rank}; the sets must be disjoint"
-                    )
-                taken[rank] = model
+            if unknown := [rank for rank in own if rank not in devices.ranks]:
+                raise ValueError(f"ranks.{model} names rank {unknown[0]}; there are ranks 0 to {devices.ranks[-1]}")
+            if shared := set(own) & set(ranks.get(f"shadow_{model}", ())):
+                raise ValueError(
+                    f"ranks.{model} and ranks.shadow_{model} share rank {min(shared)}: a model and its copy must be apart"
+                )
         return {model: tuple(own) for model, own in ranks.items()}
     return divide(devices.ranks, split or {m: SHARES.get(m, 1) for m in models}, devices.replica)
