@@ -377,8 +377,11 @@ def _numbers(shape: ModelSpec) -> dict[str, Any]:
     return {k: v for k, v in shape.model_dump(exclude_defaults=True).items() if isinstance(v, bool | int)}
 
 
-def measure(bench: Bench) -> None:
+def measure(bench: Bench, links_only: bool = False) -> None:
     cuda, quick = bench.device.type == "cuda", bench.quick
+    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26))])
+    if links_only:
+        return
     widths = [128, 256] if quick else [1024, 2048, 4096] if cuda else [128, 256, 512]
     tokens = [1, 8, 64, 256, 1024, 4096, 16384] if cuda else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     tokens = [8, 64, 256] if quick else tokens
@@ -391,7 +394,6 @@ def measure(bench: Bench) -> None:
     bench.memory(widths, tokens[:2] if quick else tokens[1::2], 1024)
     bench.optimizer([10**4, 10**6] if quick else [10**4, 10**5, 10**6, 4 * 10**6, 16 * 10**6])
     bench.copies([1 << 20] if quick else [1 << 16, 1 << 20, 1 << 24, 1 << 26])
-    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26))])
     names = ["tiny-2x128"] if quick else ["tiny-2x128", "tiny-4x256", "small-8x512"]
     if cuda and not quick:
         names = ["small-8x512", "qwen2.5-0.5b"]
@@ -456,6 +458,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="real.microbench", description="Measure a machine for `rlhfsim calibrate`.")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that it works")
+    parser.add_argument("--links-only", action="store_true", help="collectives alone, for one more network")
     parser.add_argument("--nic-bytes-per-second", type=float, help="nominal rate between machines, one direction")
     options = parser.parse_args(arguments)
     if not options.out.parent.is_dir() or options.out.is_dir():
@@ -473,7 +476,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     started, before, bench = time.time(), clocks(device), Bench(device, options.quick)
-    measure(bench)
+    measure(bench, options.links_only)
     tables = bench.gathered()
     if bench.rank == 0:
         seconds = round(time.time() - started, 1)

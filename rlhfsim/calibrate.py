@@ -167,6 +167,8 @@ def _merged(benches: Mapping[str, Bench]) -> Tables:
     tables: Tables = {}
     for bench in benches.values():
         for table, rows in bench.tables.items():
+            if table == "collectives" and (rate := bench.nic_bytes_per_second):
+                rows = [row | {"link": rate} if row["nodes"] > 1 else row for row in rows]
             tables.setdefault(table, []).extend(rows)
     missing = [t for t in REQUIRED if not tables.get(t)]
     missing += [k for k in MEMORY_KERNELS if tables.get("memory") and not _of(tables["memory"], kernel=k)]
@@ -241,10 +243,7 @@ def _kernels(name: str, benches: Mapping[str, Bench], tables: Tables) -> tuple[d
         for kernel in MEMORY_KERNELS
     }
     inside, link = _collectives(_of(tables.get("collectives", []), nodes=1))
-    across, nic = _collectives(
-        [r for r in tables.get("collectives", []) if r["nodes"] == r["ranks"]],
-        next((b.nic_bytes_per_second for b in benches.values() if b.nic_bytes_per_second), None),
-    )
+    across, nic = _collectives([r for r in tables.get("collectives", []) if r["nodes"] == r["ranks"]])
     copies, _ = _collectives([r | {"ranks": 1} for r in tables.get("copies", [])])
     small = min((r["seconds"] for r in tables.get("collectives", [])), default=0.0)
     between = [r for r in tables.get("collectives", []) if r["nodes"] > 1]
@@ -285,17 +284,21 @@ def _kernels(name: str, benches: Mapping[str, Bench], tables: Tables) -> tuple[d
     return record, link, nic
 
 
-def _collectives(rows: list[Row], nominal: float | None = None) -> tuple[dict[str, dict[int, dict[str, Any]]], float]:
-    """Curves by operation and ranks, and the rate that they are relative to (default: the fastest that was seen)."""
+def _collectives(rows: list[Row]) -> tuple[dict[str, dict[int, dict[str, Any]]], float]:
+    """Curves by operation and ranks, and the fastest link's rate.
+
+    A curve is relative to its row's nominal rate (`link`), and where none was given to the fastest that was seen.
+    """
     rows = [row | {"seconds": row["seconds"] / row.get("calls", 1)} for row in rows]
     if not rows:
-        return {}, nominal or 1e9
-    link = nominal or max(r["bytes"] * bus_factor(r["op"], int(r["ranks"])) / r["seconds"] for r in rows)
+        return {}, 1e9
+    seen = max(r["bytes"] * bus_factor(r["op"], int(r["ranks"])) / r["seconds"] for r in rows)
+    rows = [{"link": seen} | row for row in rows]
     curves: dict[str, dict[int, dict[str, Any]]] = {}
     for op, ranks in dict.fromkeys((r["op"], int(r["ranks"])) for r in rows):
-        data = _data(_of(rows, op=op, ranks=ranks), ["bytes"], ["bytes"])
-        curves.setdefault(op, {})[ranks] = fit_collective(data, op, ranks, link, "bench", fastest=1.5)
-    return curves, link
+        data = _data(_of(rows, op=op, ranks=ranks), ["link", "bytes"], ["link", "bytes"])
+        curves.setdefault(op, {})[ranks] = fit_collective(data, op, ranks, data.column("link"), "bench", fastest=1.5)
+    return curves, max(r["link"] for r in rows)
 
 
 # --- what the host needs ---------------------------------------------------------------------------------------------
@@ -599,16 +602,12 @@ def _with_runs(found: Calibration, runs: Sequence[tuple[str, str]]) -> Calibrati
 
 
 def _predicted(scenario: str, cluster: Path) -> tuple[dict[str, float], float]:
-    """Seconds by stage, and of a step, on the calibrated cluster with the scenario's own number of ranks."""
+    """Seconds by stage, and of a step, on the calibrated cluster with the scenario's own ranks and network rate."""
     own = load_scenario(scenario).cluster
-    run = simulate(
-        prepare(
-            load_scenario(
-                scenario,
-                {"cluster": {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}},
-            )
-        )
-    )
+    calibrated: dict[str, Any] = {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}
+    if own.nodes > 1:
+        calibrated["network"] = {"nic_bytes_per_second": own.network.nic_bytes_per_second}
+    run = simulate(prepare(load_scenario(scenario, {"cluster": calibrated})))
     return metrics.stage_seconds(run), metrics.step_seconds(run)
 
 

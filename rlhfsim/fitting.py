@@ -272,9 +272,12 @@ def fit_memory(data: Data, rates: Rates, source: str) -> dict[str, Any]:
 
 
 def fit_collective(
-    data: Data, op: str, ranks: int, link: float, source: str, note: str = "", fastest: float | None = None
+    data: Data, op: str, ranks: int, link: float | np.ndarray, source: str, note: str = "", fastest: float | None = None
 ) -> dict[str, Any]:
-    """Column bytes: the payload. link: bytes per second. fastest: the largest efficiency that is possible."""
+    """Column bytes: the payload. link: bytes per second, of all rows or of each.
+
+    fastest: the largest efficiency that is possible.
+    """
 
     def curve(x: np.ndarray) -> CollectiveCurve:
         return _curve(CollectiveCurve, alpha_seconds=float(x[0]) * 1e-6, efficiency=float(x[1]), exponent=float(x[2]))
@@ -282,9 +285,10 @@ def fit_collective(
     def predict(x: np.ndarray) -> np.ndarray:
         return np.asarray(collective_seconds(curve(x), cast(Collective, op), ranks, data.column("bytes"), link))
 
+    slowest = float(np.min(link))
     fastest = fastest or (1.3 if op.endswith("all_reduce") else 1.0)  # NVLS reduces inside the switch
     quickest = float(data.column("seconds").min() * 1e6)
-    start = [quickest, 0.7 if link > 40e9 else 0.2, 0.8]
+    start = [quickest, 0.7 if slowest > 40e9 else 0.2, 0.8]
     x = solve(predict, data, start, [0.5, 0.005, 0.3], [max(200.0, quickest), fastest, 8])
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data, note)}
 

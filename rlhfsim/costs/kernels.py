@@ -345,7 +345,7 @@ def collective_seconds(
     op: Collective,
     ranks: int,
     payload_bytes: Numbers,
-    link_bytes_per_second: float,
+    link_bytes_per_second: Numbers,
     *,
     ideal: bool = False,
 ) -> Numbers:

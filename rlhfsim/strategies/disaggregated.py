@@ -117,8 +117,7 @@ def _place(
             if unknown := [rank for rank in own if rank not in devices.ranks]:
                 raise ValueError(f"ranks.{model} names rank {unknown[0]}; there are ranks 0 to {devices.ranks[-1]}")
             if shared := set(own) & set(ranks.get(f"shadow_{model}", ())):
-                raise ValueError(
-                    f"ranks.{model} and ranks.shadow_{model} share rank {min(shared)}: a model and its copy must be apart"
-                )
+                both = f"ranks.{model} and ranks.shadow_{model}"
+                raise ValueError(f"{both} share rank {min(shared)}: a model and its copy must be apart")
         return {model: tuple(own) for model, own in ranks.items()}
     return divide(devices.ranks, split or {m: SHARES.get(m, 1) for m in models}, devices.replica)
