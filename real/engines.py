@@ -56,7 +56,9 @@ class Engine:
     @contextmanager
     def session(self) -> Iterator[nn.Module]:
         """The module, ready for use on the device."""
-        scope: AbstractContextManager[None] = self.groups.deepspeed(self.ranks) if self.deepspeed else nullcontext()
+        scope: AbstractContextManager[None] = nullcontext()
+        if self.deepspeed:
+            scope = self.groups.deepspeed(self.ranks, sharded=self.sharded)
         with scope:
             if self._resting:
                 self.module.to(self.groups.device)

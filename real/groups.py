@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlhfsim.graph import StageGraph
 from rlhfsim.layout import Holding
@@ -35,7 +36,7 @@ def pack(fields: Fields) -> Tensor:
     parts = []
     for x in fields.values():
         raw = x.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        parts.append(torch.nn.functional.pad(raw, (0, -len(raw) % _ALIGNED)))
+        parts.append(F.pad(raw, (0, -len(raw) % _ALIGNED)))
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
@@ -79,6 +80,7 @@ class Groups:
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(sorted(s)) for s in sets})}
         # DeepSpeed's next parameter and module, apart for each group: unique in a process, alike on a group's ranks.
         self._numbers = {ranks: (k * _NUMBERS, k * _NUMBERS) for k, ranks in enumerate(self._groups, start=1)}
+        self._sharded_linear = F.linear  # what ZeRO-3 computes linear layers by
 
     def of(self, ranks: Iterable[int]) -> dist.ProcessGroup:
         """The group of exactly these ranks; KeyError where none was made."""
@@ -154,8 +156,10 @@ class Groups:
     # -- DeepSpeed ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def deepspeed(self, ranks: Iterable[int]) -> Iterator[None]:
+    def deepspeed(self, ranks: Iterable[int], *, sharded: bool) -> Iterator[None]:
         """Inside, DeepSpeed's world is these ranks, numbered from 0 in ascending order; its collectives are counted.
+
+        sharded: for an engine at ZeRO stage 3.
 
         Enclose everything that DeepSpeed does for an engine: `zero.Init`, `initialize`, forward, backward, `step`,
         `GatheredParameters`. No `mpu` is needed; give `zero.Init` the group by name (`data_parallel_group`), since it
@@ -166,8 +170,10 @@ class Groups:
         `_create_fp16_partitions_with_defragmentation`), and at the first steps broadcasts of the parameter trace from
         world rank 0 (runtime/zero/utils.py, `assert_ints_same_as_other_ranks`). Ranks without the engine would have to
         join in. What is compared there are numbers that each process counts up over all its engines, so they differ
-        between ranks that hold different models. Replaced while the block runs are the backend that all of
-        `deepspeed.comm` goes through, the remembered clone of the world group, and those two counters.
+        between ranks that hold different models. And a ZeRO-3 engine replaces `torch.nn.functional.linear` for good and
+        for all models of the process (partition_parameters.py: "This will persist unless manually reset").
+        Replaced while the block runs are the backend that all of `deepspeed.comm` goes through, the remembered clone of
+        the world group, those two counters, and `linear`.
         """
         import deepspeed.comm.comm as comm
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -179,13 +185,17 @@ class Groups:
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         key = tuple(sorted(ranks))
         modules = inspect.signature(DeepSpeedZeRoOffload._register_deepspeed_module).parameters["count"].default
-        before = comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0]
+        before, linear = (comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0]), F.linear
         comm.cdb, groups._WORLD_GROUP = EngineWorld(comm.cdb, key, self._groups[key], self.meter), self._groups[key]
         Init.param_id, modules[0] = self._numbers[key]
+        F.linear = self._sharded_linear if sharded else linear
         try:
             yield
         finally:
             self._numbers[key] = Init.param_id, modules[0]
+            if sharded:
+                self._sharded_linear = F.linear
+            F.linear = linear
             comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0] = before
 
 

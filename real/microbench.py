@@ -20,7 +20,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -43,10 +42,13 @@ from .groups import Groups
 from .meter import Meter
 
 VERSION = 1
-# Weights take turns, so that they lie in caches or memory as those of a whole model do: of width / 64 layers (as
-# tiny-2x128 to small-8x512, and twice as many as Llama-2-7B) with 12 width^2 parameters each; at most so many bytes.
-WIDTH_PER_LAYER, LAYER_SQUARES, ROTATED_BYTES = 64, 12, 1 << 30
+# Weights and KV caches take turns, so that they lie in caches or memory as those of a whole model do: of width / 64
+# layers (as tiny-2x128 to small-8x512, and twice as many as Llama-2-7B). Between two uses of a weight go 18 width^2
+# numbers a layer: 12 of other matrices, and half as much again of embeddings, KV cache and activations. At most so many
+# bytes.
+WIDTH_PER_LAYER, LAYER_SQUARES, ROTATED_BYTES = 64, 18, 1 << 30
 WINDOW_SECONDS = 100e-6  # calls quicker than this are timed several at a time
+LONGEST_SECONDS = 0.3  # of a call for which a still larger one is measured
 DISCARDED = 2  # passes and steps before those that count
 LOG_SOFTMAX_BYTES, ADAM_BYTES = 14, 28  # as rlhfsim.costs.operators charges for a logit and a parameter
 MEASURED = ("seconds", "low", "high", "repeats")
@@ -93,11 +95,14 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def timed(self, table: str, row: Row, run: Callable[..., object], *args: Any, ranks: tuple[int, ...] = ()) -> None:
-        """One row: `run(*args)`. ranks: those that run it together, equally often; without any, each on its own."""
+    def timed(self, table: str, row: Row, run: Callable[..., object], *args: Any, ranks: tuple[int, ...] = ()) -> float:
+        """One row: `run(*args)`. ranks: those that run it together, equally often; without any, each on its own.
+
+        Returns the seconds of one call, 0 on the ranks that do not make it.
+        """
         dist.barrier()
         if ranks and self.rank not in ranks:
-            return
+            return 0.0
         run(*args)
         start = self.clock()
         run(*args)
@@ -107,11 +112,14 @@ class Bench:
         inner = max(1, min(1000, int(WINDOW_SECONDS / max(once, 1e-7))))
         found = []
         for _ in range(max(5, min(200, int(self.seconds / (once * inner))))):
+            if ranks:  # else one rank runs ahead into the next call, and calls of both are on the wire at once
+                self.groups.meet(ranks)
             start = self.clock()
             for _ in range(inner):
                 run(*args)
             found.append((self.clock() - start) / inner)
         self.add(table, row, found)
+        return once
 
     def add(self, table: str, row: Row, seconds: list[float]) -> None:
         low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)).tolist()
@@ -144,7 +152,7 @@ class Bench:
             model = LAYER_SQUARES * min(n, k) ** 3 // WIDTH_PER_LAYER
             copies = max(1, min(model // (n * k), ROTATED_BYTES // (n * k * self.dtype.itemsize)))
             weights = cycle([self.random(n, k) for _ in range(copies)])
-            row = {"weights_bytes": copies * n * k * self.dtype.itemsize}
+            row = {"weights_bytes": copies * n * k * self.dtype.itemsize * 12 // LAYER_SQUARES}
             for m in tokens:
                 x, dy = self.random(m, k), self.random(m, n)
                 self.timed("gemm", row | {"m": m, "n": n, "k": k}, _in_turn, x, weights)
@@ -171,11 +179,16 @@ class Bench:
                 out, _ = models.attention(module, q, k, v, None)
                 self.timed("prefill_backward", row, torch.autograd.grad, out, (q, k, v), torch.ones_like(out), True)
             for batch, tokens in decode:
+                size = 2 * batch * tokens * kv * d * self.dtype.itemsize
+                between = LAYER_SQUARES * (h * d) ** 3 // WIDTH_PER_LAYER * self.dtype.itemsize
+                layers = max(1, min(-(-between // size), ROTATED_BYTES // size))
+                module.config.num_hidden_layers = layers
                 cache = generate.Cache(module.config, batch, tokens, self.dtype, self.device)
                 cache.decode(torch.full((batch,), tokens - 1, device=self.device), tokens)
                 q, k, v = (self.random(batch, x, 1, d) for x in (h, kv, kv))
+                row, layer = shape | {"batch": batch, "tokens": tokens}, cycle(range(layers))
                 with torch.no_grad():
-                    self.timed("decode", shape | {"batch": batch, "tokens": tokens}, _decode, module, cache, q, k, v)
+                    self.timed("decode", row, _decode, module, cache, layer, q, k, v)
 
     @torch.no_grad()
     def memory(self, widths: list[int], tokens: list[int], vocabulary: int) -> None:
@@ -309,25 +322,43 @@ class Bench:
     # -- links --------------------------------------------------------------------------------------------
 
     def collectives(self, sizes: list[int]) -> None:
-        """`bytes`: a rank's whole buffer. `nodes`: on how many machines the ranks are."""
+        """`bytes`: a rank's whole buffer, as large as the link makes bearable. `nodes`: on how many machines they are.
+
+        op `send`: there and back, two calls.
+        """
         for ranks in self.sets:
-            n, nodes = len(ranks), 1 + (max(ranks) - min(ranks)) // self.per_node
-            for size in sizes:
-                part = torch.zeros(size // 4 // n, device=self.device)
-                whole = torch.zeros(len(part) * n, device=self.device)
-                row = {"ranks": n, "nodes": nodes, "bytes": whole.nbytes}
-                for op, run, args in (
-                    ("all_gather", dist.all_gather_into_tensor, (whole, part)),
-                    ("reduce_scatter", dist.reduce_scatter_tensor, (part, whole)),
-                    ("all_reduce", dist.all_reduce, (whole,)),
-                    ("broadcast", dist.broadcast, (whole, ranks[0])),
-                ):
-                    run = partial(run, group=self.groups.of(ranks))
-                    self.timed("collectives", row | {"op": op}, run, *args, ranks=ranks)
-                if n == 2:
-                    self.timed(
-                        "collectives", row | {"op": "send", "calls": 2}, self._there_and_back, whole, ranks, ranks=ranks
+            nodes = 1 + (max(ranks) - min(ranks)) // self.per_node
+            for op in (
+                "all_gather",
+                "reduce_scatter",
+                "all_reduce",
+                "broadcast",
+                *(["send"] if len(ranks) == 2 else []),
+            ):
+                for size in sizes:
+                    part = torch.zeros(size // 4 // len(ranks), device=self.device)
+                    whole = torch.zeros(len(part) * len(ranks), device=self.device)
+                    row = {"ranks": len(ranks), "nodes": nodes, "bytes": whole.nbytes, "op": op}
+                    row |= {"calls": 2} if op == "send" else {}
+                    once = torch.tensor(
+                        self.timed("collectives", row, self._collective, op, whole, part, ranks, ranks=ranks)
                     )
+                    dist.all_reduce(once, dist.ReduceOp.MAX)
+                    if once > LONGEST_SECONDS:
+                        break
+
+    def _collective(self, op: str, whole: Tensor, part: Tensor, ranks: tuple[int, ...]) -> None:
+        group = self.groups.of(ranks)
+        if op == "all_gather":
+            dist.all_gather_into_tensor(whole, part, group=group)
+        elif op == "reduce_scatter":
+            dist.reduce_scatter_tensor(part, whole, group=group)
+        elif op == "all_reduce":
+            dist.all_reduce(whole, group=group)
+        elif op == "broadcast":
+            dist.broadcast(whole, ranks[0], group=group)
+        else:
+            self._there_and_back(whole, ranks)
 
     def _there_and_back(self, whole: Tensor, ranks: tuple[int, ...]) -> None:
         first = self.rank == ranks[0]
@@ -358,8 +389,8 @@ def _gradient(dy: Tensor, x: Tensor, gradients: Iterator[Tensor]) -> Tensor:
     return torch.matmul(dy.t(), x, out=next(gradients))
 
 
-def _decode(module: nn.Module, cache: generate.Cache, q: Tensor, k: Tensor, v: Tensor) -> object:
-    return models.attention(module, q, *cache.update(k, v, 0), None)
+def _decode(module: nn.Module, cache: generate.Cache, layer: Iterator[int], q: Tensor, k: Tensor, v: Tensor) -> object:
+    return models.attention(module, q, *cache.update(k, v, next(layer)), None)
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -379,18 +410,19 @@ def _numbers(shape: ModelSpec) -> dict[str, Any]:
 
 def measure(bench: Bench, links_only: bool = False) -> None:
     cuda, quick = bench.device.type == "cuda", bench.quick
-    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26))])
+    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26, 27))])
     if links_only:
         return
     widths = [128, 256] if quick else [1024, 2048, 4096] if cuda else [128, 256, 512]
-    tokens = [1, 8, 64, 256, 1024, 4096, 16384] if cuda else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    tokens = [2, 8, 64, 256, 1024, 4096, 16384] if cuda else [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     tokens = [8, 64, 256] if quick else tokens
     shapes = [(n, k) for w in widths for n, k in ((3 * w, w), (w, w), (11 * w // 4, w), (w, 11 * w // 4))]
     bench.gemm(shapes[::2] if quick else [*shapes, (1024, widths[0]), (1024, widths[-1])], tokens)
     heads = [(4, 4, 32)] if quick else [(16, 16, 128), (32, 8, 128)] if cuda else [(4, 4, 32), (4, 4, 64), (8, 8, 64)]
     longer = 16 if cuda else 1
     batches = [(1, 16), (4, 32)] if quick else [(b, t * longer) for b in (1, 4, 16) for t in (16, 64, 128, 256)]
-    bench.attention(heads, batches, batches if quick else [*batches, (2, 64), (8, 64), (32, 64)])
+    decoding = [(b, t * longer) for b in (1, 2, 4, 8, 16, 32) for t in (64, 128, 256)]
+    bench.attention(heads, batches, batches if quick else decoding)
     bench.memory(widths, tokens[:2] if quick else tokens[1::2], 1024)
     bench.optimizer([10**4, 10**6] if quick else [10**4, 10**5, 10**6, 4 * 10**6, 16 * 10**6])
     bench.copies([1 << 20] if quick else [1 << 16, 1 << 20, 1 << 24, 1 << 26])
@@ -401,7 +433,7 @@ def measure(bench: Bench, links_only: bool = False) -> None:
         bench.passes(shape, [(2, 16)] if quick else [(1, 32), (4, 64), (4, 128)], "torch", 0)
         for stage in (0, 3) if quick else (0, 1, 2, 3):
             bench.passes(shape, [(2, 16)] if quick else [(4, 64)], "deepspeed", stage)
-        bench.decode_steps(shape, [2, 4] if quick else [1, 4, 16, 32], 16 if quick else 64, 6 if quick else 32)
+        bench.decode_steps(shape, [2, 4] if quick else [2, 4, 8, 16, 32], 16 if quick else 64, 6 if quick else 32)
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

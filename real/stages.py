@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhfsim.batch import per_replica, samples_of
+from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.errors import InputError
 from rlhfsim.graph import Firing, Stage, StageGraph
 from rlhfsim.layout import Holding, algorithm_of
 from rlhfsim.spec.lengths import draw_lengths
 from rlhfsim.spec.loader import length_dir
-from rlhfsim.spec.scenario import ROLES, ModelUse, Scenario
+from rlhfsim.spec.scenario import ModelUse, Scenario
 
 from . import generate, models, ppo
 from .engines import Engine, WholeCopy
@@ -42,7 +42,7 @@ def check(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
-    for role in ROLES:
+    for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
         if (split := use.ranks_per_replica) > 1:
             message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
@@ -84,7 +84,8 @@ class Stages:
         self.rank, self.groups, self.store = rank, groups, store
         self.algorithm, self.steps = scenario.algorithm, algorithm_of(scenario)
         self.samples, self.seed = scenario.workload.samples, scenario.simulation.seed
-        self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks and self._runs(n)}
+        self.together = kept_together(graph, self.samples, scenario.workload.responses_per_prompt)
+        self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks}
         self._whole: dict[str, WholeCopy] = {}
         self._lengths = cache(lambda iteration: draw_lengths(scenario.workload, self.seed, iteration, length_dir()))
         self._kinds: dict[str, Callable[[Firing, Stage], dict[int, Fields] | None]] = {
@@ -108,9 +109,6 @@ class Stages:
 
     # -- models -------------------------------------------------------------------------------------------
 
-    def _runs(self, name: str) -> bool:
-        return not (name == "reward" and self.algorithm.reward == "function")
-
     def _heads(self, name: str) -> dict[str, bool]:
         actor = name.removeprefix("shadow_") in ("actor", "reference")
         return {"lm": actor, "value": not actor or (name == "actor" and self.scenario.models.share_actor_critic)}
@@ -124,19 +122,19 @@ class Stages:
 
     def _shares(self, f: Firing, stage: Stage, samples: int) -> list[list[int]]:
         """The samples of each rank of the place."""
-        return [share.tolist() for share in per_replica(samples_of(self.graph, f, samples), stage.size)]
-
-    def _lane(self, lane: int) -> range:
-        return range(lane * self.samples // self.graph.lanes, (lane + 1) * self.samples // self.graph.lanes)
+        ids = samples_of(self.graph, f, samples, together=self.together)
+        return [share.tolist() for share in per_replica(ids, stage.size)]
 
     def _of_lane(self, f: Firing, lane: int) -> list[int]:
         """The samples of a firing that lie in a lane."""
-        return [s for s in samples_of(self.graph, f, self.samples).tolist() if s in self._lane(lane)]
+        alone = range(lane, lane + 1)
+        found: list[int] = samples_of(self.graph, f, self.samples, together=self.together, lanes=alone).tolist()
+        return found
 
     def _at_home(self, f: Firing, stage: Stage) -> bool:
         """Whether every rank's share lies on it."""
         shares = self._shares(f, stage, self.samples)
-        homes = {s: stage.home(lane, f.place) for lane in stage.lanes_of(f.place) for s in self._lane(lane)}
+        homes = {s: stage.home(lane, f.place) for lane in stage.lanes_of(f.place) for s in self._of_lane(f, lane)}
         return all(homes[s] == rank for rank, own in zip(stage.ranks_of(f.place), shares, strict=True) for s in own)
 
     def _mine(self, f: Firing, stage: Stage) -> Numbered:
@@ -253,7 +251,7 @@ class Stages:
     def _score(self, f: Firing, stage: Stage) -> dict[int, Fields]:
         fields: Sequence[str] = self.steps.step(base_name(stage.name)).fields
         samples = dict(self._mine(f, stage))
-        if self._runs(stage.model):
+        if stage.model in self.holdings:
             results = self._judged(f, stage, samples, fields)
         else:
             results = {s: {"score": ppo.share_of_even_tokens(sample)} for s, sample in samples.items()}

@@ -1,11 +1,13 @@
 """Which samples a firing handles: the batch of an iteration cut in lanes and chunks.
 
-A chunk is a quantity and a lane a share: sample ids are dealt to lanes first, so that a lane's data stay where they are
-however many chunks a stage uses.
+Both are known by a sample's number. A chunk is a range of numbers, so that a mini-batch holds the same samples wherever
+models are placed. Lanes take turns (prompt by prompt, where that is even): a lane's data stay where they are however
+many chunks a stage uses, and every chunk has its share of each lane.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,16 +16,36 @@ from .firing import Firing
 from .graph import Stage, StageGraph
 
 
-def samples_of(graph: StageGraph, f: Firing, samples: int) -> np.ndarray:
-    """Ids (0 to samples-1) of the samples that firing f handles, lane by lane."""
+def samples_of(
+    graph: StageGraph, f: Firing, samples: int, *, together: int = 1, lanes: range | None = None
+) -> np.ndarray:
+    """Numbers (0 to samples-1) of the samples that firing f handles, lane by lane.
+
+    together: samples in a row that share a lane (see `kept_together`). lanes: only the samples of these.
+    """
     stage = graph.at(f.stage)
-    chunk = f.chunk % stage.chunks
-    lanes = np.arange(stage.lanes_of(f.place).start, stage.lanes_of(f.place).stop)
-    start = lanes * samples // graph.lanes
-    size = (lanes + 1) * samples // graph.lanes - start
-    low = start + chunk * size // stage.chunks
-    high = start + (chunk + 1) * size // stage.chunks
-    return np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)]) if len(lanes) else np.arange(0)
+    chunk, lanes = f.chunk % stage.chunks, stage.lanes_of(f.place) if lanes is None else lanes
+    low, high = chunk * samples // stage.chunks, (chunk + 1) * samples // stage.chunks
+    first, turns = low // together, -(-high // together)  # a turn gives one lane `together` samples
+    of_lane = first + (_turns(graph.lanes)[lanes.start : lanes.stop] - first) % graph.lanes
+    turn = of_lane[:, None] + np.arange(0, turns - first, graph.lanes)
+    found = (turn[..., None] * together + np.arange(together)).ravel()
+    return found[(low <= found) & (found < high)]
+
+
+@lru_cache
+def _turns(lanes: int) -> np.ndarray:
+    """When each lane has its turn: neighbours far apart, as in van der Corput's sequence, so that samples that are too
+    few for a round still spread evenly over places of many lanes."""
+    bits = (lanes - 1).bit_length()
+    order = sorted(range(lanes), key=lambda lane: int(f"{lane:0{bits}b}"[::-1], 2))
+    return np.argsort(order)
+
+
+def kept_together(graph: StageGraph, samples: int, responses_per_prompt: int) -> int:
+    """Samples in a row that share a lane: a prompt's responses, where lanes and chunks are whole numbers of prompts."""
+    whole = all(samples % (graph.lanes * s.chunks * responses_per_prompt) == 0 for s in graph.stages())
+    return responses_per_prompt if whole else 1
 
 
 def per_replica(ids: np.ndarray, replicas: int) -> list[np.ndarray]:

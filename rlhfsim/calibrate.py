@@ -28,13 +28,13 @@ from .errors import InputError
 from .fitting import (
     Data,
     errors,
-    fit_collective,
     fit_decode,
     fit_gemm,
     fit_memory,
     fit_prefill,
     fit_prefill_backward,
     fit_weight_gradient,
+    measured_collective,
     number,
     split,
     write_kernels,
@@ -203,6 +203,8 @@ def calibrate(bench_paths: Sequence[str | Path], runs: Sequence[tuple[str, str]]
         timeline.read(recorded)  # complains before any work is done
         fitted_on[Path(recorded).name] = digest(Path(recorded))
     kernels, link, nic = _kernels(name, benches, tables)
+    if any(bench.machine.get("device") == "cpu" for bench in benches.values()):
+        kernels = _as_in_models(kernels, _cluster(name, benches, tables, kernels, link, nic, []), tables, link)
     cluster = _cluster(name, benches, tables, kernels, link, nic, list(fitted_on.values()))
     fits = {
         curve: fit.model_dump(exclude={"source", "measured", "note"})
@@ -284,6 +286,33 @@ def _kernels(name: str, benches: Mapping[str, Bench], tables: Tables) -> tuple[d
     return record, link, nic
 
 
+IN_MODEL_FITS = ("passes.forward", "passes.backward", "decode_step")
+# A product's share of the bandwidth in a model over that alone; see `_as_in_models`.
+IN_MODEL = tuple(number(0.5 + 0.05 * step) for step in range(11))
+
+
+def _as_in_models(kernels: dict[str, Any], cluster: dict[str, Any], tables: Tables, link: float) -> dict[str, Any]:
+    """The curves with the GEMM bandwidth under which passes and decode steps of the benches fit best.
+
+    On a CPU all that streams by in a model (other weights, activations, the interpreter) competes for the caches, and a
+    product reads its weights slower than alone.
+    """
+
+    def scaled(share: float) -> dict[str, Any]:
+        gemm = {
+            p: curve | {"memory_efficiency": number(share * curve["memory_efficiency"])}
+            for p, curve in kernels["gemm"].items()
+        }
+        return kernels | {"gemm": gemm}
+
+    def misfit(share: float) -> float:
+        host = _Host(scaled(share), cluster, tables, link)
+        host.overheads()
+        return float(sum(host.fits.get(n, {}).get("mean_error", 0.0) for n in IN_MODEL_FITS))
+
+    return scaled(min(IN_MODEL, key=misfit))
+
+
 def _collectives(rows: list[Row]) -> tuple[dict[str, dict[int, dict[str, Any]]], float]:
     """Curves by operation and ranks, and the fastest link's rate.
 
@@ -297,7 +326,7 @@ def _collectives(rows: list[Row]) -> tuple[dict[str, dict[int, dict[str, Any]]],
     curves: dict[str, dict[int, dict[str, Any]]] = {}
     for op, ranks in dict.fromkeys((r["op"], int(r["ranks"])) for r in rows):
         data = _data(_of(rows, op=op, ranks=ranks), ["link", "bytes"], ["link", "bytes"])
-        curves.setdefault(op, {})[ranks] = fit_collective(data, op, ranks, data.column("link"), "bench", fastest=1.5)
+        curves.setdefault(op, {})[ranks] = measured_collective(data, op, ranks, data.column("link"), "bench")
     return curves, max(r["link"] for r in rows)
 
 
@@ -350,10 +379,10 @@ class _Host:
         found: dict[str, Any] = {}
         for stage in sorted({int(r["zero_stage"]) for r in self.engines}):
             own = [r for r in _of(self.engines, zero_stage=stage) if r["phase"] in ("step", "gather") or self._base(r)]
-            for phase in ("forward", "backward", "step", "gather"):
+            for phase in ("forward", "first_forward", "backward", "step", "gather"):
                 rows = _of(own, phase=phase)
-                if phase == "forward" and stage == 3:  # passes without a backward have the engine's hooks too
-                    rows += _of(own, phase="score_again")
+                if stage == 3:  # passes without a backward have the engine's hooks too
+                    rows += _of(own, phase={"forward": "score_again", "first_forward": "score"}.get(phase, ""))
                 if not rows:
                     continue
                 terms = np.array([[1.0, self._shape(r).layers, parameters(self._shape(r), "lm")] for r in rows])
@@ -412,9 +441,8 @@ class _Host:
     def _engine(self, row: Row) -> float:
         """What the engine's phase takes without DeepSpeed's own host time; an update is Adam on this rank's share."""
         moved, stage = row["collectives"], int(row["zero_stage"])
-        if row["phase"] == "gather":  # layer by layer, as costs.generation has it
-            sizes = sum(size for _, size in moved.values())
-            return self._moving(row, {"all_gather": [self._shape(row).layers, sizes]}) if sizes else 0.0
+        if row["phase"] == "gather":
+            return self._moving(row, moved)
         if row["phase"] != "step":
             return float((self._base(row) or row)["seconds"]) + self._moving(row, moved)
         whole = {op: calls for op, calls in moved.items() if op == "all_gather" and stage in (1, 2)}
@@ -606,7 +634,7 @@ def _predicted(scenario: str, cluster: Path) -> tuple[dict[str, float], float]:
     own = load_scenario(scenario).cluster
     calibrated: dict[str, Any] = {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}
     if own.nodes > 1:
-        calibrated["network"] = {"nic_bytes_per_second": own.network.nic_bytes_per_second}
+        calibrated["network"] = {"nic_bytes_per_second": own.network.nic_bytes_per_second.value}
     run = simulate(prepare(load_scenario(scenario, {"cluster": calibrated})))
     return metrics.stage_seconds(run), metrics.step_seconds(run)
 

@@ -82,6 +82,8 @@ def devices_of(scenario: Scenario) -> Devices:
     cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
     owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
     together = {stage: use.ranks_per_replica for stage, use in owners.items() if use.zero_stage < 3}
+    if "reward" not in scenario.roles:  # every rank computes the function for its own samples
+        together["reward"] = 1
     own_engine = generation.engine == "engine"
     if own_engine or (generation.engine == "hybrid" and models.actor.zero_stage < 3):
         together["gen"] = generation.tensor_parallel
@@ -91,7 +93,7 @@ def devices_of(scenario: Scenario) -> Devices:
         "critic": models.critic.ranks_per_replica,
         "shadow_critic": models.critic.ranks_per_replica,
         "reference": models.reference.ranks_per_replica,
-        "reward": models.reward.ranks_per_replica,
+        "reward": together.get("reward", 1),
     }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
 
@@ -192,7 +194,7 @@ def _with_slots(
 
 
 def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
-    """Every copy of a model that the graph uses, by name (`actor`, `shadow_actor`, ...).
+    """Every copy of a model that the graph uses, by name (`actor`, `shadow_actor`, ...); of a function there is none.
 
     Raises InputError where ranks that work together are no whole number of replicas.
     """
@@ -202,6 +204,8 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         if stage.kind in IDLE_KINDS or stage.model in found:
             continue
         role = stage.model.removeprefix("shadow_")
+        if role not in scenario.roles:
+            continue
         use: ModelUse = getattr(models, role)
         purpose: Purpose = "train" if stage.model in training else "frozen"
         if stage.model == "shadow_actor":
@@ -222,7 +226,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         )
         found[stage.model] = Holding(stage.model, use, purpose, ranks)
     for stage in graph.stages():
-        if stage.kind not in IDLE_KINDS:
+        if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
     return found
 
@@ -243,6 +247,22 @@ def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, H
             f"generation.engine zero3_per_token: with models.actor.zero_stage {scenario.models.actor.zero_stage} every "
             "rank has whole weights and nothing is gathered while generating"
         )
+    return notes + _reward_notes(scenario, graph)
+
+
+def _reward_notes(scenario: Scenario, graph: StageGraph) -> list[str]:
+    chosen = scenario.algorithm
+    if chosen.reward == "model":
+        unused = chosen.reward_function_seconds or chosen.reward_function_workers
+        return ["algorithm.reward model: the settings of a reward function are not used"] if unused else []
+    notes = [
+        "algorithm.reward function: no reward model is held or run, whatever models.reward says; the function takes "
+        f"algorithm.reward_function_seconds {chosen.reward_function_seconds:g} s a sample"
+    ]
+    judges = {r for s in graph.stages() if s.model == "reward" for r in s.ranks}
+    others = {r for s in graph.stages() if s.model != "reward" for r in s.ranks}
+    if idle := judges - others:
+        notes.append(f"strategy.ranks: rank {rank_text(sorted(idle))} only has the reward function; its GPU idles")
     return notes
 
 
@@ -253,7 +273,7 @@ def _tensor_groups(
     for stage in graph.stages():
         if stage.kind == "generate":
             yield "generation.tensor_parallel", scenario.generation.tensor_parallel, stage.ranks
-        elif stage.kind not in IDLE_KINDS:
+        elif stage.kind not in IDLE_KINDS and stage.model in holdings:
             role = stage.model.removeprefix("shadow_")
             yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
 

@@ -18,8 +18,9 @@ from scenarios import scenario
 
 from rlhfsim.algorithms import ppo
 from rlhfsim.firing import Firing
-from rlhfsim.graph import ANY_PLACE, StageGraph
+from rlhfsim.graph import StageGraph
 from rlhfsim.layout import graph_of
+from rlhfsim.order import violations
 from rlhfsim.schedule import check
 from rlhfsim.strategies import Devices, colocated, disaggregated, interleaved
 from rlhfsim.timeline import Timeline, read
@@ -85,28 +86,6 @@ def performed(
     return spans.timeline(graph, spans.read(folder, 8), 8, iterations), seen
 
 
-def unmet(graph: StageGraph, timeline: Timeline) -> list[str]:
-    """Every span that starts before something that it needs has ended; what is missing altogether, too.
-
-    Chunks of a stage of spread "first" are numbered as they end. A span may wait for its data within itself.
-    """
-    ends, wrong = {}, []
-    for stage in graph.stages():
-        found = timeline.of(stage=stage.name)
-        if stage.spread == "first":
-            for number, span in enumerate(sorted(found, key=lambda s: s.end_seconds)):
-                ends[Firing(number // stage.firings, stage.name, number % stage.firings, ANY_PLACE)] = span.end_seconds
-        else:
-            ends |= {s.firing: s.end_seconds for s in found}
-    error = timeline.info.get("clock_error_seconds", 0.0)
-    for span in timeline.spans:
-        f = span.firing._replace(place=ANY_PLACE) if graph.at(span.firing.stage).spread == "first" else span.firing
-        for need in graph.needs(f):
-            if need not in ends or ends[need] > span.start_seconds + error + 1e-9:
-                wrong.append(f"{span.firing} at {span.start_seconds} needs {need}, which ends at {ends.get(need)}")
-    return wrong
-
-
 def orders(timeline: Timeline) -> dict[int, list[Firing]]:
     """What each rank does, in order."""
     found = defaultdict(list)
@@ -125,7 +104,7 @@ def test_real_ranks_do_what_the_simulator_says(ranks: Ranks, tmp_path: Path, nam
     timeline, seen = performed(ranks, graph, tmp_path)
     simulated = simulate(graph, lambda f: 1.0, 3)
     check_timeline(timeline)
-    assert unmet(graph, simulated) == unmet(graph, timeline) == []
+    assert violations(graph, simulated) == violations(graph, timeline) == []
     assert Counter(s.firing for s in timeline.spans) == Counter(s.firing for s in simulated.spans)
     assert orders(timeline) == orders(simulated)
     for rank, found in enumerate(seen):
@@ -152,7 +131,7 @@ def test_the_first_free_replica_takes_the_next_batch(ranks: Ranks, tmp_path: Pat
     graph = check(FIRST)
     timeline, seen = performed(ranks, graph, tmp_path, Sleeps(0.001, gen_by_place={0: 0.08, 1: 0.01}))
     check_timeline(timeline)
-    assert unmet(graph, timeline) == []
+    assert violations(graph, timeline) == []
     turns = Counter(s.firing.place for s in timeline.of(stage="gen"))
     assert turns.total() == 18 and turns[1] >= 2 * turns[0]
     offered = Counter((f.iteration, f.chunk) for f in (s.firing for s in timeline.of(stage="gen")))
@@ -172,7 +151,7 @@ def test_a_full_channel_holds_the_producer_back(ranks: Ranks, tmp_path: Path) ->
         graph = check(disaggregated.build(ppo.build(), EIGHT, batches=6, capacity=capacity))
         (folder := tmp_path / str(capacity)).mkdir()
         timeline, _ = performed(ranks, graph, folder, Sleeps(0.001, {"ref": 0.06}), iterations=1)
-        assert unmet(graph, timeline) == []
+        assert violations(graph, timeline) == []
         second = next(s for s in timeline.of(stage="ref") if s.firing.chunk == 1)
         ahead[capacity] = sum(s.end_seconds < second.start_seconds for s in timeline.of(stage="gen"))
     assert ahead[6] == 6 and ahead[1] <= 3  # one in work, one on the channel, one that could not be handed over
@@ -184,10 +163,10 @@ def test_a_missing_edge_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
     broken = disaggregated.build(ppo.build(), EIGHT, batches=2)
     broken.remove_edge("reward", "update_actor")
     timeline, _ = performed(ranks, broken, tmp_path, Sleeps(0.001, {"reward": 0.05}))
-    assert unmet(broken, timeline) == []
+    assert violations(broken, timeline) == []
     assert any(
-        "stage='update_actor'" in text and "needs Firing(iteration=0, stage='reward'" in text
-        for text in unmet(whole, timeline)
+        text.startswith("update_actor") and "before the end of reward (iteration 0" in text
+        for text in violations(whole, timeline)
     )
 
 
@@ -360,6 +339,7 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
     from real.meter import Meter
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    linear = torch.nn.functional.linear
     groups, engines, sums = Groups(rank, DOMAINS, Meter()), {}, {}
     for stage in range(4):
         for domain in DOMAINS:
@@ -371,7 +351,7 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
                 "gradient_clipping": 1.0,
                 "zero_allow_untested_optimizer": True,
             }
-            with groups.deepspeed(domain):
+            with groups.deepspeed(domain, sharded=stage == 3):
                 partitioned = deepspeed.zero.Init(
                     data_parallel_group=groups.of(domain), config_dict_or_path=config, enabled=stage == 3
                 )
@@ -382,13 +362,14 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
                 engines[stage, domain] = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     for step in range(3):
         for (stage, domain), engine in engines.items():
-            with groups.deepspeed(domain):
+            with groups.deepspeed(domain, sharded=stage == 3):
                 data = torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + domain.index(rank)))
                 engine.backward(engine(data).pow(2).mean())
                 engine.step()
                 with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
                     sums[stage, domain] = sum(float(p.double().abs().sum()) for p in engine.module.parameters())
     assert (groups.meter.end().collective_bytes > 0) == any(len(d) > 1 for _, d in engines)
+    assert torch.nn.functional.linear is linear, "what ZeRO-3 replaces stays in its engines' sessions"
     return sums
 
 

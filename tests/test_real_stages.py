@@ -31,7 +31,6 @@ from reference_ppo import Reference
 from scenarios import scenario
 
 from real import executor, generate, groups, meter, models, ppo, stages
-from rlhfsim.batch import samples_of
 from rlhfsim.errors import InputError
 from rlhfsim.firing import Firing
 from rlhfsim.layout import graph_of, holdings_of
@@ -174,11 +173,10 @@ def expected(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
 
 
 def mini_batches(found: Scenario) -> list[list[int]]:
-    """By the graph: the samples of each optimizer step."""
-    graph, _ = graph_of(found)
-    stage = graph.at("update_actor")
-    firings = [Firing(0, stage.name, chunk, 0) for chunk in range(stage.firings)]
-    return [samples_of(graph, f, found.workload.samples).tolist() for f in firings]
+    """The samples of each optimizer step, by their numbers and nothing else."""
+    samples, chosen = found.workload.samples, found.algorithm
+    cuts = [k * samples // chosen.minibatches for k in range(chosen.minibatches + 1)]
+    return [list(range(a, b)) for a, b in pairwise(cuts)] * chosen.epochs
 
 
 def weights_of(reference: Reference) -> dict[str, dict[str, Any]]:
@@ -216,6 +214,14 @@ def test_what_is_needed_has_ended(results: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_variants_train_to_their_reference(results: dict[str, Any], name: str) -> None:
     assert difference(results[name]["weights"], OTHERS[name]["changes"]) < TOLERANCE
+
+
+def test_mini_batches_train_to_the_same_weights_with_any_number_of_lanes(results: dict[str, Any]) -> None:
+    """Four lanes, or one lane whose batches are smaller than a mini-batch: each optimizer step has its samples."""
+    names = [name for name in OTHERS if name.startswith("two_minibatches")]
+    assert {graph_of(made(OTHERS[name]["changes"]))[0].lanes for name in names} == {1, 4}
+    for name in names:
+        assert difference(results[name]["weights"], BASE | {"algorithm.minibatches": 2}) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
+from functools import cached_property
+from math import ceil
 from typing import Any
 
 import numpy as np
 
-from rlhfsim.batch import per_replica, samples_of
+from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
@@ -54,6 +58,7 @@ class CostModel:
         self._steps: dict[str, StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
         workload = scenario.workload
+        self._together = kept_together(fold.original, workload.samples, workload.responses_per_prompt)
         self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
 
     def program(self, f: Firing) -> list[Segment]:
@@ -68,8 +73,9 @@ class CostModel:
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
         prompts, responses = self._samples(first)
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes())
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses))
+        updated = f.chunk == 0 and f.stage in self._after_update
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), updated)
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses, updated))
 
     def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response tokens of a firing; validation has prompts of its own, as long as the others."""
@@ -77,7 +83,7 @@ class CostModel:
         if f.stage == "testing":
             count = self.scenario.periodic.validation_prompts
             prompts, responses = np.resize(prompts, count), np.resize(responses, count)
-        ids = samples_of(self.fold.original, f, len(prompts))
+        ids = samples_of(self.fold.original, f, len(prompts), together=self._together)
         return prompts[ids], responses[ids]
 
     def message(self, messages: list[Message]) -> Transfer | None:
@@ -116,15 +122,31 @@ class CostModel:
             self._programs[key] = make()
         return self._programs[key]
 
-    def _work(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
+    @cached_property
+    def _after_update(self) -> set[str]:
+        """Stages that are the first in an iteration to pass through a model that trains."""
+        first: dict[str, Stage] = {}
+        for stage in self.fold.original.stages():
+            passes = stage.kind == "score" or (
+                stage.kind == "generate" and self.scenario.generation.engine == "zero3_per_token"
+            )
+            if passes and stage.model in self.holdings and self.holdings[stage.model].purpose == "train":
+                first.setdefault(stage.model, stage)
+        return {stage.name for stage in first.values() if stage.kind == "score"}
+
+    def _work(
+        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, updated: bool
+    ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
             segments = self._generate(stage, places, prompts, responses)
+        elif stage.model not in self.holdings:
+            segments = self._reward_function(stage, len(prompts))
         else:
             tokens = prompts + responses
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
-            segments = self._pass(stage, ranks, tokens)
+            segments = self._pass(stage, ranks, tokens, updated)
         controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
         controller += firing_program(self.operators)
         if not self.scenario.cluster.gpu.overlaps_communication:
@@ -153,15 +175,26 @@ class CostModel:
         *others, last = result.segments
         return [*others, replace(last, counts=generation_counts(result.stats, len(places)))]
 
-    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
+    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, updated: bool) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
         shares = per_replica(tokens, layout.replicas)
         if stage.kind == "score":
-            return score_program(use, shares, layout, self.operators, head=head)
+            return score_program(use, shares, layout, self.operators, head=head, updated=updated)
         node = self.scenario.cluster.node
         host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         return train_program(use, shares, layout, self.operators, head=head, host=host)
+
+    def _reward_function(self, stage: Stage, samples: int) -> list[Segment]:
+        """The host's time for the samples of one place, in rounds of one a process.
+
+        A node's processes are shared by all ranks of the stage there, equally; the node with the most ranks is slowest.
+        """
+        chosen, per_node = self.scenario.algorithm, self.scenario.cluster.node.gpus_per_node
+        ranks = max(Counter(rank // per_node for rank in stage.ranks).values())
+        rounds = ceil(Fraction(samples * ranks, stage.size * (chosen.reward_function_workers or ranks)))
+        seconds = rounds * chosen.reward_function_seconds
+        return [Segment("reward function", np.full((1, 1), seconds), bound={"host": seconds})] if seconds else []
 
     def _sync(self, stage: Stage) -> list[Segment]:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
