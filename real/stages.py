@@ -42,6 +42,15 @@ def check(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    if (algorithm := scenario.algorithm.name) != "ppo":
+        raise InputError(f"is {algorithm!r}; real runs have no other algorithm yet (allowed: ppo)", field="algorithm.name")
+    if (origin := scenario.algorithm.old_log_prob) != "always":
+        raise InputError(f"is {origin!r}; real runs make that pass (allowed: always)", field="algorithm.old_log_prob")
+    if "reference" not in scenario.roles:
+        raise InputError("leaves out the reference, which real runs need", field="algorithm.reference")
+    if (reward := scenario.algorithm.reward) not in ("model", "function"):
+        message = f"is {reward!r}; real runs have no service for it (allowed: model, function)"
+        raise InputError(message, field="algorithm.reward")
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
         if (split := use.ranks_per_replica) > 1:

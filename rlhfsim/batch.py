@@ -7,6 +7,7 @@ many chunks a stage uses, and every chunk has its share of each lane.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -42,10 +43,28 @@ def _turns(lanes: int) -> np.ndarray:
     return np.argsort(order)
 
 
-def kept_together(graph: StageGraph, samples: int, responses_per_prompt: int) -> int:
-    """Samples in a row that share a lane: a prompt's responses, where lanes and chunks are whole numbers of prompts."""
-    whole = all(samples % (graph.lanes * s.chunks * responses_per_prompt) == 0 for s in graph.stages())
+def kept_together(
+    graph: StageGraph, samples: int, responses_per_prompt: int, stages: Iterable[Stage] | None = None
+) -> int:
+    """Samples in a row that share a lane: a prompt's responses, where lanes and chunks are whole numbers of prompts.
+
+    stages: those through which these samples pass (default: all).
+    """
+    passed = graph.stages() if stages is None else stages
+    whole = all(samples % (graph.lanes * s.chunks * responses_per_prompt) == 0 for s in passed)
     return responses_per_prompt if whole else 1
+
+
+def first_kept(kept: np.ndarray, prompts: int, gen_prompts: int, responses_per_prompt: int) -> tuple[int, np.ndarray]:
+    """(rounds that it takes until so many prompts are kept, numbers of the samples that fill the batch).
+
+    kept: of every prompt that may be generated, round by round. Raises ValueError where they are too few.
+    """
+    found = np.flatnonzero(kept)[:prompts]
+    if len(found) < prompts:
+        raise ValueError(f"{len(found)} of {len(kept)} prompts are kept")
+    samples = found[:, None] * responses_per_prompt + np.arange(responses_per_prompt)
+    return int(found[-1]) // gen_prompts + 1, samples.ravel()
 
 
 def per_replica(ids: np.ndarray, replicas: int) -> list[np.ndarray]:

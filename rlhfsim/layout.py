@@ -69,12 +69,9 @@ def _module(package: str, name: str, field: str) -> ModuleType:
 
 
 def algorithm_of(scenario: Scenario) -> Algorithm:
-    choice = scenario.algorithm
-    module = _module("rlhfsim.algorithms", choice.name, "algorithm.name")
-    algorithm: Algorithm = module.build(
-        epochs=choice.epochs, minibatches=choice.minibatches, share_actor_critic=scenario.models.share_actor_critic
-    )
-    return algorithm
+    """The stages of the scenario's algorithm. Raises InputError for an unknown one and for impossible settings."""
+    _module("rlhfsim.algorithms", scenario.algorithm.name, "algorithm.name")
+    return scenario.steps
 
 
 def devices_of(scenario: Scenario) -> Devices:
@@ -82,8 +79,10 @@ def devices_of(scenario: Scenario) -> Devices:
     cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
     owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
     together = {stage: use.ranks_per_replica for stage, use in owners.items() if use.zero_stage < 3}
-    if "reward" not in scenario.roles:  # every rank computes the function for its own samples
+    if scenario.algorithm.reward == "function":  # every rank computes it for its own samples
         together["reward"] = 1
+    elif scenario.algorithm.queued:  # one queue for all
+        together.pop("reward", None)
     own_engine = generation.engine == "engine"
     if own_engine or (generation.engine == "hybrid" and models.actor.zero_stage < 3):
         together["gen"] = generation.tensor_parallel
@@ -93,7 +92,7 @@ def devices_of(scenario: Scenario) -> Devices:
         "critic": models.critic.ranks_per_replica,
         "shadow_critic": models.critic.ranks_per_replica,
         "reference": models.reference.ranks_per_replica,
-        "reward": together.get("reward", 1),
+        "reward": models.reward.ranks_per_replica if "reward" in scenario.roles else 1,
     }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
 
@@ -109,7 +108,8 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     notes: list[str] = []
     devices = devices_of(scenario)
     if (slots := options.pop("slots", None)) is not None:
-        options, notes = _with_slots(name, slots, options, devices)
+        judges = [m for m in ("reference", "reward") if m in algorithm_of(scenario).models]
+        options, notes = _with_slots(name, slots, options, devices, judges)
     allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
     for option in options:
         if option not in allowed:
@@ -171,15 +171,16 @@ def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
 
 
 def _with_slots(
-    name: str, slots: object, options: dict[str, Any], devices: Devices
+    name: str, slots: object, options: dict[str, Any], devices: Devices, judges: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(slots, dict):
         raise InputError(f"{slots!r} is no mapping of model to ratio", field="strategy.slots")
     placed, notes = place_slots(slots, devices.ranks)
     if name == "interleaved":
-        if not {"reference", "reward"} <= set(placed):
-            raise InputError("slots for 'initial' (the reference) and 'reward' are needed", field="strategy.slots")
-        owners = {model: list(placed[model]) for model in ("reference", "reward")}
+        if not set(judges) <= set(placed):
+            needed = " and ".join("'initial' (the reference)" if m == "reference" else f"{m!r}" for m in judges)
+            raise InputError(f"slots for {needed} are needed", field="strategy.slots")
+        owners = {model: list(placed[model]) for model in judges}
         for model in ("actor", "critic"):
             if len(placed.get(model, devices.ranks)) < len(devices.ranks):
                 owners[model] = list(placed[model])
@@ -247,22 +248,32 @@ def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, H
             f"generation.engine zero3_per_token: with models.actor.zero_stage {scenario.models.actor.zero_stage} every "
             "rank has whole weights and nothing is gathered while generating"
         )
+    if scenario.algorithm.name == "dapo" and scenario.rounds == 1:
+        notes.append("algorithm dapo: with filter_accept_probability 1 no prompt is dropped and generated again")
     return notes + _reward_notes(scenario, graph)
 
 
 def _reward_notes(scenario: Scenario, graph: StageGraph) -> list[str]:
     chosen = scenario.algorithm
+    by_function = chosen.reward_function_seconds or chosen.reward_function_workers
+    by_service = chosen.reward_latency or chosen.reward_concurrency or chosen.reward_streams
+    notes = []
+    if by_function and chosen.reward != "function":
+        notes.append(f"algorithm.reward {chosen.reward}: the settings of a reward function are not used")
+    if by_service and not chosen.queued:
+        notes.append(f"algorithm.reward {chosen.reward}: the settings of a judge or sandbox are not used")
     if chosen.reward == "model":
-        unused = chosen.reward_function_seconds or chosen.reward_function_workers
-        return ["algorithm.reward model: the settings of a reward function are not used"] if unused else []
-    notes = [
-        "algorithm.reward function: no reward model is held or run, whatever models.reward says; the function takes "
-        f"algorithm.reward_function_seconds {chosen.reward_function_seconds:g} s a sample"
-    ]
+        return notes
+    takes = "its seconds are reward_latency's"
+    if chosen.reward == "function":
+        takes = f"the function takes algorithm.reward_function_seconds {chosen.reward_function_seconds:g} s a sample"
+    notes.append(
+        f"algorithm.reward {chosen.reward}: no reward model is held or run, whatever models.reward says; {takes}"
+    )
     judges = {r for s in graph.stages() if s.model == "reward" for r in s.ranks}
     others = {r for s in graph.stages() if s.model != "reward" for r in s.ranks}
     if idle := judges - others:
-        notes.append(f"strategy.ranks: rank {rank_text(sorted(idle))} only has the reward function; its GPU idles")
+        notes.append(f"strategy.ranks: rank {rank_text(sorted(idle))} only has the reward {chosen.reward}; its GPU idles")
     return notes
 
 

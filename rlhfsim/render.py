@@ -30,7 +30,7 @@ from .metrics import (
     stage_seconds,
     step_seconds,
 )
-from .simulate import Setup, kernels_of, lengths_of, model_flops_utilisation, periodic_seconds, slack
+from .simulate import Setup, kernels_of, model_flops_utilisation, periodic_seconds, rounds_of, slack, trained_lengths_of
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
@@ -203,7 +203,17 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
             },
             "generation": summary._asdict() if (summary := generation_summary(timeline)) else None,
         }
+        if scenario.rounds > 1:
+            found["dynamic_sampling"] = _dynamic_sampling(scenario, timeline.info["seed"])
     return found
+
+
+def _dynamic_sampling(scenario: Scenario, seed: int) -> dict[str, float]:
+    """Rounds, samples generated and samples thrown away in an iteration, mean over the simulated ones."""
+    rounds = sum(count for count, _ in rounds_of(scenario, seed)) / scenario.simulation.iterations
+    generated = rounds * scenario.gen_prompts * scenario.workload.responses_per_prompt
+    dropped = generated - scenario.workload.samples
+    return {"rounds": rounds, "generated_samples": generated, "dropped_samples": dropped}
 
 
 def _group_shares(timeline: Timeline) -> list[dict[str, Any]]:
@@ -268,6 +278,12 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         f"{three(scenario.workload.samples / seconds)} samples/s, {three(tokens / seconds)} tokens/s, "
         f"{three(tokens / seconds / scenario.cluster.gpus)} tokens/s per GPU."
     )
+    if scenario.rounds > 1:
+        found = _dynamic_sampling(scenario, timeline.info["seed"])
+        out.print(
+            f"Dynamic sampling: {three(found['rounds'])} rounds per iteration; {three(found['dropped_samples'])} of "
+            f"{three(found['generated_samples'])} samples are generated and thrown away."
+        )
     if (extra := periodic_seconds(setup)) > 0:
         out.print(f"Validation and checkpoints add {human_seconds(extra)} per iteration on average.")
     if (summary := generation_summary(timeline)) and (line := _generation_line(summary)):
@@ -286,8 +302,8 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
 
 
 def tokens_per_iteration(scenario: Scenario) -> float:
-    """Prompt and response tokens of one iteration, mean over the simulated ones."""
-    draws = lengths_of(scenario, scenario.simulation.seed)
+    """Prompt and response tokens of one iteration's batch, mean over the simulated ones."""
+    draws = trained_lengths_of(scenario, scenario.simulation.seed)
     return float(sum(prompts.sum() + responses.sum() for prompts, responses in draws)) / len(draws)
 
 

@@ -53,6 +53,7 @@ def _field_docs() -> dict[str, str]:
         "workload": records.Workload,
         "workload.*_tokens": records.Lengths,
         "algorithm": records.Algorithm,
+        "algorithm.reward_latency": records.Latency,
         "generation": records.Generation,
         "strategy": records.StrategyChoice,
         "weight_sync": records.WeightSync,

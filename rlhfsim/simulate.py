@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .batch import even
+from .batch import even, first_kept
 from .cluster import ClusterTopology, default_collectives
 from .costs.kernels import Kernels, load_kernels
 from .costs.model import CostModel, head_of
 from .costs.operators import Operators
+from .errors import InputError
 from .fits import Fit, Memory, p99_tokens
 from .fold import Fold, fold, unfolded
 from .graph import Stage, StageGraph
@@ -21,7 +22,7 @@ from .layout import Holding, graph_of, holdings_of, placement_notes
 from .metrics import slack_seconds
 from .model import forward_flops, training_flops
 from .spec.data import data_dir
-from .spec.lengths import draw_lengths
+from .spec.lengths import draw_kept, draw_lengths, draw_seconds
 from .spec.loader import length_dir
 from .spec.scenario import Scenario
 from .timeline import MemorySample, Span, Timeline
@@ -65,7 +66,7 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
     """
     scenario, seed = setup.scenario, setup._seed(seed)
     lengths = lengths_of(scenario, seed)
-    spans = _run(setup, folded_graph(setup, lengths), lengths, scenario.simulation.iterations)
+    spans = _run(setup, folded_graph(setup, lengths), lengths, scenario.simulation.iterations, seed)
     info = {
         "scenario": scenario.name,
         "strategy": scenario.strategy.name,
@@ -88,7 +89,9 @@ def slack(setup: Setup, timeline: Timeline) -> dict[str, float]:
     return slack_seconds(timeline, folded_graph(setup, lengths_of(setup.scenario, timeline.info["seed"])).graph.needs)
 
 
-def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], iterations: int) -> list[Span]:
+def _run(
+    setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], iterations: int, seed: int
+) -> list[Span]:
     from .sim.run import run  # SimPy is not needed by those who only ask what fits
 
     scenario, cluster = setup.scenario, setup.scenario.cluster
@@ -98,7 +101,16 @@ def _run(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]
     if cluster.node.gpu_link != "pcie" or cluster.gpu.fitted_on:  # shipped curves were measured over NVLink
         collectives = collectives.updated(kernels)
     topology = ClusterTopology(cluster, collectives, scenario.effects)
-    cost = CostModel(scenario, folded, setup.holdings, operators, lengths, setup.memory.kv_capacity_tokens)
+    cost = CostModel(
+        scenario,
+        folded,
+        setup.holdings,
+        operators,
+        lengths,
+        setup.memory.kv_capacity_tokens,
+        batches=[numbers for _, numbers in rounds_of(scenario, seed)] if scenario.rounds > 1 else None,
+        reward_seconds=reward_seconds_of(scenario, seed) if scenario.algorithm.queued else None,
+    )
     return run(folded, cost, topology, iterations)
 
 
@@ -112,7 +124,8 @@ def periodic_seconds(setup: Setup) -> float:
         if stage.every > 1:
             alone = StageGraph(lanes=setup.graph.lanes)
             alone.stage(stage.name, stage.kind, stage.model, stage.ranks, size=stage.size)
-            total += max(s.end_seconds for s in _run(setup, unfolded(alone), lengths_of(scenario, 0), 1)) / stage.every
+            spans = _run(setup, unfolded(alone), lengths_of(scenario, 0), 1, seed=0)
+            total += max(s.end_seconds for s in spans) / stage.every
     return total
 
 
@@ -137,7 +150,8 @@ def _stage_flops(setup: Setup, stage: Stage) -> float:
     share of the whole."""
     scenario, use, head = setup.scenario, setup.holdings[stage.model].use, head_of(stage.model)
     workload, spec = scenario.workload, use.shape
-    draws = lengths_of(scenario, scenario.simulation.seed)
+    generated = scenario.samples_through(stage.name) != workload.samples
+    draws = (lengths_of if generated else trained_lengths_of)(scenario, scenario.simulation.seed)
     vectors: Any = [np.concatenate(part).astype(float) for part in zip(*draws, strict=True)]
     prompts, responses = vectors
     share = len(stage.serves) / setup.graph.lanes / len(draws)
@@ -171,11 +185,53 @@ def _memory_samples(memory: Memory, spans: list[Span]) -> list[MemorySample]:
 
 
 def lengths_of(scenario: Scenario, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompt and response tokens of every sample, one pair an iteration; equal means with `effects.decode` off."""
-    draws = [draw_lengths(scenario.workload, seed, i, length_dir()) for i in range(scenario.simulation.iterations)]
+    """Prompt and response tokens of every sample that is generated, one pair an iteration; equal means with
+    `effects.decode` off."""
+    counts = [scenario.workload.prompts] * scenario.simulation.iterations
+    if scenario.rounds > 1:
+        counts = [rounds * scenario.gen_prompts for rounds, _ in rounds_of(scenario, seed)]
+    workloads = [scenario.workload.model_copy(update={"prompts": count}) for count in counts]
+    draws = [draw_lengths(workload, seed, i, length_dir()) for i, workload in enumerate(workloads)]
     if scenario.effects.decode:
         return draws
     return [(_mean(prompts), _mean(responses)) for prompts, responses in draws]
+
+
+def trained_lengths_of(scenario: Scenario, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same of the samples that are not thrown away."""
+    draws = lengths_of(scenario, seed)
+    if scenario.rounds == 1:
+        return draws
+    kept = [numbers for _, numbers in rounds_of(scenario, seed)]
+    return [(prompts[ids], responses[ids]) for (prompts, responses), ids in zip(draws, kept, strict=True)]
+
+
+def rounds_of(scenario: Scenario, seed: int) -> list[tuple[int, np.ndarray]]:
+    """(rounds of generation, numbers of the samples that train), one pair an iteration.
+
+    Raises InputError where the batch is not full after `algorithm.max_rounds`, as the frameworks do.
+    """
+    chosen, workload, most = scenario.algorithm, scenario.workload, scenario.rounds * scenario.gen_prompts
+    found = []
+    for iteration in range(scenario.simulation.iterations):
+        kept = draw_kept(chosen.filter_accept_probability, most, seed, iteration)
+        try:
+            found.append(first_kept(kept, workload.prompts, scenario.gen_prompts, workload.responses_per_prompt))
+        except ValueError as error:
+            raise InputError(
+                f"is {chosen.max_rounds}; in iteration {iteration} (seed {seed}) the batch of {workload.prompts} "
+                f"prompts is not full by then: {error}",
+                field="algorithm.max_rounds",
+            ) from error
+    return found
+
+
+def reward_seconds_of(scenario: Scenario, seed: int) -> list[np.ndarray]:
+    """What judge or sandbox take for every sample that is generated, one array an iteration."""
+    latency = scenario.algorithm.reward_latency
+    assert latency is not None
+    samples = scenario.samples_through("reward")
+    return [draw_seconds(latency, samples, seed, i, length_dir()) for i in range(scenario.simulation.iterations)]
 
 
 def _mean(tokens: np.ndarray) -> np.ndarray:
@@ -185,7 +241,7 @@ def _mean(tokens: np.ndarray) -> np.ndarray:
 def folded_graph(setup: Setup, lengths: list[tuple[np.ndarray, np.ndarray]]) -> Fold:
     """Symmetric ranks once, where all samples are equally long and equally many everywhere."""
     equal = all(np.all(tokens == tokens[0]) for pair in lengths for tokens in pair)
-    if equal and even(setup.graph, setup.scenario.workload.samples):
+    if equal and setup.scenario.rounds == 1 and even(setup.graph, setup.scenario.workload.samples):
         return fold(setup.graph)
     return unfolded(setup.graph)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from functools import cached_property
-from math import ceil
 from typing import Any
 
 import numpy as np
 
+from rlhfsim.algorithms import IN_ROUNDS
 from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
@@ -21,9 +19,17 @@ from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
 from rlhfsim.model import Head, parameters
 from rlhfsim.spec.scenario import Scenario
 
-from .generation import StepSeconds, generation_counts, generation_program, route_samples
+from .generation import (
+    GenerationResult,
+    GenerationStats,
+    StepSeconds,
+    generation_counts,
+    generation_program,
+    route_samples,
+)
 from .operators import Operators
 from .passes import Host, Layout, controller_program, firing_program, score_program, sync_program, train_program
+from .rewards import function_seconds, queue_seconds
 from .segment import Segment, Transfer
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
@@ -42,6 +48,8 @@ class CostModel:
     """The cost of every firing of one scenario's (folded) graph.
 
     lengths: prompt and response tokens of every sample, by iteration. kv_capacity_tokens: of one engine, by model copy.
+    batches: numbers of the samples that are kept and train, by iteration (None: all). reward_seconds: what a judge or
+        sandbox takes for every sample, by iteration.
     """
 
     def __init__(
@@ -52,13 +60,28 @@ class CostModel:
         operators: Operators,
         lengths: list[tuple[np.ndarray, np.ndarray]],
         kv_capacity_tokens: float | None,
+        *,
+        batches: list[np.ndarray] | None = None,
+        reward_seconds: list[np.ndarray] | None = None,
     ) -> None:
         self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
+        self.batches, self.reward_seconds = batches, reward_seconds
         self._steps: dict[str, StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
+        self._finished: dict[tuple[bytes, bytes], list[GenerationStats]] = {}
+        self._arrived: dict[int, np.ndarray] = {}
         workload = scenario.workload
-        self._together = kept_together(fold.original, workload.samples, workload.responses_per_prompt)
+        self._together = {
+            again: kept_together(
+                fold.original,
+                scenario.samples_through("gen") if again else workload.samples,
+                workload.responses_per_prompt,
+                stages,
+            )
+            for again in (True, False)
+            if (stages := [s for s in fold.original.stages() if self._in_rounds(s.name) == again])
+        }
         self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
 
     def program(self, f: Firing) -> list[Segment]:
@@ -72,18 +95,34 @@ class CostModel:
             return self._remember((f.stage,), lambda: self._sync(stage))
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
-        prompts, responses = self._samples(first)
+        ids = self._numbers(first)
+        if self._in_rounds(f.stage) and not len(ids):
+            return []  # the batch was full before
+        prompts, responses = self._lengths(first, ids)
         updated = f.chunk == 0 and f.stage in self._after_update
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), updated)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, updated))
+        reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), updated, reward)
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses, updated, reward))
 
-    def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and response tokens of a firing; validation has prompts of its own, as long as the others."""
+    def _in_rounds(self, stage: str) -> bool:
+        return self.batches is not None and stage.partition(".")[0] in IN_ROUNDS
+
+    def _numbers(self, f: Firing) -> np.ndarray:
+        """Numbers of a firing's samples, among all that were generated in its iteration."""
+        again = self._in_rounds(f.stage)
+        count = self.scenario.samples_through(f.stage)
+        ids = samples_of(self.fold.original, f, count, together=self._together[again])
+        if again:  # rounds that were not needed have none
+            return ids[ids < len(self.lengths[f.iteration % len(self.lengths)][0])]
+        if self.batches is not None and f.stage != "testing":
+            ids = self.batches[f.iteration % len(self.batches)][ids]
+        return ids
+
+    def _lengths(self, f: Firing, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and response tokens of samples; validation has prompts of its own, as long as the others."""
         prompts, responses = self.lengths[f.iteration % len(self.lengths)]
         if f.stage == "testing":
-            count = self.scenario.periodic.validation_prompts
-            prompts, responses = np.resize(prompts, count), np.resize(responses, count)
-        ids = samples_of(self.fold.original, f, len(prompts), together=self._together)
+            ids = ids % len(prompts)
         return prompts[ids], responses[ids]
 
     def message(self, messages: list[Message]) -> Transfer | None:
@@ -95,12 +134,20 @@ class CostModel:
             return None
         moving = tuple(dict.fromkeys(pairs))
         lanes_per_pair = len(pairs) / len(moving)
-        samples = self.scenario.workload.samples / original.lanes / producer.chunks * lanes_per_pair
+        if self._in_rounds(producer.name) and not self._generates(messages[0].producer):
+            return None
+        through = self.scenario.samples_through(producer.name)
+        samples = through / original.lanes / producer.chunks * lanes_per_pair
         per_sample = sum(
             FIELD_BYTES_PER_TOKEN.get(name, 0) * self.padded_tokens + FIELD_BYTES_PER_SAMPLE.get(name, 0)
             for name in messages[0].fields
         )
         return Transfer("send", moving, samples * per_sample)
+
+    def _generates(self, f: Firing) -> bool:
+        """Whether the round of a chunk was needed."""
+        stage, total = self.fold.original.at(f.stage), self.scenario.samples_through(f.stage)
+        return f.chunk * total // stage.chunks < len(self.lengths[f.iteration % len(self.lengths)][0])
 
     def _pairs(self, producer: Stage, consumer: Stage, m: Message) -> list[tuple[int, int]]:
         """Ranks of the original graph between which the lanes of a folded message move."""
@@ -135,13 +182,19 @@ class CostModel:
         return {stage.name for stage in first.values() if stage.kind == "score"}
 
     def _work(
-        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, updated: bool
+        self,
+        stage: Stage,
+        places: list[int],
+        prompts: np.ndarray,
+        responses: np.ndarray,
+        updated: bool,
+        reward_seconds: float | None,
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
             segments = self._generate(stage, places, prompts, responses)
-        elif stage.model not in self.holdings:
-            segments = self._reward_function(stage, len(prompts))
+        elif reward_seconds is not None:
+            segments = self._reward(reward_seconds)
         else:
             tokens = prompts + responses
             if self.scenario.workload.padded:
@@ -154,9 +207,20 @@ class CostModel:
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
     def _generate(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
-        generation, holding, ranks = self.scenario.generation, self.holdings[stage.model], stage.ranks_of(places[0])
-        engines = len(ranks) // generation.tensor_parallel
-        shares = route_samples(prompts + responses, engines, generation.routing)
+        result = self._generation(stage, places[0], prompts, responses)
+        if not result.segments:
+            return []
+        *others, last = result.segments
+        return [*others, replace(last, counts=generation_counts(result.stats, len(places)))]
+
+    def _shares(self, stage: Stage, prompts: np.ndarray, responses: np.ndarray) -> list[np.ndarray]:
+        """Which samples of a place go to which of its engines."""
+        generation = self.scenario.generation
+        return route_samples(prompts + responses, stage.size // generation.tensor_parallel, generation.routing)
+
+    def _generation(self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray) -> GenerationResult:
+        generation, holding = self.scenario.generation, self.holdings[stage.model]
+        shares = self._shares(stage, prompts, responses)
         if stage.model not in self._steps:
             self._steps[stage.model] = StepSeconds(self.operators, holding.use, generation)
         result = generation_program(
@@ -164,16 +228,14 @@ class CostModel:
             generation,
             [prompts[s] for s in shares],
             [responses[s] for s in shares],
-            ranks,
+            stage.ranks_of(place),
             self.operators,
             kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None,
             domain=holding.ranks,
             steps=self._steps[stage.model],
         )
-        if not result.segments:
-            return []
-        *others, last = result.segments
-        return [*others, replace(last, counts=generation_counts(result.stats, len(places)))]
+        self._finished[prompts.tobytes(), responses.tobytes()] = result.stats
+        return result
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, updated: bool) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
@@ -185,16 +247,46 @@ class CostModel:
         host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         return train_program(use, shares, layout, self.operators, head=head, host=host)
 
-    def _reward_function(self, stage: Stage, samples: int) -> list[Segment]:
-        """The host's time for the samples of one place, in rounds of one a process.
-
-        A node's processes are shared by all ranks of the stage there, equally; the node with the most ranks is slowest.
-        """
+    def _reward_seconds(self, f: Firing, stage: Stage, ids: np.ndarray) -> float:
+        """Of a reward that no model of ours gives."""
         chosen, per_node = self.scenario.algorithm, self.scenario.cluster.node.gpus_per_node
-        ranks = max(Counter(rank // per_node for rank in stage.ranks).values())
-        rounds = ceil(Fraction(samples * ranks, stage.size * (chosen.reward_function_workers or ranks)))
-        seconds = rounds * chosen.reward_function_seconds
-        return [Segment("reward function", np.full((1, 1), seconds), bound={"host": seconds})] if seconds else []
+        if self.reward_seconds is None:
+            return function_seconds(stage, len(ids), chosen, per_node)
+        latencies = self.reward_seconds[f.iteration % len(self.reward_seconds)][ids]
+        arrivals = self._arrivals(f.iteration)[ids] if chosen.reward_streams else np.zeros(len(ids))
+        return queue_seconds(stage.ranks_of(f.place), arrivals, latencies, chosen, per_node)
+
+    def _reward(self, seconds: float) -> list[Segment]:
+        chosen = self.scenario.algorithm.reward
+        bound = "host" if chosen == "function" else chosen
+        return [Segment(f"reward {chosen}", np.full((1, 1), seconds), bound={bound: seconds})] if seconds else []
+
+    def _arrivals(self, iteration: int) -> np.ndarray:
+        """When each response was there, in seconds (not above 0) from the end of its chunk on all places.
+
+        Places are taken to start a chunk together, and transfers to take no time.
+        """
+        graph = self.fold.original
+        gen = next(s for s in graph.stages() if s.kind == "generate")
+        key = iteration % len(self.lengths)
+        if key in self._arrived:
+            return self._arrived[key]
+        arrivals = self._arrived[key] = np.zeros(self.scenario.samples_through(gen.name))
+        for chunk in range(gen.chunks):
+            done: list[tuple[np.ndarray, np.ndarray]] = []
+            for place in gen.all_places(chunk):
+                f = Firing(iteration, gen.name, chunk, max(place, 0))
+                ids = self._numbers(f)
+                prompts, responses = self._lengths(f, ids)
+                stats = self._finished.get((prompts.tobytes(), responses.tobytes()))
+                if stats is None:
+                    stats = self._generation(gen, f.place, prompts, responses).stats
+                for share, engine in zip(self._shares(gen, prompts, responses), stats, strict=bool(stats)):
+                    done.append((ids[share], engine.completion_seconds))
+            last = max((float(seconds.max(initial=0.0)) for _, seconds in done), default=0.0)
+            for ids, seconds in done:
+                arrivals[ids] = seconds - last
+        return arrivals
 
     def _sync(self, stage: Stage) -> list[Segment]:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]

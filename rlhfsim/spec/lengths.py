@@ -1,4 +1,4 @@
-"""Prompt and response lengths: the draws of an iteration, and the distribution behind them."""
+"""What is drawn for an iteration: prompt and response lengths, which prompts are kept, how long rewards take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, nearest
-from .scenario import Lengths, Workload
+from .scenario import Latency, Lengths, Workload
 
 MAX_FILE_BYTES = 64 << 20
 MAX_ROW_TOKENS = 1_000_000_000
-PROMPTS, RESPONSES = 0, 1  # streams of random numbers
+PROMPTS, RESPONSES, KEPT, REWARDS = range(4)  # streams of random numbers
 
 
 def draw_lengths(workload: Workload, seed: int, iteration: int, data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -37,6 +37,26 @@ def draw_lengths(workload: Workload, seed: int, iteration: int, data_dir: str | 
     return np.broadcast_to(prompt_tokens, shape).reshape(-1).copy(), response_tokens.reshape(-1)
 
 
+def draw_kept(probability: float, prompts: int, seed: int, iteration: int) -> np.ndarray:
+    """Whether each of so many prompts is kept, each by its own draw with this probability; more keep the first ones."""
+    return np.asarray(np.random.default_rng((seed, iteration, KEPT, 0)).random(prompts) < probability)
+
+
+def draw_seconds(latency: Latency, samples: int, seed: int, iteration: int, data_dir: str | Path) -> np.ndarray:
+    """Seconds that the reward of each sample takes, once it is at work; more samples keep the first ones."""
+    score, most = _normal((seed, iteration, REWARDS, 0), (samples, 1))[:, 0], latency.max_seconds or math.inf
+    if latency.distribution == "fixed":
+        seconds = np.full(samples, latency.seconds)
+    elif latency.distribution == "lognormal":
+        assert latency.mean_seconds is not None and latency.sigma is not None
+        seconds = np.exp(math.log(latency.mean_seconds) - latency.sigma**2 / 2 + latency.sigma * score)
+    else:
+        from scipy.special import ndtr
+
+        seconds = np.interp(ndtr(score), *_table(Path(data_dir) / str(latency.file), str(latency.column)))
+    return np.minimum(seconds, most)
+
+
 def quantile(lengths: Lengths, probability: float | np.ndarray, data_dir: str | Path) -> np.ndarray:
     """The smallest length, in tokens, that is reached with this probability (between 0 and 1)."""
     from scipy.special import ndtri
@@ -50,7 +70,7 @@ def mean_length(lengths: Lengths, data_dir: str | Path) -> float:
     return float(quantile(lengths, (np.arange(points) + 0.5) / points, data_dir).mean())
 
 
-def check_file(lengths: Lengths, data_dir: str | Path) -> None:
+def check_file(lengths: Lengths | Latency, data_dir: str | Path) -> None:
     """Raises InputError, with file and line, unless the file of an empirical distribution can be drawn from."""
     _table(Path(data_dir) / str(lengths.file), str(lengths.column))
 

@@ -115,8 +115,9 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
         data = _with_overheads(data)
     if "models" in data:
         data["models"] = _models(data["models"], folder, where)
-    if isinstance(data.get("workload"), dict):
-        data["workload"] = _workload(data["workload"], folder, where)
+    for section, names in (("workload", ("prompt_tokens", "response_tokens")), ("algorithm", ("reward_latency",))):
+        if isinstance(data.get(section), dict):
+            data[section] = _with_files(section, names, data[section], folder, where)
     scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
     _check(scenario, where)
     return scenario
@@ -140,13 +141,14 @@ def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str
 
 
 def _without_shorthand(data: dict[str, Any]) -> dict[str, Any]:
-    """A name where a section stands is its `spec` or `name`; a number where lengths stand is a fixed length."""
+    """A name where a section stands is its `spec` or `name`; a number where lengths stand, or a latency, is a fixed one."""
     result = dict(data)
     for section, key in (("cluster", "spec"), ("strategy", "name"), ("algorithm", "name")):
         _widen(result, section, key)
     for section, parts, key in (
         ("models", ROLES, "spec"),
         ("workload", ("prompt_tokens", "response_tokens"), "tokens"),
+        ("algorithm", ("reward_latency",), "seconds"),
     ):
         if isinstance(result.get(section), dict):
             result[section] = dict(result[section])
@@ -177,8 +179,12 @@ def _check(scenario: Scenario, where: Where) -> None:
                 if names
                 else (_error(f"is {name!r}, but there is no {kind} at all", field, where))
             )
+    try:
+        roles = scenario.roles
+    except InputError as error:
+        raise _error(error.message, error.field, where) from None
     _check_size(scenario, where)
-    for role in ROLES:
+    for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
     _check_generation(scenario, where)
     _check_lengths(scenario, where)
@@ -192,6 +198,18 @@ def _check_size(scenario: Scenario, where: Where) -> None:
         raise _error(
             f"times responses_per_prompt makes {workload.samples} samples; at most {MAX_SAMPLES} are allowed",
             "workload.prompts",
+            where,
+        )
+    if (most := scenario.samples_through("gen")) > MAX_SAMPLES:
+        raise _error(
+            f"rounds of {scenario.gen_prompts} prompts make {most} samples; at most {MAX_SAMPLES} are allowed",
+            "algorithm.max_rounds",
+            where,
+        )
+    if scenario.rounds * scenario.gen_prompts < workload.prompts:
+        raise _error(
+            f"is {scenario.gen_prompts}; {scenario.rounds} rounds of it never fill a batch of {workload.prompts} prompts",
+            "algorithm.gen_prompts",
             where,
         )
     if scenario.algorithm.minibatches > workload.samples:
@@ -256,8 +274,14 @@ def _check_lengths(scenario: Scenario, where: Where) -> None:
                 lengths.check_file(drawn, length_dir())
             except InputError as error:
                 raise InputError(str(error), field=field, where=place_of(where, f"{field}.file")) from None
+    latency, field = scenario.algorithm.reward_latency, "algorithm.reward_latency"
+    if latency is not None and latency.file is not None:
+        try:
+            lengths.check_file(latency, length_dir())
+        except InputError as error:
+            raise InputError(str(error), field=field, where=place_of(where, f"{field}.file")) from None
     longest = workload.prompt_tokens.longest + workload.response_tokens.longest
-    for role in ROLES:
+    for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
         if use.shape.learned_positions and longest > use.shape.max_positions:
             raise _error(
@@ -470,15 +494,17 @@ def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: d
     return shape if own is None else _merge(shape.model_dump(), own)
 
 
-def _workload(given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
-    """Length files become shipped names or absolute paths."""
-    workload = dict(given)
-    for name in ("prompt_tokens", "response_tokens"):
-        drawn = workload.get(name)
+def _with_files(
+    section: str, names: tuple[str, ...], given: dict[str, Any], folder: Path, where: Where
+) -> dict[str, Any]:
+    """Files of distributions become shipped names or absolute paths."""
+    result = dict(given)
+    for name in names:
+        drawn = result.get(name)
         if isinstance(drawn, dict) and isinstance(drawn.get("file"), str):
-            file = _length_file(drawn["file"], f"workload.{name}.file", folder, where)
-            workload[name] = drawn | {"file": file}
-    return workload
+            file = _length_file(drawn["file"], f"{section}.{name}.file", folder, where)
+            result[name] = drawn | {"file": file}
+    return result
 
 
 def _length_file(name: str, field: str, folder: Path, where: Where) -> str:

@@ -10,14 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record, Seconds
+from ..algorithms import IN_ROUNDS, named, options_of
+from ..algorithms import Algorithm as Steps
+from ..errors import InputError
+from .algorithm import Algorithm as Algorithm
+from .algorithm import Latency as Latency
+from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
 from .hardware import Cluster
 from .model_spec import ModelSpec
 from .overheads import Overheads as Overheads
 
 Role = Literal["actor", "critic", "reference", "reward"]
-# Each is simulated: so many take 5 s (`rlhfsim simulate` of the quickstart, three iterations, one core).
-MAX_STEPS = 2000
 ROLES: tuple[Role, ...] = ("actor", "critic", "reference", "reward")
 
 
@@ -87,7 +90,10 @@ class ModelUse(Record):
 
 
 class Models(Record):
-    """The four models of PPO. share_actor_critic: the critic is a value head on the actor (three models)."""
+    """The four models of PPO; those that the algorithm does not have are neither held nor run.
+
+    share_actor_critic: the critic is a value head on the actor (three models).
+    """
 
     actor: ModelUse
     critic: ModelUse
@@ -154,47 +160,6 @@ class Workload(Record):
     @property
     def samples(self) -> int:
         return self.prompts * self.responses_per_prompt
-
-
-class Algorithm(Record):
-    """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches, at most 2000.
-
-    reward: the reward `model`'s score, or a `function` on the host instead of a model: nothing of `models.reward` is
-        held or run. (In a real run: the share of response tokens with an even id.)
-    reward_function_seconds: what the function takes for one sample on one core. Default 0.
-    reward_function_workers: processes per node that compute it for all ranks there; absent: each rank, for its samples.
-    The rest is for real runs only; the simulator assumes Adam, and no number below changes a time.
-    optimizer, learning_rate, adam_epsilon, gradient_clip: of actor and critic (clip: of the gradient's norm).
-    kl_coefficient: reward lost per nat by which the actor leaves the reference. discount, gae_lambda: of GAE.
-    clip_ratio, clip_values: limits of PPO's policy and value losses; value_coefficient: weight of the value loss where
-        actor and critic share one model.
-    """
-
-    name: str = "ppo"
-    epochs: Annotated[int, Field(ge=1, le=100)] = 1
-    minibatches: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
-    reward: Literal["model", "function"] = "model"
-    reward_function_seconds: Seconds = 0.0
-    reward_function_workers: Count | None = None
-    optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 1e-5
-    adam_epsilon: Annotated[float, Field(gt=0, le=1e3)] = 1e-8
-    gradient_clip: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    kl_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.1
-    discount: Fraction = 1.0
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-    clip_ratio: Annotated[float, Field(gt=0, le=1e3)] = 0.2
-    clip_values: Annotated[float, Field(gt=0, le=1e3)] = 0.2
-    value_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.5
-
-    @model_validator(mode="after")
-    def _ends(self) -> Algorithm:
-        if self.epochs * self.minibatches > MAX_STEPS:
-            raise ValueError(
-                f"epochs {self.epochs} x minibatches {self.minibatches} are {self.epochs * self.minibatches} optimizer "
-                f"steps an iteration; at most {MAX_STEPS} are allowed"
-            )
-        return self
 
 
 class Generation(Record):
@@ -346,5 +311,57 @@ class Scenario(Record):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The models that there are: no model gives the reward where a function does."""
-        return tuple(role for role in ROLES if role != "reward" or self.algorithm.reward == "model")
+        """The models that there are: those of the algorithm, but none gives the reward where something else does."""
+        models = self.steps.models
+        return tuple(r for r in ROLES if r in models and (r != "reward" or self.algorithm.reward == "model"))
+
+    @property
+    def steps(self) -> Steps:
+        """The algorithm's stages under these settings.
+
+        Raises InputError for a setting that the algorithm does not have, or that leaves it without an advantage.
+        """
+        chosen, workload = self.algorithm, self.workload
+        options: dict[str, Any] = {"epochs": chosen.epochs, "minibatches": chosen.minibatches}
+        fields = dict.fromkeys(options, "")
+        for option, value, usual, field in (
+            ("share_actor_critic", self.models.share_actor_critic, False, "models.share_actor_critic"),
+            ("reference", False if chosen.kl_coefficient == 0 else chosen.reference, None, "algorithm.reference"),
+            ("old_log_prob", chosen.old_log_prob, "always", "algorithm.old_log_prob"),
+            ("rounds", self.rounds, 1, "algorithm." + ("gen_prompts" if chosen.gen_prompts else "filter_accept_probability")),
+        ):
+            if value != usual:
+                options[option], fields[option] = value, field
+        for option in options:
+            if option not in options_of(chosen.name):
+                raise InputError(f"algorithm {chosen.name} has nothing of the kind", field=fields[option])
+        try:
+            steps = named(chosen.name, **options)
+        except ValueError as error:
+            raise InputError(str(error), field="algorithm") from error
+        if workload.responses_per_prompt < steps.least_responses:
+            raise InputError(
+                f"is {workload.responses_per_prompt}, but {chosen.name} compares the responses to a prompt: at least "
+                f"{steps.least_responses} are needed",
+                field="workload.responses_per_prompt",
+            )
+        return steps
+
+    @property
+    def gen_prompts(self) -> int:
+        """Prompts that are generated in a round."""
+        return self.algorithm.gen_prompts or self.workload.prompts
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of generation in an iteration, at most."""
+        once = self.algorithm.filter_accept_probability == 1 and self.gen_prompts == self.workload.prompts
+        return 1 if once else self.algorithm.max_rounds
+
+    def samples_through(self, stage: str) -> int:
+        """Samples that pass through a stage in an iteration (if all rounds were needed, where there are several)."""
+        if stage == "testing":
+            return self.periodic.validation_prompts
+        if self.rounds > 1 and stage.partition(".")[0] in IN_ROUNDS:
+            return self.rounds * self.gen_prompts * self.workload.responses_per_prompt
+        return self.workload.samples

@@ -13,7 +13,8 @@ from . import Devices
 
 
 def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1) -> StageGraph:
-    """calls: into how many generation calls the batch of one iteration is cut (the paper's rollout size)."""
+    """calls: into how many generation calls the batch of one iteration, or of one round, is cut (the paper's rollout
+    size)."""
     graph = StageGraph(lanes=len(devices.ranks))
     updates = algorithm.of_kind("train")
     for step in algorithm.steps:
@@ -30,9 +31,10 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1) -> StageGra
             )
         else:
             model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
-            graph.stage(step.name, step.kind, model, devices.ranks, size=devices.size(step.name), chunks=calls)
+            chunks = algorithm.chunks(step.name, calls)
+            graph.stage(step.name, step.kind, model, devices.ranks, size=devices.size(step.name), chunks=chunks)
             for needed in step.needs:
-                graph.link(needed, step.name, stream=True)
+                graph.link(needed, step.name, stream=algorithm.streams(needed, step.name))
     if devices.own_engine:
         graph.stage("update_weights", "sync", "actor", devices.ranks, target="shadow_actor", after=["update_actor"])
         graph.link("update_weights", "gen", lag=1)

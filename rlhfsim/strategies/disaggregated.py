@@ -1,7 +1,8 @@
 """Disaggregated (the paper's Separation): generation, scoring, training on separate ranks, joined by bounded channels.
 
 Copies of actor and critic (`shadow_actor`, `shadow_critic`) serve generation and values while the originals train on
-batches that arrive. At the end of an iteration the new weights move to the copies; only then generation goes on.
+batches that arrive. At the end of an iteration the new weights move to the copies; only then generation goes on. Where
+prompts may be dropped, generation does not wait for the rewards of a round before it begins the next.
 """
 
 from __future__ import annotations
@@ -50,7 +51,14 @@ def build(
     scores = [
         s for s in algorithm.of_kind("score") if s.name != "old_log_prob" or recompute_log_probs or "values" in s.fields
     ]
-    hub = "reward" if any(s.name == "reward" for s in scores) else scores[-1].name  # shapes rewards from all the others
+    if recompute_log_probs and "old_log_prob" not in (s.name for s in scores):
+        raise ValueError("recompute_log_probs is true, but algorithm.old_log_prob leaves that pass out")
+    # It shapes rewards from all the others; where the batch must be full before they begin, one of them comes last.
+    hub = "reward" if algorithm.rounds == 1 or len(scores) == 1 else scores[-1].name
+
+    def send(maker: str, user: str, carries: tuple[str, ...]) -> None:
+        stream = algorithm.streams(maker, user)
+        graph.link(maker, user, stream=stream, capacity=capacity if stream else None, carries=carries)
 
     graph.stage(
         "gen",
@@ -58,18 +66,18 @@ def build(
         "shadow_actor",
         where["shadow_actor"],
         size=len(where["shadow_actor"]) // replicas,
-        chunks=batches,
+        chunks=algorithm.chunks("gen", batches),
         spread=spread,
     )
     for step in sorted(scores, key=lambda s: s.name == hub):
         model = "shadow_critic" if step.model == "critic" and shadow_critic else step.model
-        graph.stage(step.name, "score", model, where[model], chunks=batches)
-        graph.link(
-            "gen", step.name, stream=True, capacity=capacity, carries=(*algorithm.step("gen").fields, "log_probs")
-        )
+        graph.stage(step.name, "score", model, where[model], chunks=algorithm.chunks(step.name, batches))
+        send("gen", step.name, tuple(dict.fromkeys((*algorithm.step("gen").fields, "log_probs"))))
     for step in scores:
+        if "reward" in step.needs:
+            send("reward", step.name, ())
         if step.name != hub:
-            graph.link(step.name, hub, stream=True, capacity=capacity, carries=step.fields)
+            send(step.name, hub, step.fields)
     for update in algorithm.of_kind("train"):
         graph.stage(
             update.name,
@@ -79,13 +87,7 @@ def build(
             chunks=algorithm.minibatches,
             epochs=algorithm.epochs,
         )
-        graph.link(
-            hub,
-            update.name,
-            stream=True,
-            capacity=capacity,
-            carries=("tokens", "mask", "log_probs", "values", "rewards"),
-        )
+        send(hub, update.name, algorithm.batch)
         copy, reader = ("shadow_actor", "gen") if update.model == "actor" else ("shadow_critic", "values")
         ready = update.name
         if copy in where:

@@ -1,7 +1,8 @@
 """Interleaving: actor and critic on all ranks, reference and reward model on disjoint parts that run at the same time.
 
 An owner scores its own lane first, then one lane of another rank per turn (or all in one pass with `concat`). Tokens go
-to the owners and scores come back as messages between ranks.
+to the owners and scores come back as messages between ranks. An algorithm without reference leaves the reward model on
+all ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def build(
         the reference, then the reward calls, so a reward owner gets another rank's tokens only after that rank's
         reference calls.
     ratio: share of the ranks that own the reference; the others own the reward model.
-    owners: exact ranks instead, by model: reference and reward, and critic or actor where one sits on a part as well.
+    owners: exact ranks instead, by model: reference and reward (those that there are), and critic or actor where one
+        sits on a part as well.
     concat: an owner scores all its lanes in one pass instead of turn by turn.
     """
     if mode not in ("sync", "async"):
@@ -39,8 +41,8 @@ def build(
     if owners is None:
         if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}: it must lie between 0 and 1")
-        units = {model: _unit(algorithm, devices, model) for model in ("reference", "reward")}
-        parts = divide(devices.ranks, {"reference": ratio, "reward": 1 - ratio}, units)
+        units = {model: _unit(algorithm, devices, model) for model in _judges(algorithm)}
+        parts = divide(devices.ranks, {m: ratio if m == "reference" else 1 - ratio for m in units}, units)
         owners = {model: list(own) for model, own in parts.items()}
     _check(owners, devices, algorithm)
     ranks = _ordered(owners, devices)
@@ -50,16 +52,18 @@ def build(
     scored: dict[str, list[str]] = {}
     for step in algorithm.of_kind("generate", "score"):
         model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
+        chunks = algorithm.chunks(step.name, calls)
         if model in owners:
-            scored[step.name] = _turns(graph, step, owners[model], ranks, concat, devices, calls)
+            scored[step.name] = _turns(graph, step, owners[model], ranks, concat, devices, chunks)
             if mode == "sync" and model == "reward":
-                _ask_late(graph, scored[step.name], owners["reward"], ranks, per_rank, calls)
+                _ask_late(graph, scored[step.name], owners["reward"], ranks, per_rank, chunks)
         else:
             size = devices.size(step.name)
-            scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=size, chunks=calls)]
+            scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=size, chunks=chunks)]
         for needed in step.needs:
+            stream = algorithm.streams(needed, step.name)
             for maker, user in product(scored[needed], scored[step.name]):
-                graph.link(maker, user, stream=True, carries=algorithm.step(needed).fields)
+                graph.link(maker, user, stream=stream, carries=algorithm.step(needed).fields)
     updates = algorithm.of_kind("train")
     for update in updates:
         graph.stage(
@@ -82,6 +86,11 @@ def build(
     return graph
 
 
+def _judges(algorithm: Algorithm) -> list[str]:
+    """What interleaving puts on disjoint parts."""
+    return [model for model in ("reference", "reward") if model in algorithm.models]
+
+
 def _unit(algorithm: Algorithm, devices: Devices, model: str) -> int:
     """Ranks of a part that hosts a model come in multiples of this."""
     steps = [s for s in algorithm.of_kind("generate", "score") if s.model == model]
@@ -97,9 +106,9 @@ def _check(owners: dict[str, list[int]], devices: Devices, algorithm: Algorithm)
             raise ValueError(f"owners.{model} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
         if len(own) % (unit := _unit(algorithm, devices, model)):
             raise ValueError(f"owners.{model} has {len(own)} ranks, which do not divide into replicas of {unit}")
-    if missing := {"reference", "reward"} - set(owners):
+    if missing := set(_judges(algorithm)) - set(owners):
         raise ValueError(f"owners lacks {', '.join(sorted(missing))}")
-    if both := set(owners["reference"]) & set(owners["reward"]):
+    if both := set(owners.get("reference", ())) & set(owners["reward"]):
         raise ValueError(
             f"owners.reference and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones"
         )
@@ -107,17 +116,17 @@ def _check(owners: dict[str, list[int]], devices: Devices, algorithm: Algorithm)
 
 def _ordered(owners: dict[str, list[int]], devices: Devices) -> tuple[int, ...]:
     """Reference owners, reward owners, others: lane k belongs to the k-th of these, so an owner's lanes are a range."""
-    first = [*owners["reference"], *owners["reward"]]
+    first = [*owners.get("reference", ()), *owners["reward"]]
     return (*first, *(r for r in devices.ranks if r not in set(first)))
 
 
 def _turns(
-    graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices, calls: int
+    graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices, chunks: int
 ) -> list[str]:
     """The stages in which `own` handle every lane; their names, in order."""
     size = devices.size(step.name) or len(own)
     if concat:
-        return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=calls)]
+        return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=chunks)]
     mine = sorted(ranks.index(r) for r in own)
     own, places = [ranks[k] for k in mine], len(own) // size
     start, stop = mine[0], mine[-1] + 1
@@ -137,14 +146,14 @@ def _turns(
             own[: min(places, len(lanes)) * size],
             size=size,
             serves=lanes,
-            chunks=calls,
+            chunks=chunks,
         )
         for turn, lanes in enumerate(runs)
     ]
 
 
 def _ask_late(
-    graph: StageGraph, turns: list[str], own: list[int], ranks: tuple[int, ...], per_rank: int, calls: int
+    graph: StageGraph, turns: list[str], own: list[int], ranks: tuple[int, ...], per_rank: int, chunks: int
 ) -> None:
     """Sync mode: the tokens of a lane reach the reward owner only when the lane's rank comes to this line."""
     mine = sorted(ranks.index(r) for r in own)
@@ -152,5 +161,5 @@ def _ask_late(
         for side, (lo, hi) in enumerate(((0, mine[0]), (mine[-1] + 1, len(ranks)))):
             if lanes := overlap(graph.at(turn).serves, range(lo * per_rank, hi * per_rank)):
                 askers = ranks[lanes.start // per_rank : lanes.stop // per_rank]
-                asked = graph.stage(f"ids.{turn}.{side}", "swap", "none", askers, size=1, chunks=calls, serves=lanes)
+                asked = graph.stage(f"ids.{turn}.{side}", "swap", "none", askers, size=1, chunks=chunks, serves=lanes)
                 graph.link(asked, turn, stream=True)
