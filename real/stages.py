@@ -43,7 +43,9 @@ def check(scenario: Scenario) -> None:
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
     if (algorithm := scenario.algorithm.name) != "ppo":
-        raise InputError(f"is {algorithm!r}; real runs have no other algorithm yet (allowed: ppo)", field="algorithm.name")
+        raise InputError(
+            f"is {algorithm!r}; real runs have no other algorithm yet (allowed: ppo)", field="algorithm.name"
+        )
     if (origin := scenario.algorithm.old_log_prob) != "always":
         raise InputError(f"is {origin!r}; real runs make that pass (allowed: always)", field="algorithm.old_log_prob")
     if "reference" not in scenario.roles:

@@ -273,7 +273,9 @@ def _reward_notes(scenario: Scenario, graph: StageGraph) -> list[str]:
     judges = {r for s in graph.stages() if s.model == "reward" for r in s.ranks}
     others = {r for s in graph.stages() if s.model != "reward" for r in s.ranks}
     if idle := judges - others:
-        notes.append(f"strategy.ranks: rank {rank_text(sorted(idle))} only has the reward {chosen.reward}; its GPU idles")
+        notes.append(
+            f"strategy.ranks: rank {rank_text(sorted(idle))} only has the reward {chosen.reward}; its GPU idles"
+        )
     return notes
 
 

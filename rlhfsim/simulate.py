@@ -94,24 +94,27 @@ def _run(
 ) -> list[Span]:
     from .sim.run import run  # SimPy is not needed by those who only ask what fits
 
-    scenario, cluster = setup.scenario, setup.scenario.cluster
-    kernels = kernels_of(cluster.gpu.kernels)
-    operators = Operators(cluster.gpu, kernels, scenario.effects, scenario.overheads)
+    cluster, kernels = setup.scenario.cluster, kernels_of(setup.scenario.cluster.gpu.kernels)
     collectives = default_collectives(cluster)
     if cluster.node.gpu_link != "pcie" or cluster.gpu.fitted_on:  # shipped curves were measured over NVLink
         collectives = collectives.updated(kernels)
-    topology = ClusterTopology(cluster, collectives, scenario.effects)
-    cost = CostModel(
+    topology = ClusterTopology(cluster, collectives, setup.scenario.effects)
+    return run(folded, costs_of(setup, folded, lengths, seed), topology, iterations)
+
+
+def costs_of(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], seed: int) -> CostModel:
+    """What every firing costs, with lengths drawn by `lengths_of` with this seed."""
+    scenario, gpu = setup.scenario, setup.scenario.cluster.gpu
+    return CostModel(
         scenario,
         folded,
         setup.holdings,
-        operators,
+        Operators(gpu, kernels_of(gpu.kernels), scenario.effects, scenario.overheads),
         lengths,
         setup.memory.kv_capacity_tokens,
         batches=[numbers for _, numbers in rounds_of(scenario, seed)] if scenario.rounds > 1 else None,
         reward_seconds=reward_seconds_of(scenario, seed) if scenario.algorithm.queued else None,
     )
-    return run(folded, cost, topology, iterations)
 
 
 def periodic_seconds(setup: Setup) -> float:

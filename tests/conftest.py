@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from rlhfsim.algorithms import ppo
+from rlhfsim.algorithms import Algorithm, grpo, ppo
 from rlhfsim.batch import samples_of
 from rlhfsim.costs.segment import Route, Segment, Transfer
 from rlhfsim.fold import Fold, unfolded
@@ -96,21 +96,31 @@ def devices(draw: st.DrawFn, ranks: int = 8) -> Devices:
 
 
 @st.composite
+def algorithms(draw: st.DrawFn) -> Algorithm:
+    """With and without critic, reference, a pass for log-probabilities, and rounds."""
+    updates = {"epochs": draw(st.integers(1, 2)), "minibatches": draw(st.sampled_from((1, 2, 3)))}
+    if draw(st.booleans()):
+        return ppo.build(**updates, share_actor_critic=draw(st.booleans()), reference=draw(st.booleans()))
+    return grpo.build(
+        **updates,
+        reference=draw(st.booleans()),
+        old_log_prob=draw(st.sampled_from(("always", "if_needed", "engine"))),
+        rounds=draw(st.sampled_from((1, 3))),
+    )
+
+
+@st.composite
 def strategy_graphs(
     draw: st.DrawFn,
     names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated"),
 ) -> StageGraph:
     """Graphs of all strategies with any options that can finish."""
-    algorithm = ppo.build(
-        epochs=draw(st.integers(1, 2)),
-        minibatches=draw(st.sampled_from((1, 2, 3))),
-        share_actor_critic=draw(st.booleans()),
-    )
+    algorithm = draw(algorithms())
     name, where = draw(st.sampled_from(names)), draw(devices())
     if name == "colocated":
         return check(colocated.build(algorithm, where, calls=draw(st.integers(1, 3))))
     if name == "interleaved":
-        return check(interleaved.build(algorithm, where, **_interleaved(draw, algorithm.of_kind("score"))))
+        return check(interleaved.build(algorithm, where, **_interleaved(draw, algorithm.models)))
     pieces, replicas = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2)))
     split = draw(st.sampled_from((None, "engine")))
     models = ["shadow_actor", *dict.fromkeys(s.model for s in algorithm.of_kind("score", "train"))]
@@ -125,13 +135,13 @@ def strategy_graphs(
             spread=draw(st.sampled_from(("robin", "first"))),
             capacity=draw(st.integers(1, 3)),
             shadow_critic=shadow,
-            recompute_log_probs=draw(st.booleans()),
+            recompute_log_probs=draw(st.booleans()) and any(s.name == "old_log_prob" for s in algorithm.steps),
             split=split and shares,
         )
     )
 
 
-def _interleaved(draw: st.DrawFn, scores: Any) -> dict[str, Any]:
+def _interleaved(draw: st.DrawFn, models: tuple[str, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {
         "calls": draw(st.integers(1, 2)),
         "mode": draw(st.sampled_from(("sync", "async"))),
@@ -142,7 +152,9 @@ def _interleaved(draw: st.DrawFn, scores: Any) -> dict[str, Any]:
     order = draw(st.permutations(range(8)))
     cut, end = draw(st.sampled_from(((2, 8), (4, 8), (6, 8), (2, 4), (4, 6))))
     owners = {"reference": order[:cut], "reward": order[cut:end]}
-    if draw(st.booleans()) and any(s.name == "values" for s in scores):
+    if "reference" not in models:
+        del owners["reference"]
+    if draw(st.booleans()) and "critic" in models:
         start = draw(st.sampled_from((0, 2, 4)))
         owners["critic"] = sorted(order[start : start + 4]) if draw(st.booleans()) else order[start : start + 4]
     return options | {"owners": owners}

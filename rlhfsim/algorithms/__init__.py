@@ -97,8 +97,9 @@ def without_critic(
 ) -> Algorithm:
     """The stages that GRPO and its kin share; they differ in how rewards become advantages, which takes no stage.
 
-    kl_in_loss: the divergence from the reference is part of the loss, not of the reward. With rounds, everything but generation and rewards waits until the batch is full, as in verl's DAPO trainer
-    (recipe/dapo/dapo_ray_trainer.py @53971be5: gen, reward, filter; then old_log_prob, ref, update_actor).
+    kl_in_loss: the divergence from the reference is part of the loss, not of the reward. With rounds, everything but
+    generation and rewards waits until the batch is full, as in verl's DAPO trainer (recipe/dapo/dapo_ray_trainer.py
+    @53971be5: gen, reward, filter; then old_log_prob, ref, update_actor).
     """
     recomputed = old_log_prob == "always" or (old_log_prob == "if_needed" and not updates_once(epochs, minibatches))
     by_engine = ("log_probs",) if old_log_prob == "engine" else ()

@@ -1,6 +1,6 @@
 """GPG: the plain policy gradient with a group's mean reward as baseline; no ratio, no clipping, no reference.
 
-Chu et al., "GPG", 2025. verl: adv_estimator gpg with loss_mode gpg. That loss reads no old log-probabilities, but verl's
+Chu et al., "GPG", 2025. verl: adv_estimator gpg with loss_mode gpg. That loss reads no old log-probabilities, but its
 trainer computes them for every algorithm, so they are here by default.
 """
 

@@ -95,7 +95,7 @@ class CostModel:
             return self._remember((f.stage,), lambda: self._sync(stage))
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
-        ids = self._numbers(first)
+        ids = self.numbers(first)
         if self._in_rounds(f.stage) and not len(ids):
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
@@ -107,7 +107,7 @@ class CostModel:
     def _in_rounds(self, stage: str) -> bool:
         return self.batches is not None and stage.partition(".")[0] in IN_ROUNDS
 
-    def _numbers(self, f: Firing) -> np.ndarray:
+    def numbers(self, f: Firing) -> np.ndarray:
         """Numbers of a firing's samples, among all that were generated in its iteration."""
         again = self._in_rounds(f.stage)
         count = self.scenario.samples_through(f.stage)
@@ -276,7 +276,7 @@ class CostModel:
             done: list[tuple[np.ndarray, np.ndarray]] = []
             for place in gen.all_places(chunk):
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
-                ids = self._numbers(f)
+                ids = self.numbers(f)
                 prompts, responses = self._lengths(f, ids)
                 stats = self._finished.get((prompts.tobytes(), responses.tobytes()))
                 if stats is None:

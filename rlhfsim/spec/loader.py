@@ -115,9 +115,9 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
         data = _with_overheads(data)
     if "models" in data:
         data["models"] = _models(data["models"], folder, where)
-    for section, names in (("workload", ("prompt_tokens", "response_tokens")), ("algorithm", ("reward_latency",))):
+    for section in ("workload", "algorithm"):
         if isinstance(data.get(section), dict):
-            data[section] = _with_files(section, names, data[section], folder, where)
+            data[section] = _with_files(section, data[section], folder, where)
     scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
     _check(scenario, where)
     return scenario
@@ -141,7 +141,7 @@ def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str
 
 
 def _without_shorthand(data: dict[str, Any]) -> dict[str, Any]:
-    """A name where a section stands is its `spec` or `name`; a number where lengths stand, or a latency, is a fixed one."""
+    """A name where a section stands is its `spec` or `name`; a number where lengths or a latency stand is a fixed one."""
     result = dict(data)
     for section, key in (("cluster", "spec"), ("strategy", "name"), ("algorithm", "name")):
         _widen(result, section, key)
@@ -208,7 +208,7 @@ def _check_size(scenario: Scenario, where: Where) -> None:
         )
     if scenario.rounds * scenario.gen_prompts < workload.prompts:
         raise _error(
-            f"is {scenario.gen_prompts}; {scenario.rounds} rounds of it never fill a batch of {workload.prompts} prompts",
+            f"is {scenario.gen_prompts}; {scenario.rounds} rounds of it never fill a batch of {workload.prompts}",
             "algorithm.gen_prompts",
             where,
         )
@@ -494,12 +494,10 @@ def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: d
     return shape if own is None else _merge(shape.model_dump(), own)
 
 
-def _with_files(
-    section: str, names: tuple[str, ...], given: dict[str, Any], folder: Path, where: Where
-) -> dict[str, Any]:
+def _with_files(section: str, given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
     """Files of distributions become shipped names or absolute paths."""
     result = dict(given)
-    for name in names:
+    for name in ("prompt_tokens", "response_tokens", "reward_latency"):
         drawn = result.get(name)
         if isinstance(drawn, dict) and isinstance(drawn.get("file"), str):
             file = _length_file(drawn["file"], f"{section}.{name}.file", folder, where)

@@ -328,7 +328,12 @@ class Scenario(Record):
             ("share_actor_critic", self.models.share_actor_critic, False, "models.share_actor_critic"),
             ("reference", False if chosen.kl_coefficient == 0 else chosen.reference, None, "algorithm.reference"),
             ("old_log_prob", chosen.old_log_prob, "always", "algorithm.old_log_prob"),
-            ("rounds", self.rounds, 1, "algorithm." + ("gen_prompts" if chosen.gen_prompts else "filter_accept_probability")),
+            (
+                "rounds",
+                self.rounds,
+                1,
+                "algorithm." + ("gen_prompts" if chosen.gen_prompts else "filter_accept_probability"),
+            ),
         ):
             if value != usual:
                 options[option], fields[option] = value, field
