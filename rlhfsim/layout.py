@@ -108,8 +108,8 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     notes: list[str] = []
     devices = devices_of(scenario)
     if (slots := options.pop("slots", None)) is not None:
-        judges = [m for m in ("reference", "reward") if m in algorithm_of(scenario).models]
-        options, notes = _with_slots(name, slots, options, devices, judges)
+        judges = {"reference", "reward"} & set(algorithm_of(scenario).models)
+        options, notes = _with_slots(name, slots, options, devices, sorted(judges))
     allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
     for option in options:
         if option not in allowed:

@@ -54,7 +54,7 @@ def draw_seconds(latency: Latency, samples: int, seed: int, iteration: int, data
         from scipy.special import ndtr
 
         seconds = np.interp(ndtr(score), *_table(Path(data_dir) / str(latency.file), str(latency.column)))
-    return np.minimum(seconds, most)
+    return np.asarray(np.minimum(seconds, most))
 
 
 def quantile(lengths: Lengths, probability: float | np.ndarray, data_dir: str | Path) -> np.ndarray:

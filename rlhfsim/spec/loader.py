@@ -141,7 +141,7 @@ def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str
 
 
 def _without_shorthand(data: dict[str, Any]) -> dict[str, Any]:
-    """A name where a section stands is its `spec` or `name`; a number where lengths or a latency stand is a fixed one."""
+    """A name where a section stands is its `spec` or `name`; a number where a distribution stands is a fixed one."""
     result = dict(data)
     for section, key in (("cluster", "spec"), ("strategy", "name"), ("algorithm", "name")):
         _widen(result, section, key)
