@@ -87,19 +87,8 @@ class _Arriving:
         return self.fields
 
 
-def run(
-    graph: StageGraph,
-    rank: int,
-    work: Work,
-    iterations: int,
-    store: Store,
-    groups: Groups,
-    clock: Clock,
-    *,
-    results: LaneStore | None = None,
-    watch: Watch | None = None,
-    file: RecordFile | None = None,
-) -> list[Record]:
+def run(graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups, clock: Clock, *,
+        results: LaneStore | None = None, watch: Watch | None = None, file: RecordFile | None = None) -> list[Record]:
     """Run so many iterations; every rank calls it, with the same graph. Returns what this rank's firings took.
 
     store: holds the log, under names that no other run uses (a PrefixStore). results: where stages find what they do
@@ -121,19 +110,8 @@ def run(
 
 
 class _Executor:
-    def __init__(
-        self,
-        graph: StageGraph,
-        rank: int,
-        work: Work,
-        iterations: int,
-        store: Store,
-        groups: Groups,
-        clock: Clock,
-        results: LaneStore,
-        watch: Watch | None,
-        file: RecordFile | None,
-    ) -> None:
+    def __init__(self, graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups,
+                 clock: Clock, results: LaneStore, watch: Watch | None, file: RecordFile | None) -> None:
         self.graph, self.rank, self.work, self.store = graph, rank, work, store
         self.groups, self.clock, self.results, self.watch, self.file = groups, clock, results, watch, file
         self.scheduler = Scheduler(graph, iterations)

@@ -132,19 +132,16 @@ class Groups:
         ranks = tuple(ranks)
         header, body = _header(fields), pack(fields)
         sizes = self.all_gather(torch.tensor([len(header), len(body)]), ranks)
-        wholes = {
-            rank: torch.empty(int(size.sum()), dtype=torch.uint8) for rank, size in zip(ranks, sizes, strict=True)
-        }
+        wholes = {rank: torch.empty(int(size.sum()), dtype=torch.uint8)
+                  for rank, size in zip(ranks, sizes, strict=True)}
         with self._counted("gather", ranks, torch.cat((header, body))) as group:
             if self.rank != destination:
                 dist.send(torch.cat((header, body)), destination, group=group)
                 return None
             for work in [dist.irecv(w, rank, group=group) for rank, w in wholes.items() if rank != destination]:
                 work.wait()
-        return [
-            fields if rank == destination else self._parsed(wholes[rank], int(size[0]))
-            for rank, size in zip(ranks, sizes, strict=True)
-        ]
+        return [fields if rank == destination else self._parsed(wholes[rank], int(size[0]))
+                for rank, size in zip(ranks, sizes, strict=True)]
 
     def _parsed(self, whole: Tensor, header_bytes: int) -> Fields:
         shapes = json.loads(bytes(whole[:header_bytes].tolist()))
@@ -209,28 +206,11 @@ def _header(fields: Fields) -> Tensor:
 
 
 # Methods of deepspeed.comm.torch.TorchBackend that all ranks of a group call together.
-_COLLECTIVES = frozenset(
-    (
-        "all_gather",
-        "all_gather_coalesced",
-        "all_gather_into_tensor",
-        "all_gather_object",
-        "all_reduce",
-        "all_reduce_coalesced",
-        "all_to_all",
-        "all_to_all_single",
-        "barrier",
-        "broadcast",
-        "broadcast_object_list",
-        "gather",
-        "inference_all_reduce",
-        "monitored_barrier",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "scatter",
-    )
-)
+_COLLECTIVES = frozenset((
+    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
+    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list",
+    "gather", "inference_all_reduce", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter"))
 _ENDS = ("src", "dst")
 _GROUP_POSITION = 2  # where deepspeed.comm passes the group by position (all_reduce and its relatives)
 
@@ -274,7 +254,6 @@ class EngineWorld:
                 kwargs["group"] = kwargs.get("group") or self._group
             kwargs |= {end: self._ranks[kwargs[end]] for end in _ENDS if kwargs.get(end) is not None}
             return method(*args, **kwargs)
-
         return called
 
     def _confined(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -284,7 +263,6 @@ class EngineWorld:
             with self._meter.collective(name, self._ranks, _moved_bytes((*args, *kwargs.values()))) as called:
                 result = within(*args, **kwargs)
             return result if not hasattr(result, "wait") else _Awaited(result, name, self._ranks, self._meter, called)
-
         return counted
 
 

@@ -56,10 +56,8 @@ class Meter:
 
     def end(self) -> Measured:
         self.synchronize()
-        calls = {
-            ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found]
-            for ranks, found in self._calls.items()
-        }
+        calls = {ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found]
+                 for ranks, found in self._calls.items()}
         detail: dict[str, float] = defaultdict(float)
         for name, start, stop in self._sections:
             detail[name] += (self._at(stop) - self._at(start)) / 1e9

@@ -47,16 +47,8 @@ class RecordFile:
 
     def add(self, r: Record) -> None:
         calls = [[ranks, found] for ranks, found in r.measured.calls.items()]
-        self._write(
-            {
-                "firing": r.firing,
-                "times": [r.begin, r.data, r.start, r.end],
-                "calls": calls,
-                "bytes": r.measured.collective_bytes,
-                "detail": r.measured.detail,
-                "peak": r.measured.peak_bytes,
-            }
-        )
+        self._write({"firing": r.firing, "times": [r.begin, r.data, r.start, r.end], "calls": calls,
+                     "bytes": r.measured.collective_bytes, "detail": r.measured.detail, "peak": r.measured.peak_bytes})
 
     def named(self, f: Firing, name: Firing) -> None:
         """Consumers know the result of f by another name."""
@@ -92,33 +84,21 @@ def read(folder: Path, ranks: int) -> Recorded:
             if "name" in line:
                 found.names[f] = Firing(*line["name"])
                 continue
-            calls = {
-                tuple(ranks): [(a + offset, b + offset, c + offset) for a, b, c in times]
-                for ranks, times in line["calls"]
-            }
+            calls = {tuple(ranks): [(a + offset, b + offset, c + offset) for a, b, c in times]
+                     for ranks, times in line["calls"]}
             measured = Measured(calls, line["bytes"], line["detail"], line["peak"])
             found.records[f][rank] = Record(f, rank, *(t + offset for t in line["times"]), measured)
     return found
 
 
-def timeline(
-    graph: StageGraph,
-    found: Recorded,
-    ranks: int,
-    iterations: int,
-    *,
-    warmup: int = 0,
-    info: dict[str, Any] | None = None,
-) -> Timeline:
+def timeline(graph: StageGraph, found: Recorded, ranks: int, iterations: int, *, warmup: int = 0,
+             info: dict[str, Any] | None = None) -> Timeline:
     """The spans of all firings that ended on every rank of their place; time starts with the first that is kept.
 
     The first `warmup` iterations are left out and the others count from 0.
     """
-    whole = {
-        f: by_rank
-        for f, by_rank in found.records.items()
-        if set(by_rank) == set(graph.ranks(f)) and f.iteration >= warmup
-    }
+    whole = {f: by_rank for f, by_rank in found.records.items()
+             if set(by_rank) == set(graph.ranks(f)) and f.iteration >= warmup}
     zero = min((r.begin for by_rank in whole.values() for r in by_rank.values()), default=0)
     spans, memory = [], []
     ended: dict[Firing, tuple[int, Firing]] = {}  # by the name that consumers know: when, and what ran
@@ -140,23 +120,12 @@ def timeline(
     for f, by_rank in whole.items():
         moved[f.stage] += sum(r.measured.collective_bytes for r in by_rank.values())
     about = {"clock_error_seconds": 2 * found.error_ns / 1e9, "collective_bytes": dict(sorted(moved.items()))}
-    return Timeline(
-        sorted(spans, key=lambda s: (s.start_seconds, s.firing)),
-        ranks,
-        iterations,
-        "real",
-        memory,
-        about | (info or {}),
-    )
+    return Timeline(sorted(spans, key=lambda s: (s.start_seconds, s.firing)), ranks, iterations, "real", memory,
+                    about | (info or {}))
 
 
-def _released_by(
-    graph: StageGraph,
-    f: Firing,
-    records: list[Record],
-    ended: dict[Firing, tuple[int, Firing]],
-    last: dict[int, tuple[int, Firing]],
-) -> Firing | None:
+def _released_by(graph: StageGraph, f: Firing, records: list[Record], ended: dict[Firing, tuple[int, Firing]],
+                 last: dict[int, tuple[int, Firing]]) -> Firing | None:
     """Of all that had to end before f, the last."""
     offered = f._replace(place=ANY_PLACE) if graph.at(f.stage).spread == "first" else f
     candidates = [ended[n] for n in graph.needs(offered) if n in ended]
@@ -165,16 +134,8 @@ def _released_by(
     return max(before, default=(0, None))[1]
 
 
-def _span(
-    graph: StageGraph,
-    f: Firing,
-    records: list[Record],
-    earliest: int,
-    not_before: int,
-    zero: int,
-    warmup: int,
-    cause: Firing | None,
-) -> Span:
+def _span(graph: StageGraph, f: Firing, records: list[Record], earliest: int, not_before: int, zero: int, warmup: int,
+          cause: Firing | None) -> Span:
     """One span of all ranks; what is no collective and no waiting of a rank is its compute."""
     stage = graph.at(f.stage)
     begin, end = min(r.begin for r in records), max(r.end for r in records)
@@ -196,22 +157,9 @@ def _span(
     compute, communication, peers_seconds = (tuple(x / 1e9 for x in column) for column in zip(*parts, strict=True))
     names = sorted({name for r in records for name in r.measured.detail})
     detail = {name: fmean(r.measured.detail.get(name, 0.0) for r in records) for name in names}
-    return Span(
-        _counted_from(f, warmup),
-        stage.kind,
-        stage.model,
-        stage.ranks_of(f.place),
-        (begin - zero) / 1e9,
-        (end - zero) / 1e9,
-        compute,
-        communication,
-        peers_seconds,
-        (data - begin) / 1e9,
-        0.0,
-        detail,
-        {},
-        _counted_from(cause, warmup) if cause else None,
-    )
+    return Span(_counted_from(f, warmup), stage.kind, stage.model, stage.ranks_of(f.place), (begin - zero) / 1e9,
+                (end - zero) / 1e9, compute, communication, peers_seconds, (data - begin) / 1e9, 0.0, detail, {},
+                _counted_from(cause, warmup) if cause else None)
 
 
 def _counted_from(f: Firing, warmup: int) -> Firing:

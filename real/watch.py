@@ -38,17 +38,8 @@ class Watch(threading.Thread):
     (its process is gone, stopped, or holds the interpreter). save: called on one rank before all end, with the reason.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        ranks: int,
-        meter: Meter,
-        *,
-        timeout_seconds: float = 600.0,
-        silence_seconds: float = 20.0,
-        save: Callable[[str], None] = lambda reason: None,
-    ) -> None:
+    def __init__(self, store: Store, rank: int, ranks: int, meter: Meter, *, timeout_seconds: float = 600.0,
+                 silence_seconds: float = 20.0, save: Callable[[str], None] = lambda reason: None) -> None:
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.ranks, self.meter, self.save = store.clone(), rank, ranks, meter, save
         self._own = store  # of the main thread: a store's client does one thing at a time
@@ -97,11 +88,8 @@ class Watch(threading.Thread):
             self._watch()
         except Exception as error:
             # The process that keeps the store has ended; nothing can be asked any more.
-            self._end_process(
-                f"rank {self.rank} lost the store while in {self._doing} ({type(error).__name__}): the "
-                "launcher, or the rank that keeps it, has ended",
-                alone=True,
-            )
+            self._end_process(f"rank {self.rank} lost the store while in {self._doing} ({type(error).__name__}): the "
+                              "launcher, or the rank that keeps it, has ended", alone=True)
 
     def _watch(self) -> None:
         beat, last, changed, told_to_end = 0, b"", time.monotonic(), None
@@ -122,11 +110,8 @@ class Watch(threading.Thread):
             grace = 4 * self._beat_seconds if self.meter.inside else 0.0
             if since is not None and now - since > self.timeout_seconds + grace:
                 inside = f", inside {self.meter.inside}" if self.meter.inside else ""
-                self._post(
-                    self.store,
-                    f"rank {self.rank} has been in {self._doing} for {now - since:.1f} s{inside} "
-                    f"(at most {self.timeout_seconds:g} s are allowed)",
-                )
+                self._post(self.store, f"rank {self.rank} has been in {self._doing} for {now - since:.1f} s{inside} "
+                           f"(at most {self.timeout_seconds:g} s are allowed)")
             if self._told_to_end(self._beat_seconds):
                 told_to_end = now
             if told_to_end is not None and now - told_to_end > 2 * self.silence_seconds:
