@@ -180,6 +180,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     _check_size(scenario, where)
     for role in ROLES:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
+        _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
     _check_generation(scenario, where)
     _check_lengths(scenario, where)
 
@@ -225,9 +226,33 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
         )
 
 
+def _check_precision(field: str, use: ModelUse, cluster: Cluster, where: Where) -> None:
+    precision, peaks = use.gemm_precision, cluster.gpu.flops_per_second
+    if precision == "int8":
+        message = "only inference engines compute in int8 (generation.weights_precision); allowed: fp8"
+    elif precision and precision not in peaks:
+        message = f"{cluster.gpu.name} has no peak for {precision} (it has: {', '.join(sorted(peaks))})"
+    else:
+        return
+    raise _error(message, f"{field}.gemm_precision", where)
+
+
 def _check_generation(scenario: Scenario, where: Where) -> None:
     tensor, actor = scenario.generation.tensor_parallel, scenario.models.actor
-    field = "generation.tensor_parallel"
+    experts, field = scenario.generation.expert_parallel, "generation.tensor_parallel"
+    if experts > 1 and (not actor.shape.experts or actor.shape.experts % experts):
+        raise _error(
+            f"is {experts}, but must divide the {actor.shape.experts} experts of {actor.spec}",
+            "generation.expert_parallel",
+            where,
+        )
+    if actor.shape.expert_ffn % (tensor // experts):
+        raise _error(
+            f"is {tensor}, so that {tensor // experts} ranks share an expert, but that must divide its width "
+            f"{actor.shape.expert_ffn}",
+            field,
+            where,
+        )
     if actor.shape.heads % tensor or actor.shape.ffn % tensor:
         raise _error(
             f"is {tensor}, but must divide the {actor.shape.heads} heads and the MLP width "

@@ -404,9 +404,12 @@ def _windows(config: _Config, model_type: str, max_positions: int) -> dict[str, 
 def _layer_types(config: _Config) -> tuple[AttentionSpan, ...]:
     names: dict[str, AttentionSpan] = {"full_attention": "full", "sliding_attention": "window"}
     types = config.get("layer_types", list, [])
-    other = next((kind for kind in types if not isinstance(kind, str) or kind not in names), None)
-    if other is not None:
-        raise config.fail("layer_types", f"{other!r} layers are not modelled; only {' and '.join(names)} are")
+    others = [kind for kind in types if not isinstance(kind, str) or kind not in names]
+    if others:
+        raise config.fail("layer_types", f"{repr(others[0])} layers are not modelled; only {' and '.join(names)} are")
+    layers = config.first(("num_hidden_layers", "n_layer"))
+    if types and len(types) != layers:
+        raise config.fail("layer_types", f"names {len(types)} layers, but there are {layers}")
     return tuple(names[kind] for kind in types)
 
 

@@ -254,8 +254,8 @@ class Generation(Record):
     expert_parallel: of the ranks of an engine, so many share the routed experts, the rest their matrices. The ranks of
         an engine hold the same tokens, so that nothing is exchanged but the all-reduce that sums their outputs.
     weights_precision, kv_precision: of the layers' matrices and the cache in the engine where they are not the model's.
-        Products run at the GPU's rate for that precision if it has one, else at the model's (weights are unpacked
-        on the way, as vLLM's Marlin kernels do). Embedding and head stay as they are. kv_precision: one byte an element.
+        Products run at the GPU's rate for that precision if it has one, else at the model's (weights are unpacked on
+        the way, as vLLM's Marlin kernels do). Embedding and head stay as they are.
     lora: `merged` into the weights before generation, or `served`: its factors run beside the weights at every step.
     memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
