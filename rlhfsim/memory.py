@@ -25,7 +25,6 @@ from .model import (
     output_activation_bytes_per_token,
     parameters,
     rank_parameters,
-    stage_layers,
 )
 from .spec.model_spec import LayerKind
 from .spec.scenario import Generation, ModelUse, Overheads
@@ -106,7 +105,7 @@ def static_bytes(
     """
     width = use.bytes_per_parameter
     shards = Shards.of(use, data_parallel)
-    weights = shards.largest(_weights(use, head, stage), _routed(use, stage_range(use, stage)), 3) * width
+    weights = shards.largest(_weights(use, head, stage), _routed(use, use.stage_layers(stage)), 3) * width
     on_device = not use.offload_parameters or (running and use.zero_stage < 3)
     resting = Bytes(weights=weights if on_device else 0.0, host=weights if use.offload_parameters else 0.0)
     if held == "frozen":
@@ -149,11 +148,22 @@ def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
     if use.lora_rank:
         return lora_parameters(spec, use.lora_rank, len(layers)) / t
     if use.trainable_layers is None or use.trainable_layers == spec.layers:
-        return rank_parameters(
-            spec, head, tensor_parallel=t, pipeline_parallel=p, stage=stage, split=use.expert_split()
-        )
+        return held_parameters(use, head, stage)
     at_top = head_parameters(spec, head, t) if stage == p - 1 else 0
     return layers_parameters(spec, t, use.expert_split(), layers) + at_top
+
+
+def held_parameters(use: ModelUse, head: Head, stage: int = 0) -> int:
+    """Parameters of a pipeline stage on one rank, without LoRA's factors."""
+    return rank_parameters(
+        use.shape,
+        head,
+        tensor_parallel=use.tensor_parallel,
+        pipeline_parallel=use.pipeline_parallel,
+        stage=stage,
+        split=use.expert_split(),
+        layers=use.stage_layers(stage),
+    )
 
 
 def trained_routed_parameters(use: ModelUse, stage: int = 0) -> float:
@@ -279,15 +289,10 @@ def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def stage_range(use: ModelUse, stage: int) -> range:
-    return stage_layers(use.shape, use.pipeline_parallel, stage)
-
-
 def _weights(use: ModelUse, head: Head, stage: int) -> float:
-    spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
-    adapters = lora_parameters(spec, use.lora_rank, len(stage_range(use, stage))) / t if use.lora_rank else 0.0
-    held = rank_parameters(spec, head, tensor_parallel=t, pipeline_parallel=p, stage=stage, split=use.expert_split())
-    return held + adapters
+    spec, t = use.shape, use.tensor_parallel
+    adapters = lora_parameters(spec, use.lora_rank, len(use.stage_layers(stage))) / t if use.lora_rank else 0.0
+    return held_parameters(use, head, stage) + adapters
 
 
 def _routed(use: ModelUse, layers: range) -> float:
@@ -299,14 +304,14 @@ def _trained_layers(use: ModelUse, stage: int) -> range:
 
     (With several chunks layers lie otherwise, but the fullest stage is as full.)
     """
-    own = stage_range(use, stage)
+    own = use.stage_layers(stage)
     frozen = use.shape.layers - (use.trainable_layers or use.shape.layers)
     return range(min(max(own.start, frozen), own.stop), own.stop)
 
 
 def _largest_activation_bytes(use: ModelUse, sequence_tokens: float, stage: int) -> float:
     """Per token, of the largest layer of a pipeline stage, whole."""
-    kinds = use.shape.layer_kinds(stage_range(use, stage))
+    kinds = use.shape.layer_kinds(use.stage_layers(stage))
     return max(_activation_bytes(use, sequence_tokens, "none", kind) for kind in kinds)
 
 

@@ -327,16 +327,18 @@ def rank_parameters(
     pipeline_parallel: int = 1,
     stage: int = 0,
     split: ExpertSplit | None = None,
+    layers: range | None = None,
 ) -> int:
     """Parameters held by one rank of pipeline stage `stage` (0 is the first).
 
     The first stage has the embedding, the last the head; with tied embeddings a last stage that is not the first
-    holds a second copy of the word embedding.
+    holds a second copy of the word embedding. layers: those of the stage, where stages have unequally many.
     """
-    check_layout(spec, tensor_parallel, pipeline_parallel)
+    check_layout(spec, tensor_parallel, pipeline_parallel if layers is None else 1)
     if not 0 <= stage < pipeline_parallel:
         raise InputError(f"stage is {stage}, but there are {pipeline_parallel} (counted from 0)", field="stage")
-    held = layers_parameters(spec, tensor_parallel, split, stage_layers(spec, pipeline_parallel, stage))
+    own = stage_layers(spec, pipeline_parallel, stage) if layers is None else layers
+    held = layers_parameters(spec, tensor_parallel, split, own)
     if stage == 0:
         held += embedding_parameters(spec, tensor_parallel)
     if stage == pipeline_parallel - 1:

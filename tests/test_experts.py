@@ -15,6 +15,7 @@ from rlhfsim.costs.generation import StepSeconds
 from rlhfsim.costs.kernels import load_kernels
 from rlhfsim.costs.operators import Operators
 from rlhfsim.costs.passes import Layout, score_program, sync_program, train_program
+from rlhfsim.costs.pipeline import PipelineSegment
 from rlhfsim.costs.segment import Segment, Transfer
 from rlhfsim.errors import InputError
 from rlhfsim.memory import engine_bytes, static_bytes, training_bytes
@@ -183,6 +184,54 @@ def test_many_experts_cost_little_more_than_one_mlp_of_their_active_width() -> N
     assert 1.0 < many / one < 1.25
 
 
+# --- unequal pipeline stages -----------------------------------------------------------------------------------------
+
+
+def test_deepseek_v3_on_sixteen_stages() -> None:
+    """61 layers as 3 + 14 x 4 + 2: every layer once, and the states of the stages add up to the model's."""
+    u = use(DEEPSEEK, pipeline_parallel=16, first_stage_layers=3, last_stage_layers=2, expert_parallel=16)
+    stages = [u.stage_layers(stage) for stage in range(16)]
+    assert [layer for stage in stages for layer in stage] == list(range(61))
+    assert [len(stage) for stage in stages] == [3, *[4] * 14, 2]
+    held = [static_bytes(u.model_copy(update={"zero_stage": 0}), "frozen", 16, stage=s).weights for s in range(16)]
+    routed = layers_routed_parameters(DEEPSEEK)
+    assert sum(held) == pytest.approx(2 * (parameters(DEEPSEEK) - routed * 15 / 16))
+
+
+def test_unequal_stages_take_as_long_as_the_fullest() -> None:
+    """Compute per stage follows its layers; equal stages that are named are the unnamed ones."""
+    shape = load_model("llama-2-7b")
+    even, named, uneven = (
+        use(shape, pipeline_parallel=4, micro_batch_samples=1, **ends)
+        for ends in ({}, {"first_stage_layers": 8}, {"first_stage_layers": 7, "last_stage_layers": 7})
+    )
+    lengths = [np.full(8, 512.0)]
+
+    def stage_seconds(u: ModelUse) -> np.ndarray:
+        program = train_program(u, lengths, Layout.of(range(4), u), operators())
+        found = next(s for s in program if isinstance(s, PipelineSegment))
+        return np.asarray(found.forward_seconds[:, 0, 0])
+
+    assert np.array_equal(stage_seconds(even), stage_seconds(named))
+    seconds = stage_seconds(uneven)
+    assert seconds[1] == pytest.approx(9 / 8 * stage_seconds(even)[1])
+    assert seconds.sum() == pytest.approx(stage_seconds(even).sum())
+
+
+@pytest.mark.parametrize(
+    "ends, message",
+    [
+        ({"first_stage_layers": 3, "last_stage_layers": 3}, "leave 55 of the 61 layers"),
+        ({"first_stage_layers": 61}, "leave 0 of the 61 layers"),
+        ({"first_stage_layers": 3, "last_stage_layers": 2, "pipeline_chunks": 2}, "pipeline_chunks 1"),
+        ({"first_stage_layers": 3, "pipeline_parallel": 1}, "need pipeline_parallel above 1"),
+    ],
+)
+def test_stages_that_do_not_hold_all_layers_are_refused(ends: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        use(DEEPSEEK, **({"pipeline_parallel": 16} | ends))
+
+
 # --- engines ---------------------------------------------------------------------------------------------------------
 
 
@@ -339,9 +388,16 @@ def test_splits_that_cannot_be_are_refused(actor: dict[str, Any], message: str) 
         "cluster": {"spec": "h100-80g-sxm", "nodes": 2},
         "models": {"actor": {"spec": "qwen3-30b-a3b", "zero_stage": 1} | actor},
         "workload": {"prompts": 64, "prompt_tokens": 256, "response_tokens": 512},
+        "generation": {"engine": "engine"},
     }
     with pytest.raises(InputError, match=message):
         prepare(scenario_from_dict(data))
+
+
+def test_experts_over_ranks_need_an_engine_of_their_own() -> None:
+    with pytest.raises(InputError, match="generates with the training weights") as error:
+        moe_scenario(generation__engine="hybrid")
+    assert error.value.field == "generation.engine"
 
 
 @pytest.mark.parametrize(

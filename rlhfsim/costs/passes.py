@@ -22,6 +22,7 @@ from rlhfsim.memory import (
     PREFETCH_PARAMETERS,
     REDUCE_BUCKET_PARAMETERS,
     Shards,
+    held_parameters,
     trained_parameters,
     trained_routed_parameters,
 )
@@ -34,7 +35,6 @@ from rlhfsim.model import (
     layers_routed_parameters,
     lora_parameters,
     parameters,
-    rank_parameters,
 )
 from rlhfsim.spec.model_spec import UNSPLIT, ExpertSplit
 from rlhfsim.spec.overheads import EnginePhase
@@ -444,8 +444,7 @@ class _Work:
         return trained_routed_parameters(self.use, self._fullest_stage())
 
     def _fullest_stage(self) -> int:
-        ends = (0, self.use.pipeline_parallel - 1)
-        return max(ends, key=lambda stage: trained_parameters(self.use, self.head, stage))
+        return max(_different_stages(self.use), key=lambda stage: trained_parameters(self.use, self.head, stage))
 
     def replicated(self, count: float, routed: float) -> list[tuple[tuple[tuple[int, ...], ...], float]]:
         """Groups of ranks with the same parameters, and how many: routed experts are copied on fewer ranks."""
@@ -641,18 +640,21 @@ class _Work:
         return Segment(label, np.zeros((len(self.batches), 1)), transfers=(transfer,))
 
     def pipeline(self, label: str, *, backward: bool) -> PipelineSegment:
-        """1F1B over the pipeline stages; layers are split evenly, embedding and head are at the two ends."""
+        """1F1B over the pipeline stages; embedding and head are at the two ends."""
         use, spec = self.use, self.use.shape
         stages, virtual = use.pipeline_parallel, use.pipeline_parallel * use.pipeline_chunks
-        if spec.layers % virtual:
+        if spec.layers % virtual and not use.given_stages:
             raise InputError(
                 f"{spec.layers} layers cannot be split evenly in {stages} stages x {use.pipeline_chunks} chunks",
                 field="pipeline_chunks",
             )
-        each = spec.layers // virtual
+        counts = [spec.layers // virtual] * virtual
+        if use.given_stages:
+            counts = [len(use.stage_layers(stage)) for stage in range(stages)]
+        ends, frozen = np.cumsum(counts).tolist(), spec.layers - self.trained_layers
         layer, embedding, head = self.layer_forward(), self.embedding(), self.head_forward()
-        forward = _stack([layer * each] * virtual, first=embedding, last=head)
-        trained = [max(0, min(each, (v + 1) * each - (spec.layers - self.trained_layers))) for v in range(virtual)]
+        forward = _stack([layer * count for count in counts], first=embedding, last=head)
+        trained = [max(0, min(count, end - frozen)) for count, end in zip(counts, ends, strict=True)]
         back = None
         times = [(layer, spec.layers), (embedding, 1), (head, 1)]
         if backward:
@@ -663,7 +665,7 @@ class _Work:
         bound: dict[str, float] = {}
         for time, repeats in times:
             _add_bound(bound, time, repeats / stages, len(self.batches))
-        per_stage = each * use.pipeline_chunks
+        per_stage = spec.layers / stages
         collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.inside_forward()]
         if backward:
             collectives += [("backward", _scaled(t, per_stage)) for t in self.inside_backward()]
@@ -738,18 +740,12 @@ def _add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, repl
 
 def _largest_stage(use: ModelUse, head: Head) -> int:
     """Parameters on a rank of the fullest pipeline stage."""
-    p = use.pipeline_parallel
-    return max(
-        rank_parameters(
-            use.shape,
-            head,
-            tensor_parallel=use.tensor_parallel,
-            pipeline_parallel=p,
-            stage=stage,
-            split=use.expert_split(),
-        )
-        for stage in (0, p - 1)
-    )
+    return max(held_parameters(use, head, stage) for stage in _different_stages(use))
+
+
+def _different_stages(use: ModelUse) -> tuple[int, int, int]:
+    """Pipeline stages that can differ: the ends, and one of those between."""
+    return 0, use.pipeline_parallel // 2, use.pipeline_parallel - 1
 
 
 def _messages(amount: float, bucket: float) -> float:

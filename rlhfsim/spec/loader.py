@@ -212,7 +212,7 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
             f"{field}.tensor_parallel",
             where,
         )
-    if shape.layers % stages:
+    if shape.layers % stages and not use.given_stages:
         raise _error(
             f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
             f"{field}.pipeline_parallel",
@@ -244,6 +244,13 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
         raise _error(
             f"is {experts}, but must divide the {actor.shape.experts} experts of {actor.spec}",
             "generation.expert_parallel",
+            where,
+        )
+    if actor.expert_parallel > 1 and scenario.generation.engine != "engine":
+        raise _error(
+            f"is {scenario.generation.engine!r}, which generates with the training weights, but experts of the actor "
+            f"lie on {actor.expert_parallel} ranks (models.actor.expert_parallel); allowed: 'engine'",
+            "generation.engine",
             where,
         )
     if actor.shape.expert_ffn % (tensor // experts):

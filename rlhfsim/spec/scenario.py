@@ -32,6 +32,8 @@ class ModelUse(Record):
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
+    first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
+        others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
     sequence_parallel: activations between tensor-parallel regions are split as well.
     expert_parallel: ranks that share the routed experts of a layer, and exchange tokens by all-to-all; neighbours of
         the tensor- and data-parallel ranks of a pipeline stage. expert_tensor_parallel: ranks that share the matrices
@@ -55,6 +57,8 @@ class ModelUse(Record):
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
     pipeline_chunks: Count = 1
+    first_stage_layers: Count | None = None
+    last_stage_layers: Count | None = None
     sequence_parallel: bool = True
     expert_parallel: Count = 1
     expert_tensor_parallel: Count | None = None
@@ -79,6 +83,22 @@ class ModelUse(Record):
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
+    def given_stages(self) -> list[int]:
+        """Layers of the stages that are not like the others."""
+        return [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
+
+    def stage_layers(self, stage: int) -> range:
+        """The layers of a pipeline stage, both counted from 0."""
+        last = self.pipeline_parallel - 1
+        others = self.pipeline_parallel - len(self.given_stages)
+        each = (self.shape.layers - sum(self.given_stages)) // max(others, 1)
+        first = each if self.first_stage_layers is None else self.first_stage_layers
+        start = 0 if stage == 0 else first + (stage - 1) * each
+        if stage == last:
+            return range(start, self.shape.layers)
+        return range(start, start + (first if stage == 0 else each))
+
+    @property
     def ranks_together(self) -> int:
         """The fewest ranks that hold whole replicas and whole sets of experts."""
         return self.pipeline_parallel * lcm(self.tensor_parallel, self.expert_ranks)
@@ -96,6 +116,24 @@ class ModelUse(Record):
     def matrix_bytes(self) -> int:
         """Bytes per element that the layers' products read."""
         return 1 if self.gemm_precision else self.bytes_per_parameter
+
+    @model_validator(mode="after")
+    def _stages_hold_all_layers(self) -> ModelUse:
+        given, stages, layers = self.given_stages, self.pipeline_parallel, self.shape.layers
+        if not given:
+            return self
+        if stages < 2 or self.pipeline_chunks > 1:
+            raise ValueError(
+                "first_stage_layers and last_stage_layers need pipeline_parallel above 1 and pipeline_chunks 1, given "
+                f"{stages} and {self.pipeline_chunks}"
+            )
+        rest, others = layers - sum(given), stages - len(given)
+        if rest < others or (rest % others if others else rest):
+            raise ValueError(
+                f"first_stage_layers and last_stage_layers leave {rest} of the {layers} layers of {self.spec} for "
+                f"{others} stages; each must have as many, and at least one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _experts_can_be_split(self) -> ModelUse:
