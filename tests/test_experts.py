@@ -394,6 +394,24 @@ def test_splits_that_cannot_be_are_refused(actor: dict[str, Any], message: str) 
         prepare(scenario_from_dict(data))
 
 
+def test_a_frozen_model_is_split_like_its_partner_if_it_is_the_same() -> None:
+    models = {
+        "actor": {"spec": "deepseek-v3", "zero_stage": 1, "pipeline_parallel": 16, "first_stage_layers": 3,
+                  "last_stage_layers": 2, "expert_parallel": 16},
+        "critic": {"spec": "llama-7b", "zero_stage": 1},
+    }  # fmt: skip
+    found = scenario_from_dict(
+        {
+            "cluster": {"spec": "h100-80g-sxm", "nodes": 32},
+            "models": models,
+            "workload": {"prompts": 64, "prompt_tokens": 256, "response_tokens": 512},
+            "generation": {"engine": "engine", "tensor_parallel": 32},
+        }
+    ).models
+    assert (found.reference.given_stages, found.reference.expert_parallel) == ([3, 2], 16)
+    assert (found.reward.given_stages, found.reward.expert_parallel) == ([], 1)
+
+
 def test_experts_over_ranks_need_an_engine_of_their_own() -> None:
     with pytest.raises(InputError, match="generates with the training weights") as error:
         moe_scenario(generation__engine="hybrid")

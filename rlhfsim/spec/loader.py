@@ -41,6 +41,15 @@ _LAYOUT = (
     "score_micro_batch_samples",
     "flash_attention",
     "logits_chunk_tokens",
+    "gemm_precision",
+)
+# Taken over too where both are the same model, split in as many pipeline stages.
+_LAYOUT_OF_LAYERS = (
+    "first_stage_layers",
+    "last_stage_layers",
+    "expert_parallel",
+    "expert_tensor_parallel",
+    "routing_imbalance",
 )
 _RECORDS: dict[str, type[Sources]] = {"node": Node, "gpu": Gpu, "network": Network}
 
@@ -473,7 +482,9 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     if role not in _PARTNERS:
         return {}
     partner = models[_PARTNERS[role]]
-    layout = {key: partner[key] for key in _LAYOUT if key in partner}
+    own = {"spec", "pipeline_parallel"} & use.keys()
+    keys = _LAYOUT if any(use[key] != partner.get(key) for key in own) else _LAYOUT + _LAYOUT_OF_LAYERS
+    layout = {key: partner[key] for key in keys if key in partner}
     alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
