@@ -81,7 +81,7 @@ def devices_of(scenario: Scenario) -> Devices:
     """The cluster's ranks, and how many must move together for each stage (`uses` decides by layout)."""
     cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
     owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
-    together = {stage: use.ranks_per_replica for stage, use in owners.items() if use.zero_stage < 3}
+    together = {stage: use.ranks_together for stage, use in owners.items() if use.zero_stage < 3}
     if "reward" not in scenario.roles:  # every rank computes the function for its own samples
         together["reward"] = 1
     own_engine = generation.engine == "engine"
@@ -89,10 +89,10 @@ def devices_of(scenario: Scenario) -> Devices:
         together["gen"] = generation.tensor_parallel
     replica = {
         "shadow_actor": generation.tensor_parallel,
-        "actor": models.actor.ranks_per_replica,
-        "critic": models.critic.ranks_per_replica,
-        "shadow_critic": models.critic.ranks_per_replica,
-        "reference": models.reference.ranks_per_replica,
+        "actor": models.actor.ranks_together,
+        "critic": models.critic.ranks_together,
+        "shadow_critic": models.critic.ranks_together,
+        "reference": models.reference.ranks_together,
         "reward": together.get("reward", 1),
     }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
@@ -210,7 +210,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         purpose: Purpose = "train" if stage.model in training else "frozen"
         if stage.model == "shadow_actor":
             purpose = "generate"
-            use = use.model_copy(
+            use = scenario.generation.engine_use(use).model_copy(
                 update={
                     "zero_stage": 0,
                     "pipeline_parallel": 1,
@@ -291,4 +291,10 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
         raise InputError(
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=field,
+        )
+    if not generates and stage.size % held.use.ranks_together:
+        raise InputError(
+            f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into sets of experts on "
+            f"{held.use.expert_ranks} ranks and replicas of {held.replica} (both together: {held.use.ranks_together})",
+            field=f"models.{stage.model.removeprefix('shadow_')}.expert_parallel",
         )

@@ -240,7 +240,10 @@ def scenario(cluster: Path | str, model: str = "tiny-2x128", **changes: Any) -> 
 def test_curves_follow_a_known_machine(found: Calibration) -> None:
     """1 % of noise on every row; held-out rows are met, and rates and fixed times are the ones put in."""
     for name, fit in found.fits.items():
-        points = name.split(".")[0] in ("collectives", "across_nodes")  # each predicted from its neighbours, 8 times away
+        points = name.split(".")[0] in (
+            "collectives",
+            "across_nodes",
+        )  # each predicted from its neighbours, 8 times away
         assert fit["mean_error"] < (0.15 if points else 0.06), f"{name}: {fit}"
     for kernel, share in COPIES.items():
         curve = found.kernels["memory"][kernel]

@@ -36,7 +36,9 @@ def steps(results: list[Result]) -> list[Result]:
     return [r for r in results if r.quantity == STEP and r.role == "prediction"]
 
 
-def test_errors_are_those_of_the_report(results: list[Result], committed: dict[tuple[str, str], dict[str, Any]]) -> None:
+def test_errors_are_those_of_the_report(
+    results: list[Result], committed: dict[tuple[str, str], dict[str, Any]]
+) -> None:
     """A change of the model that moves a prediction by 1 % is seen, and the report made again with it."""
     assert {(r.id, r.quantity) for r in results} == set(committed)
     for r in results:
