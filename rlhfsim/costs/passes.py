@@ -125,30 +125,17 @@ def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
 
 
 def score_program(
-    use: ModelUse,
-    lengths: Lengths,
-    layout: Layout,
-    operators: Operators,
-    *,
-    head: Head = "lm",
-    updated: bool = False,
+    use: ModelUse, lengths: Lengths, layout: Layout, operators: Operators, *, head: Head = "lm"
 ) -> list[Segment]:
-    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values.
-
-    updated: the model's first pass since an update.
-    """
+    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values."""
     work = _Work(use, micro_batches(lengths, use.score_micro_batch_samples), layout, operators, head)
     load = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
         return [*load, work.pipeline("forward", backward=False)]
     zero3 = use.zero_stage == 3
-    gather, gather_ends = work.gathers_layer(), work.gathers_ends()
-    if updated:
-        gather = work.first_otherwise(work.gathers_layer(one_by_one=True), gather)
-        gather_ends = work.first_otherwise(work.gathers_ends(one_by_one=True), gather_ends)
-    layers = _Part(work.layer_forward(), use.shape.layers, gather + work.tensor_forward())
-    ends = _Part(work.ends_forward(), 1, gather_ends + work.tensor_ends())
-    engine = work.scoring_engine(updated) if zero3 else []  # what is not sharded is scored without an engine
+    layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.tensor_forward())
+    ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
+    engine = work.engine("forward") if zero3 else []  # what is not sharded is scored without an engine
     return [*load, work.segment("forward", [layers, ends, *engine], overlapped=zero3, lockstep=zero3)]
 
 
@@ -417,15 +404,6 @@ class _Work:
         time = total(self.operators.engine_launches(self.use, phase, count) for phase in phases)
         return [_Part(time, 1)] if time.seconds else []
 
-    def scoring_engine(self, updated: bool) -> list[_Part]:
-        """Likewise of passes without a backward."""
-        count = parameters(self.use.shape, self.head)
-        each, first = (self.operators.engine_launches(self.use, p, count) for p in ("forward", "first_forward"))
-        parts = np.zeros(self.batches.shape[1])
-        parts[0] = updated
-        time = (1.0 - parts) * each + parts * first
-        return [_Part(time, 1)] if np.any(time.seconds) else []
-
     # Parameters.
 
     def trained_layer_parameters(self) -> float:
@@ -458,12 +436,11 @@ class _Work:
     def _gathers(self, count: float, matrices: int = 0) -> tuple[Transfer, ...]:
         """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
 
-        A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass and the first forward
-        pass after it one of `matrices` at a time. DeepSpeed fetches ahead along the trace of an earlier pass, and these
-        never meet the trace that they would need: forward passes alone (generation, scoring) come between updates.
-        Counted with DeepSpeed 0.19.8 at its defaults: one call in the forward pass of a model smaller than the bucket,
-        one for each matrix in the backward pass, embedding and head among them (`python -m real.microbench`, column
-        collectives).
+        A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass one of `matrices` at a
+        time. DeepSpeed fetches ahead along the trace of an earlier pass, and the backward pass never meets the trace
+        that it would need: forward passes alone (generation, scoring) come between updates. Counted with DeepSpeed
+        0.19.8 at its defaults: one call in the forward pass of a model smaller than the bucket, one for each matrix in
+        the backward pass, embedding and head among them (`python -m real.microbench`, column collectives).
         """
         if self.use.zero_stage != 3:
             return ()
@@ -555,13 +532,6 @@ class _Work:
             ),
             *self.engine("forward", "backward"),
         ]
-
-    def first_otherwise(self, first: tuple[Transfer, ...], others: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
-        """As `others`, but the first micro-batch in as many messages as `first`."""
-        is_first = np.arange(self.batches.shape[1]) == 0
-        return tuple(
-            replace(o, messages=np.where(is_first, f.messages, o.messages)) for f, o in zip(first, others, strict=True)
-        )
 
     def _only_in_first(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
         first = np.zeros(self.batches.shape[1])
