@@ -367,11 +367,7 @@ class _Host:
             layer, step, sequence = self._solve(
                 "decode_step", self.steps, terms, lambda r: self._decode(r) + found["eager_pass_seconds"]
             )
-            found |= {
-                "decode_layer_seconds": layer,
-                "decode_step_seconds": step,
-                "decode_sequence_seconds": sequence,
-            }
+            found |= {"decode_layer_seconds": layer, "decode_step_seconds": step, "decode_sequence_seconds": sequence}
         if engines := self._deepspeed():
             found["deepspeed"] = engines
         return found
@@ -381,10 +377,10 @@ class _Host:
         found: dict[str, Any] = {}
         for stage in sorted({int(r["zero_stage"]) for r in self.engines}):
             own = [r for r in _of(self.engines, zero_stage=stage) if r["phase"] in ("step", "gather") or self._base(r)]
-            for phase in ("forward", "first_forward", "backward", "step", "gather"):
+            for phase in ("forward", "backward", "step", "gather"):
                 rows = _of(own, phase=phase)
-                if stage == 3:  # passes without a backward have the engine's hooks too
-                    rows += _of(own, phase={"forward": "score_again", "first_forward": "score"}.get(phase, ""))
+                if phase == "forward" and stage == 3:  # passes without a backward have the engine's hooks too
+                    rows += _of(own, phase="score_again")
                 if not rows:
                     continue
                 terms = np.array([[1.0, self._shape(r).layers, parameters(self._shape(r), "lm")] for r in rows])

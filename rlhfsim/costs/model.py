@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -73,9 +72,8 @@ class CostModel:
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
         prompts, responses = self._samples(first)
-        updated = f.chunk == 0 and f.stage in self._after_update
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), updated)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, updated))
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes())
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses))
 
     def _samples(self, f: Firing) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response tokens of a firing; validation has prompts of its own, as long as the others."""
@@ -122,21 +120,7 @@ class CostModel:
             self._programs[key] = make()
         return self._programs[key]
 
-    @cached_property
-    def _after_update(self) -> set[str]:
-        """Stages that are the first in an iteration to pass through a model that trains."""
-        first: dict[str, Stage] = {}
-        for stage in self.fold.original.stages():
-            passes = stage.kind == "score" or (
-                stage.kind == "generate" and self.scenario.generation.engine == "zero3_per_token"
-            )
-            if passes and stage.model in self.holdings and self.holdings[stage.model].purpose == "train":
-                first.setdefault(stage.model, stage)
-        return {stage.name for stage in first.values() if stage.kind == "score"}
-
-    def _work(
-        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, updated: bool
-    ) -> list[Segment]:
+    def _work(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
             segments = self._generate(stage, places, prompts, responses)
@@ -146,7 +130,7 @@ class CostModel:
             tokens = prompts + responses
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
-            segments = self._pass(stage, ranks, tokens, updated)
+            segments = self._pass(stage, ranks, tokens)
         controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
         controller += firing_program(self.operators)
         if not self.scenario.cluster.gpu.overlaps_communication:
@@ -175,12 +159,12 @@ class CostModel:
         *others, last = result.segments
         return [*others, replace(last, counts=generation_counts(result.stats, len(places)))]
 
-    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, updated: bool) -> list[Segment]:
+    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
         shares = per_replica(tokens, layout.replicas)
         if stage.kind == "score":
-            return score_program(use, shares, layout, self.operators, head=head, updated=updated)
+            return score_program(use, shares, layout, self.operators, head=head)
         node = self.scenario.cluster.node
         host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         return train_program(use, shares, layout, self.operators, head=head, host=host)
