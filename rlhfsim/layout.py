@@ -18,6 +18,7 @@ from .format import rank_text
 from .graph import Stage, StageGraph
 from .schedule import check
 from .slots import place_slots
+from .spec.model_spec import hf_config
 from .spec.problems import validate_value
 from .spec.scenario import ModelUse, Scenario
 from .strategies import Devices
@@ -229,6 +230,51 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
     return found
+
+
+def check_real(scenario: Scenario) -> None:
+    """Raises InputError for what a simulated scenario may have and a real run may not."""
+    generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
+    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    for role in scenario.roles:
+        use: ModelUse = getattr(scenario.models, role)
+        hf_config(use.shape)  # complains about what cannot be built
+        if (split := use.ranks_per_replica) > 1:
+            message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
+            raise InputError(message, field=f"models.{role}.tensor_parallel")
+        if (tokens := use.shape.vocabulary) != vocabulary:
+            message = f"has {tokens} tokens, the actor {vocabulary}; in a real run all models read the same tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+        if longest > (positions := use.shape.max_positions):
+            message = f"{use.spec} has {positions} positions, prompt and response up to {longest} tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+    if (split := generation.tensor_parallel) > 1:
+        message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
+        raise InputError(message, field="generation.tensor_parallel")
+    if (routing := generation.routing) != "static":
+        message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
+        raise InputError(message, field="generation.routing")
+
+
+def rank_sets(graph: StageGraph, holdings: dict[str, Holding]) -> set[tuple[int, ...]]:
+    """Every set of ranks that any stage or model copy communicates in."""
+    sets = {stage.ranks_of(place) for stage in graph.stages() for place in range(stage.places)}
+    sets |= {stage.ranks for stage in graph.stages()} | {held.ranks for held in holdings.values()}
+    for held in holdings.values():
+        sets |= {held.ranks[k : k + held.replica] for k in range(0, len(held.ranks), held.replica)}
+        sets |= {held.ranks[k :: held.replica] for k in range(held.replica)}
+    return sets
+
+
+def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str) -> set[tuple[int, ...]]:
+    """Ranks between which weights move from copy to copy: from the first that trains to all of the other copy."""
+    sets: set[tuple[int, ...]] = set()
+    for stage in graph.stages():
+        if stage.kind == "sync" and stage.target is not None:
+            first, others = holdings[stage.model].ranks[0], holdings[stage.target].ranks
+            if first not in others:
+                sets |= {(first, *others)} if method == "broadcast" else {(first, other) for other in others}
+    return sets
 
 
 def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:

@@ -195,10 +195,7 @@ def _check_split(spec: ModelSpec, split: ExpertSplit) -> None:
 def _mlp_gemms(spec: ModelSpec, name: str, width: int, tensor_parallel: int) -> list[Gemm]:
     """Up (with gate) and down."""
     own = width // tensor_parallel
-    return [
-        Gemm(f"{name}_up", (2 if spec.gated_mlp else 1) * own, spec.hidden),
-        Gemm(f"{name}_down", spec.hidden, own),
-    ]
+    return [Gemm(f"{name}_up", (2 if spec.gated_mlp else 1) * own, spec.hidden), Gemm(f"{name}_down", spec.hidden, own)]
 
 
 def head_gemms(spec: ModelSpec, head: Head = "lm", tensor_parallel: int = 1) -> list[Gemm]:
@@ -267,10 +264,7 @@ def layer_parameters(
 
 
 def layers_parameters(
-    spec: ModelSpec,
-    tensor_parallel: int = 1,
-    split: ExpertSplit | None = None,
-    layers: Iterable[int] | None = None,
+    spec: ModelSpec, tensor_parallel: int = 1, split: ExpertSplit | None = None, layers: Iterable[int] | None = None
 ) -> int:
     """Everything in all layers, or in those given, on one rank."""
     kinds = spec.layer_kinds(layers)
@@ -278,10 +272,7 @@ def layers_parameters(
 
 
 def layers_routed_parameters(
-    spec: ModelSpec,
-    tensor_parallel: int = 1,
-    split: ExpertSplit | None = None,
-    layers: Iterable[int] | None = None,
+    spec: ModelSpec, tensor_parallel: int = 1, split: ExpertSplit | None = None, layers: Iterable[int] | None = None
 ) -> int:
     """The part of `layers_parameters` that is routed experts: sharded over other ranks than the rest."""
     routed = routed_parameters(spec, tensor_parallel, split)

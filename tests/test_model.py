@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from rlhfsim import model
 from rlhfsim.errors import InputError
 from rlhfsim.spec import data
-from rlhfsim.spec.model_spec import ExpertSplit, LayerKind, ModelSpec, from_hf_config, load_model, model_names
+from rlhfsim.spec.model_spec import (
+    ExpertSplit,
+    LayerKind,
+    ModelSpec,
+    from_hf_config,
+    hf_config,
+    load_model,
+    model_names,
+)
 
 SHIPPED = model_names()
+REAL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "opt", "gpt2", "gpt_neox")
 
 
 def plain(**changes: Any) -> ModelSpec:
@@ -308,6 +317,19 @@ def test_active_parameters_are_those_published(name: str, billions: float) -> No
     assert spec.published_active_parameters and spec.published_active_parameters.value == billions * 1e9
     active = model.active_parameters(spec) - model.embedding_parameters(spec)
     assert round(active / 1e9, 1 if billions < 10 else None) == billions
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_of_a_shape_gives_that_shape(name: str, tmp_path: Path) -> None:
+    """Or says why there can be none."""
+    spec = load_model(name)
+    if spec.experts or spec.kv_lora_rank or spec.window or spec.family not in REAL_FAMILIES:
+        with pytest.raises(InputError, match="real run"):
+            hf_config(spec)
+        return
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(spec)))
+    texts = {"name", "description", "source", "sources", "published_parameters"}
+    assert from_hf_config(tmp_path).model_dump(exclude=texts) == spec.model_dump(exclude=texts)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -13,15 +13,7 @@ from typing import Literal
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.model import (
-    Gemm,
-    Head,
-    head_gemms,
-    kv_heads_per_rank,
-    layer_gemms,
-    lora_modules,
-    parameters,
-)
+from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, lora_modules, parameters
 from rlhfsim.spec.hardware import Gpu, Precision
 from rlhfsim.spec.model_spec import DENSE, LayerKind
 from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage

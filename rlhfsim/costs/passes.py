@@ -154,12 +154,7 @@ def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
 
 
 def score_program(
-    use: ModelUse,
-    lengths: Lengths,
-    layout: Layout,
-    operators: Operators,
-    *,
-    head: Head = "lm",
+    use: ModelUse, lengths: Lengths, layout: Layout, operators: Operators, *, head: Head = "lm"
 ) -> list[Segment]:
     """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values."""
     work = _Work(use, micro_batches(lengths, use.score_micro_batch_samples), layout, operators, head)
