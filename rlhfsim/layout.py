@@ -239,6 +239,11 @@ def check_real(scenario: Scenario) -> None:
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
         hf_config(use.shape)  # complains about what cannot be built
+        if use.shape.window and longest > use.shape.window:
+            message = (
+                f"{use.spec} has a window of {use.shape.window} tokens; real runs attend to all of up to {longest}"
+            )
+            raise InputError(message, field=f"models.{role}.spec")
         if (split := use.ranks_per_replica) > 1:
             message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
             raise InputError(message, field=f"models.{role}.tensor_parallel")

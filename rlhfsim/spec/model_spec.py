@@ -250,7 +250,8 @@ def from_hf_config(path: str | Path) -> ModelSpec:
 def hf_config(spec: ModelSpec) -> dict[str, Any]:
     """The keys of a `config.json` of this shape, as `from_hf_config` reads them; for models that a real run can build.
 
-    Raises InputError for other families, and for experts, latent attention and windows.
+    Full attention everywhere: a window is only as good as sequences within it. Raises InputError for other families,
+    experts and latent attention.
     """
     heads = {"num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim}
     llama_like = heads | {"attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias, "use_sliding_window": False}
@@ -269,7 +270,7 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
     if spec.family not in own:
         message = f"{spec.family!r} cannot be built for a real run; supported: {', '.join(sorted(own))}"
         raise InputError(message, field="family")
-    for value, what in ((spec.experts, "experts"), (spec.kv_lora_rank, "latent attention"), (spec.window, "a window")):
+    for value, what in ((spec.experts, "experts"), (spec.kv_lora_rank, "latent attention")):
         if value:
             raise InputError(f"{spec.name} has {what}, which a real run does not", field="spec")
     return own[spec.family] | {
