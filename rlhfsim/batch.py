@@ -8,6 +8,7 @@ many chunks a stage uses, and every chunk has its share of each lane.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -80,3 +81,32 @@ def even(graph: StageGraph, samples: int) -> bool:
 
 def _divides(stage: Stage, graph: StageGraph, samples: int) -> bool:
     return (samples // graph.lanes * len(stage.serves) // stage.chunks) % stage.places == 0 or stage.spread != "each"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the samples of an iteration are split in lanes and over ranks. together: see `samples_of`."""
+
+    graph: StageGraph
+    samples: int
+    together: int = 1
+
+    def of_lane(self, f: Firing, lane: int) -> list[int]:
+        """The samples of a firing that lie in a lane."""
+        alone = range(lane, lane + 1)
+        found: list[int] = samples_of(self.graph, f, self.samples, together=self.together, lanes=alone).tolist()
+        return found
+
+    def shares(self, f: Firing) -> dict[int, list[int]]:
+        """The samples that each rank of the firing's place works on."""
+        ids, ranks = samples_of(self.graph, f, self.samples, together=self.together), self.graph.ranks(f)
+        return {rank: own.tolist() for rank, own in zip(ranks, per_replica(ids, len(ranks)), strict=True)}
+
+    def share(self, f: Firing, rank: int) -> list[int]:
+        return self.shares(f)[rank]
+
+    def at_home(self, f: Firing) -> bool:
+        """Whether every rank's share lies on it, in lanes whose home it is."""
+        stage = self.graph.at(f.stage)
+        homes = {s: stage.home(lane, f.place) for lane in stage.lanes_of(f.place) for s in self.of_lane(f, lane)}
+        return all(homes[s] == rank for rank, own in self.shares(f).items() for s in own)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -286,31 +287,32 @@ def _kernels(name: str, benches: Mapping[str, Bench], tables: Tables) -> tuple[d
     return record, link, nic
 
 
-IN_MODEL_FITS = ("passes.forward", "passes.backward", "decode_step")
-# A product's share of the bandwidth in a model over that alone; see `_as_in_models`.
-IN_MODEL = tuple(number(0.5 + 0.05 * step) for step in range(11))
+# Shares of the bandwidth that products and attention over the cache have alone; see `_as_in_models`.
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def _as_in_models(kernels: dict[str, Any], cluster: dict[str, Any], tables: Tables, link: float) -> dict[str, Any]:
-    """The curves with the GEMM bandwidth under which passes and decode steps of the benches fit best.
+    """The curves with the bandwidths under which passes and decode steps of the benches fit best.
 
-    On a CPU all that streams by in a model (other weights, activations, the interpreter) competes for the caches, and a
-    product reads its weights slower than alone.
+    On a CPU all that streams by in a model (other weights, activations, the interpreter) competes for the caches, and
+    products and attention read their weights and keys slower than alone.
     """
 
-    def scaled(share: float) -> dict[str, Any]:
-        gemm = {
-            p: curve | {"memory_efficiency": number(share * curve["memory_efficiency"])}
-            for p, curve in kernels["gemm"].items()
-        }
-        return kernels | {"gemm": gemm}
+    def scaled(gemm: float, decode: float) -> dict[str, Any]:
+        slower = {p: _slower(curve, gemm) for p, curve in kernels["gemm"].items()}
+        return kernels | {"gemm": slower, "decode": _slower(kernels["decode"], decode)}
 
-    def misfit(share: float) -> float:
-        host = _Host(scaled(share), cluster, tables, link)
+    def misfit(shares: tuple[float, float]) -> float:
+        host = _Host(scaled(*shares), cluster, tables, link)
         host.overheads()
-        return float(sum(host.fits.get(n, {}).get("mean_error", 0.0) for n in IN_MODEL_FITS))
+        fits = [host.fits.get(name) for name in ("passes.forward", "passes.backward", "decode_step")]
+        return float(sum(fit["mean_error"] for fit in fits if fit))
 
-    return scaled(min(IN_MODEL, key=misfit))
+    return scaled(*min(product(SHARES, SHARES), key=misfit))
+
+
+def _slower(curve: dict[str, Any], share: float) -> dict[str, Any]:
+    return curve | {"memory_efficiency": number(share * curve["memory_efficiency"])}
 
 
 def _collectives(rows: list[Row]) -> tuple[dict[str, dict[int, dict[str, Any]]], float]:
@@ -365,11 +367,7 @@ class _Host:
             layer, step, sequence = self._solve(
                 "decode_step", self.steps, terms, lambda r: self._decode(r) + found["eager_pass_seconds"]
             )
-            found |= {
-                "decode_layer_seconds": layer,
-                "decode_step_seconds": step,
-                "decode_sequence_seconds": sequence,
-            }
+            found |= {"decode_layer_seconds": layer, "decode_step_seconds": step, "decode_sequence_seconds": sequence}
         if engines := self._deepspeed():
             found["deepspeed"] = engines
         return found
@@ -379,10 +377,10 @@ class _Host:
         found: dict[str, Any] = {}
         for stage in sorted({int(r["zero_stage"]) for r in self.engines}):
             own = [r for r in _of(self.engines, zero_stage=stage) if r["phase"] in ("step", "gather") or self._base(r)]
-            for phase in ("forward", "first_forward", "backward", "step", "gather"):
+            for phase in ("forward", "backward", "step", "gather"):
                 rows = _of(own, phase=phase)
-                if stage == 3:  # passes without a backward have the engine's hooks too
-                    rows += _of(own, phase={"forward": "score_again", "first_forward": "score"}.get(phase, ""))
+                if phase == "forward" and stage == 3:  # passes without a backward have the engine's hooks too
+                    rows += _of(own, phase="score_again")
                 if not rows:
                     continue
                 terms = np.array([[1.0, self._shape(r).layers, parameters(self._shape(r), "lm")] for r in rows])

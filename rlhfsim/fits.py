@@ -18,8 +18,16 @@ import numpy as np
 from .costs.model import head_of
 from .graph import Stage, StageGraph
 from .layout import Holding
-from .memory import Bytes, engine_bytes, reserved_bytes, scoring_bytes, static_bytes, training_bytes
-from .model import kv_bytes_per_token, rank_parameters
+from .memory import (
+    Bytes,
+    engine_bytes,
+    engine_weight_bytes,
+    reserved_bytes,
+    scoring_bytes,
+    static_bytes,
+    training_bytes,
+)
+from .model import kv_bytes_per_token
 from .spec.scenario import ModelUse, Scenario
 
 # What to turn when a component is the largest one of the worst instant.
@@ -124,7 +132,7 @@ class Memory:
                 )
         engine = self.holdings.get("shadow_actor")
         if engine is not None and rank in engine.ranks and not self._sleeps(engine):
-            found += engine_bytes(engine.use, engine.use.tensor_parallel, 0.0)
+            found += engine_bytes(engine.use, self.scenario.generation, 0.0)
         return found
 
     def _sleeps(self, engine: Holding) -> bool:
@@ -176,18 +184,19 @@ class Memory:
         target = self.holdings[stage.target or ""]
         found = self.resting(rank) + bucket
         if rank in target.ranks and target.name == "shadow_actor" and self._sleeps(target):
-            found += engine_bytes(target.use, target.use.tensor_parallel, 0.0)  # it wakes up beside the training states
+            # It wakes up beside the training states.
+            found += engine_bytes(target.use, self.scenario.generation, 0.0)
         return found
 
     def _generating(self, stage: Stage, rank: int, prompt: int, response: int) -> Bytes:
         generation, held = self.scenario.generation, self.holdings[stage.model]
-        use, t = held.use, generation.tensor_parallel
+        use = held.use
         found = Bytes()
         if generation.engine == "engine":
             if self._sleeps(held):
-                found += engine_bytes(use, t, 0.0)
+                found += engine_bytes(use, generation, 0.0)
         elif use.zero_stage == 3 and len(held.ranks) > 1:
-            gathered = float(rank_parameters(use.shape, "lm", tensor_parallel=t) * use.bytes_per_parameter)
+            gathered = engine_weight_bytes(use, generation)
             if generation.engine == "zero3_per_token":
                 gathered = scoring_bytes(use, held.data_parallel, 0, 1).gathered
             found += Bytes(gathered=gathered)
@@ -196,13 +205,15 @@ class Memory:
         found += Bytes(logits=self._sequences(stage) * use.shape.vocabulary * 4)
         if generation.continuous:
             return found + Bytes(
-                kv_cache=self._kv_bytes(use)
+                kv_cache=self._kv_bytes(use, prompt + response)
                 * min(self._kv_need(stage, prompt, response), self._kv_room(stage, rank, found))
             )
-        return found + Bytes(kv_cache=self._kv_bytes(use) * self._sequences(stage) * (prompt + response))
+        return found + Bytes(
+            kv_cache=self._kv_bytes(use, prompt + response) * self._sequences(stage) * (prompt + response)
+        )
 
     def _engine_use(self, use: ModelUse) -> ModelUse:
-        return use.model_copy(
+        return self.scenario.generation.engine_use(use).model_copy(
             update={
                 "tensor_parallel": self.scenario.generation.tensor_parallel,
                 "zero_stage": 0,
@@ -211,10 +222,17 @@ class Memory:
             }
         )
 
-    def _kv_bytes(self, use: ModelUse) -> float:
-        """Per token of context, on one rank of the engine."""
+    def _kv_bytes(self, use: ModelUse, sequence_tokens: int) -> float:
+        """Per token of context, the mean of a sequence of so many, on one rank of the engine.
+
+        With windowed layers a shorter sequence needs more for each of its tokens, but less in all.
+        """
+        generation = self.scenario.generation
         return kv_bytes_per_token(
-            use.shape, use.bytes_per_parameter, tensor_parallel=self.scenario.generation.tensor_parallel
+            use.shape,
+            generation.kv_bytes(use),
+            tensor_parallel=generation.tensor_parallel,
+            sequence_tokens=sequence_tokens,
         )
 
     def _sequences(self, stage: Stage) -> int:
@@ -237,12 +255,10 @@ class Memory:
         if fraction is not None:
             own = self.holdings[stage.model].use
             weights = (
-                0.0
-                if self._sleeps(self.holdings[stage.model])
-                else rank_parameters(own.shape, "lm", tensor_parallel=own.tensor_parallel) * own.bytes_per_parameter
+                0.0 if self._sleeps(self.holdings[stage.model]) else engine_weight_bytes(own, self.scenario.generation)
             )
             free = min(free, fraction * self.capacity_bytes - engine.total - weights)
-        return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use))
+        return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use, sum(self.longest)))
 
     @cached_property
     def kv_capacity_tokens(self) -> float | None:
@@ -350,9 +366,7 @@ class Memory:
                     resting = self.resting(rank).total - (
                         0
                         if self._sleeps(self.holdings[stage.model])
-                        else engine_bytes(
-                            self.holdings[stage.model].use, self.scenario.generation.tensor_parallel, 0.0
-                        ).total
+                        else engine_weight_bytes(self.holdings[stage.model].use, self.scenario.generation)
                     )
                     shares.append(1 - resting / self.capacity_bytes)
         return max(0.0, min(shares))

@@ -18,6 +18,7 @@ from .format import rank_text
 from .graph import Stage, StageGraph
 from .schedule import check
 from .slots import place_slots
+from .spec.model_spec import hf_config
 from .spec.problems import validate_value
 from .spec.scenario import ModelUse, Scenario
 from .strategies import Devices
@@ -78,7 +79,7 @@ def devices_of(scenario: Scenario) -> Devices:
     """The cluster's ranks, and how many must move together for each stage (`uses` decides by layout)."""
     cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
     owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
-    together = {stage: use.ranks_per_replica for stage, use in owners.items() if use.zero_stage < 3}
+    together = {stage: use.ranks_together for stage, use in owners.items() if use.zero_stage < 3}
     if scenario.algorithm.reward == "function":  # every rank computes it for its own samples
         together["reward"] = 1
     elif scenario.algorithm.queued:  # one queue for all
@@ -88,11 +89,11 @@ def devices_of(scenario: Scenario) -> Devices:
         together["gen"] = generation.tensor_parallel
     replica = {
         "shadow_actor": generation.tensor_parallel,
-        "actor": models.actor.ranks_per_replica,
-        "critic": models.critic.ranks_per_replica,
-        "shadow_critic": models.critic.ranks_per_replica,
-        "reference": models.reference.ranks_per_replica,
-        "reward": models.reward.ranks_per_replica if "reward" in scenario.roles else 1,
+        "actor": models.actor.ranks_together,
+        "critic": models.critic.ranks_together,
+        "shadow_critic": models.critic.ranks_together,
+        "reference": models.reference.ranks_together,
+        "reward": together.get("reward", 1),
     }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
 
@@ -211,7 +212,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         purpose: Purpose = "train" if stage.model in training else "frozen"
         if stage.model == "shadow_actor":
             purpose = "generate"
-            use = use.model_copy(
+            use = scenario.generation.engine_use(use).model_copy(
                 update={
                     "zero_stage": 0,
                     "pipeline_parallel": 1,
@@ -230,6 +231,66 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
     return found
+
+
+def check_real(scenario: Scenario) -> None:
+    """Raises InputError for what a simulated scenario may have and a real run may not."""
+    generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
+    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    for field, value, allowed in (
+        ("name", scenario.algorithm.name, ("ppo",)),
+        ("old_log_prob", scenario.algorithm.old_log_prob, ("always",)),
+        ("reward", scenario.algorithm.reward, ("model", "function")),
+    ):
+        if value not in allowed:
+            message = f"is {value!r}, which real runs do not have yet (allowed: {', '.join(allowed)})"
+            raise InputError(message, field=f"algorithm.{field}")
+    if "reference" not in scenario.roles:
+        raise InputError("leaves out the reference, which real runs need", field="algorithm.reference")
+    for role in scenario.roles:
+        use: ModelUse = getattr(scenario.models, role)
+        hf_config(use.shape)  # complains about what cannot be built
+        if use.shape.window and longest > use.shape.window:
+            message = (
+                f"{use.spec} has a window of {use.shape.window} tokens; real runs attend to all of up to {longest}"
+            )
+            raise InputError(message, field=f"models.{role}.spec")
+        if (split := use.ranks_per_replica) > 1:
+            message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
+            raise InputError(message, field=f"models.{role}.tensor_parallel")
+        if (tokens := use.shape.vocabulary) != vocabulary:
+            message = f"has {tokens} tokens, the actor {vocabulary}; in a real run all models read the same tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+        if longest > (positions := use.shape.max_positions):
+            message = f"{use.spec} has {positions} positions, prompt and response up to {longest} tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+    if (split := generation.tensor_parallel) > 1:
+        message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
+        raise InputError(message, field="generation.tensor_parallel")
+    if (routing := generation.routing) != "static":
+        message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
+        raise InputError(message, field="generation.routing")
+
+
+def rank_sets(graph: StageGraph, holdings: dict[str, Holding]) -> set[tuple[int, ...]]:
+    """Every set of ranks that any stage or model copy communicates in."""
+    sets = {stage.ranks_of(place) for stage in graph.stages() for place in range(stage.places)}
+    sets |= {stage.ranks for stage in graph.stages()} | {held.ranks for held in holdings.values()}
+    for held in holdings.values():
+        sets |= {held.ranks[k : k + held.replica] for k in range(0, len(held.ranks), held.replica)}
+        sets |= {held.ranks[k :: held.replica] for k in range(held.replica)}
+    return sets
+
+
+def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str) -> set[tuple[int, ...]]:
+    """Ranks between which weights move from copy to copy: from the first that trains to all of the other copy."""
+    sets: set[tuple[int, ...]] = set()
+    for stage in graph.stages():
+        if stage.kind == "sync" and stage.target is not None:
+            first, others = holdings[stage.model].ranks[0], holdings[stage.target].ranks
+            if first not in others:
+                sets |= {(first, *others)} if method == "broadcast" else {(first, other) for other in others}
+    return sets
 
 
 def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:
@@ -304,4 +365,10 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
         raise InputError(
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=field,
+        )
+    if not generates and stage.size % held.use.ranks_together:
+        raise InputError(
+            f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into sets of experts on "
+            f"{held.use.expert_ranks} ranks and replicas of {held.replica} (both together: {held.use.ranks_together})",
+            field=f"models.{stage.model.removeprefix('shadow_')}.expert_parallel",
         )

@@ -17,13 +17,17 @@ from .model import (
     head_parameters,
     kv_bytes_per_token,
     layer_parameters,
+    layers_parameters,
+    layers_routed_parameters,
     logits_bytes,
     lora_parameters,
+    matmul_parameters,
     output_activation_bytes_per_token,
     parameters,
     rank_parameters,
 )
-from .spec.scenario import ModelUse, Overheads
+from .spec.model_spec import LayerKind
+from .spec.scenario import Generation, ModelUse, Overheads
 
 Held = Literal["train", "frozen"]
 
@@ -100,18 +104,41 @@ def static_bytes(
     rest on the host (under ZeRO-3 they stay there, and only what is gathered is on the device).
     """
     width = use.bytes_per_parameter
-    weights = _weights(use, head, stage) * width / _sharded(use, 3, data_parallel)
+    shards = Shards.of(use, data_parallel)
+    weights = shards.largest(_weights(use, head, stage), _routed(use, use.stage_layers(stage)), 3) * width
     on_device = not use.offload_parameters or (running and use.zero_stage < 3)
     resting = Bytes(weights=weights if on_device else 0.0, host=weights if use.offload_parameters else 0.0)
     if held == "frozen":
         return resting
-    trained = trained_parameters(use, head, stage)
-    gradients = trained * width / _sharded(use, 2, data_parallel)
+    trained, routed = trained_parameters(use, head, stage), trained_routed_parameters(use, stage)
+    gradients = shards.largest(trained, routed, 2) * width
     per_parameter = MOMENT_BYTES * stepped + (0 if use.precision == "fp32" else MASTER_BYTES)
-    share = trained / _sharded(use, 1, data_parallel)
+    share = shards.largest(trained, routed, 1)
     if use.offload_optimizer:
         return resting + Bytes(gradients=gradients, host=share * (per_parameter + HOST_GRADIENT_BYTES))
     return resting + Bytes(gradients=gradients, optimizer=share * per_parameter)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Ranks that hold the same part of a model, over which ZeRO can shard it: other ones for routed experts."""
+
+    zero_stage: int
+    data_parallel: int
+    expert_data_parallel: float
+
+    @classmethod
+    def of(cls, use: ModelUse, data_parallel: int) -> Shards:
+        ranks = data_parallel * use.tensor_parallel
+        return cls(use.zero_stage, data_parallel, ranks / use.expert_ranks)
+
+    def largest(self, count: float, routed: float, from_stage: int) -> float:
+        """What one rank keeps of `count` parameters (`routed` of them in routed experts) that a ZeRO stage shards."""
+        if self.zero_stage < from_stage:
+            return count
+        if not routed:
+            return count / self.data_parallel
+        return (count - routed) / self.data_parallel + routed / self.expert_data_parallel
 
 
 def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
@@ -119,18 +146,52 @@ def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
     spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
     layers = _trained_layers(use, stage)
     if use.lora_rank:
-        return lora_parameters(spec, use.lora_rank, layers) / t
+        return lora_parameters(spec, use.lora_rank, len(layers)) / t
     if use.trainable_layers is None or use.trainable_layers == spec.layers:
-        return rank_parameters(spec, head, tensor_parallel=t, pipeline_parallel=p, stage=stage)
+        return held_parameters(use, head, stage)
     at_top = head_parameters(spec, head, t) if stage == p - 1 else 0
-    return layers * layer_parameters(spec, t) + at_top
+    return layers_parameters(spec, t, use.expert_split(), layers) + at_top
 
 
-def engine_bytes(use: ModelUse, tensor_parallel: int, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
+def held_parameters(use: ModelUse, head: Head, stage: int = 0) -> int:
+    """Parameters of a pipeline stage on one rank, without LoRA's factors."""
+    return rank_parameters(
+        use.shape,
+        head,
+        tensor_parallel=use.tensor_parallel,
+        pipeline_parallel=use.pipeline_parallel,
+        stage=stage,
+        split=use.expert_split(),
+        layers=use.stage_layers(stage),
+    )
+
+
+def trained_routed_parameters(use: ModelUse, stage: int = 0) -> float:
+    """Those of `trained_parameters` that are in routed experts."""
+    return 0.0 if use.lora_rank else _routed(use, _trained_layers(use, stage))
+
+
+def engine_bytes(use: ModelUse, generation: Generation, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
     """An inference engine: its copy of the weights (unless it uses the resting ones) and a cache of `kv_tokens`."""
-    held = rank_parameters(use.shape, "lm", tensor_parallel=tensor_parallel) * use.bytes_per_parameter
-    per_token = kv_bytes_per_token(use.shape, use.bytes_per_parameter, tensor_parallel=tensor_parallel)
-    return Bytes(engine=held if own_weights else 0.0, kv_cache=per_token * kv_tokens)
+    t = generation.tensor_parallel
+    per_token = kv_bytes_per_token(use.shape, generation.kv_bytes(use), tensor_parallel=t)
+    held = engine_weight_bytes(use, generation) if own_weights else 0.0
+    return Bytes(engine=held, kv_cache=per_token * kv_tokens)
+
+
+def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
+    """Weights of an engine on one rank, with `served` LoRA factors; quantised: the layers' matrices in one byte each.
+
+    Scales of quantised blocks are left out (below 0.1 % for blocks of 128 x 128).
+    """
+    spec, width, t = use.shape, use.bytes_per_parameter, generation.tensor_parallel
+    held = float(rank_parameters(spec, "lm", tensor_parallel=t) * width)
+    if generation.weights_precision:
+        matrices = sum(n * matmul_parameters(spec, t, kind) for kind, n in spec.layer_kinds().items())
+        held -= matrices * (width - 1)
+    if generation.lora == "served" and use.lora_rank:
+        held += lora_parameters(spec, use.lora_rank) / t * width
+    return held
 
 
 def reserved_bytes(overheads: Overheads) -> Bytes:
@@ -158,11 +219,15 @@ def training_bytes(
     at a time. Buffers: gradients on their way to the other ranks.
     """
     spec, layers = use.shape, _trained_layers(use, stage)
-    per_layer = layers / use.pipeline_chunks
-    kept = micro_batch_tokens * _activation_bytes(use, sequence_tokens, use.recompute) * per_layer
+    kept = sum(
+        micro_batch_tokens
+        * _activation_bytes(use, sequence_tokens, use.recompute, kind)
+        * (count / use.pipeline_chunks)
+        for kind, count in spec.layer_kinds(layers).items()
+    )
     activations = kept * chunks_in_flight(use, stage, micro_batches)
     if use.recompute != "none":
-        activations += micro_batch_tokens * _activation_bytes(use, sequence_tokens, "none")
+        activations += micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage)
     logits = 0.0
     if stage == use.pipeline_parallel - 1:
         output = output_activation_bytes_per_token(
@@ -191,7 +256,7 @@ def scoring_bytes(
     """A forward pass without gradients: one layer's activations at a time, then the logits."""
     last = stage == use.pipeline_parallel - 1
     return Bytes(
-        activations=micro_batch_tokens * _activation_bytes(use, sequence_tokens, "none"),
+        activations=micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage),
         logits=_logits(use, micro_batch_tokens, head) if last else 0.0,
         gathered=gathered_bytes(use, data_parallel, head),
     )
@@ -205,7 +270,8 @@ def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> floa
     if use.zero_stage != 3 or data_parallel == 1:
         return 0.0
     spec = use.shape
-    largest = max(layer_parameters(spec), embedding_parameters(spec), head_parameters(spec, head))
+    layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())
+    largest = max(layer, embedding_parameters(spec), head_parameters(spec, head))
     live = max(largest, LIVE_PARAMETERS) + PREFETCH_PARAMETERS
     return min(live, parameters(spec, head)) * use.bytes_per_parameter
 
@@ -224,27 +290,35 @@ def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
 
 
 def _weights(use: ModelUse, head: Head, stage: int) -> float:
-    spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
-    adapters = lora_parameters(spec, use.lora_rank, spec.layers // p) / t if use.lora_rank else 0.0
-    return rank_parameters(spec, head, tensor_parallel=t, pipeline_parallel=p, stage=stage) + adapters
+    spec, t = use.shape, use.tensor_parallel
+    adapters = lora_parameters(spec, use.lora_rank, len(use.stage_layers(stage))) / t if use.lora_rank else 0.0
+    return held_parameters(use, head, stage) + adapters
 
 
-def _sharded(use: ModelUse, from_stage: int, data_parallel: int) -> int:
-    return data_parallel if use.zero_stage >= from_stage else 1
+def _routed(use: ModelUse, layers: range) -> float:
+    return float(layers_routed_parameters(use.shape, use.tensor_parallel, use.expert_split(), layers))
 
 
-def _trained_layers(use: ModelUse, stage: int) -> int:
+def _trained_layers(use: ModelUse, stage: int) -> range:
     """Trained layers on a pipeline stage; the top layers are on the last stages.
 
     (With several chunks layers lie otherwise, but the fullest stage is as full.)
     """
-    each = use.shape.layers // use.pipeline_parallel
+    own = use.stage_layers(stage)
     frozen = use.shape.layers - (use.trainable_layers or use.shape.layers)
-    return max(0, min(each, (stage + 1) * each - frozen))
+    return range(min(max(own.start, frozen), own.stop), own.stop)
 
 
-def _activation_bytes(use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"]) -> float:
-    """Per token and layer."""
+def _largest_activation_bytes(use: ModelUse, sequence_tokens: float, stage: int) -> float:
+    """Per token, of the largest layer of a pipeline stage, whole."""
+    kinds = use.shape.layer_kinds(use.stage_layers(stage))
+    return max(_activation_bytes(use, sequence_tokens, "none", kind) for kind in kinds)
+
+
+def _activation_bytes(
+    use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"], kind: LayerKind
+) -> float:
+    """Per token and layer; of experts on the busiest rank, whose rows may be `routing_imbalance` times the mean."""
     return activation_bytes_per_token(
         use.shape,
         sequence_tokens,
@@ -253,6 +327,9 @@ def _activation_bytes(use: ModelUse, sequence_tokens: float, recompute: Literal[
         tensor_parallel=use.tensor_parallel,
         sequence_parallel=use.sequence_parallel,
         element_bytes=use.bytes_per_parameter,
+        kind=kind,
+        split=use.expert_split(),
+        routing_imbalance=use.routing_imbalance if use.expert_parallel > 1 else 1.0,
     )
 
 

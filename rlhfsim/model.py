@@ -7,14 +7,18 @@ arrays: the arithmetic is elementwise.
 Korthikanti et al. is "Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198, 2022. Its
 table 2 was read in NVIDIA/Megatron-LM, megatron/training/theoretical_memory_usage.py (commit 00caa53), the equation
 numbers in public notes on the paper; the paper itself was not opened.
+
+Layers may differ (`LayerKind`). A function with a `kind` is about one layer of that kind (default: an MLP and full
+attention); the others sum over the layers that there are.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 from .errors import InputError
-from .spec.model_spec import ModelSpec
+from .spec.model_spec import DENSE, ExpertSplit, LayerKind, ModelSpec
 
 Head = Literal["lm", "value", "none"]
 Recompute = Literal["none", "selective", "full"]
@@ -24,31 +28,56 @@ BACKWARD_TO_FORWARD = 2.0
 
 
 class Gemm(NamedTuple):
-    """One dense product ``y[m, n] = x[m, k] w[k, n]`` on one rank; m is the number of tokens."""
+    """One dense product ``y[m, n] = x[m, k] w[k, n]`` on one rank, or as many as there are routed experts on it.
+
+    copies: experts on this rank; a token goes to each of them with probability `chosen`. rows_per_token: rows of x of
+    all copies together, when experts are equally loaded, per token of the replica.
+    """
 
     name: str
     n: int
     k: int
+    copies: int = 1
+    rows_per_token: float = 1.0
+    chosen: float = 1.0
 
     @property
     def parameters(self) -> int:
-        return self.n * self.k
+        return self.copies * self.n * self.k
 
     def flops(self, tokens: float) -> float:
-        return 2.0 * tokens * self.n * self.k
+        return 2.0 * tokens * self.rows_per_token * self.n * self.k
+
+    def touched(self, tokens: Any) -> Any:
+        """Copies that at least one token goes to, on average, when every token chooses at random."""
+        if self.chosen == 1.0:
+            return self.copies
+        tokens_of_group = tokens * self.rows_per_token / (self.copies * self.chosen)
+        return self.copies * (1.0 - (1.0 - self.chosen) ** tokens_of_group)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
 def tensor_parallel_choices(spec: ModelSpec, largest: int = 64) -> list[int]:
-    """Degrees that split heads and MLP evenly, and KV heads evenly or with whole copies."""
+    """Degrees that split heads, MLP and experts evenly, and KV heads evenly or with whole copies."""
     return [t for t in range(1, min(largest, spec.heads) + 1) if not _tensor_parallel_problem(spec, t)]
 
 
 def pipeline_parallel_choices(spec: ModelSpec, largest: int = 64) -> list[int]:
     """Degrees that give each stage equally many layers."""
     return [p for p in range(1, min(largest, spec.layers) + 1) if spec.layers % p == 0]
+
+
+def expert_parallel_choices(spec: ModelSpec, largest: int = 512) -> list[int]:
+    """Degrees that give each rank equally many routed experts."""
+    return [p for p in range(1, min(largest, max(spec.experts, 1)) + 1) if spec.experts % p == 0]
+
+
+def stage_layers(spec: ModelSpec, pipeline_parallel: int, stage: int) -> range:
+    """The layers of one pipeline stage, both counted from 0."""
+    each = spec.layers // pipeline_parallel
+    return range(stage * each, (stage + 1) * each)
 
 
 def check_layout(spec: ModelSpec, tensor_parallel: int = 1, pipeline_parallel: int = 1, *, field: str = "") -> None:
@@ -74,8 +103,10 @@ def _tensor_parallel_problem(spec: ModelSpec, degree: int) -> str:
         return "the degree must be at least 1"
     if spec.heads % degree:
         return f"it has {spec.heads} attention heads"
-    if spec.ffn % degree:
-        return f"its MLP is {spec.ffn} wide"
+    widths = {"MLP is": spec.ffn * spec.has_mlp, "shared expert is": spec.shared_expert_ffn}
+    for name, width in (widths | {"experts are": spec.expert_ffn}).items():
+        if width % degree:
+            return f"its {name} {width} wide"
     if spec.kv_heads % degree and degree % spec.kv_heads:
         return f"it has {spec.kv_heads} KV heads, which must be split evenly or copied whole"
     return ""
@@ -93,17 +124,78 @@ def kv_heads_per_rank(spec: ModelSpec, tensor_parallel: int = 1) -> int:
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 
-def layer_gemms(spec: ModelSpec, tensor_parallel: int = 1) -> list[Gemm]:
-    """The dense products of one layer on one rank: fused qkv, attention output, MLP up (with gate) and down."""
+def layer_gemms(
+    spec: ModelSpec, tensor_parallel: int = 1, kind: LayerKind = DENSE, split: ExpertSplit | None = None
+) -> list[Gemm]:
+    """The dense products of one layer on one rank: attention's, and the MLP's or the experts'."""
     check_layout(spec, tensor_parallel)
+    mlp = (
+        expert_gemms(spec, tensor_parallel, split)
+        if kind.experts
+        else _mlp_gemms(spec, "mlp", spec.ffn, tensor_parallel)
+    )
+    return attention_gemms(spec, tensor_parallel) + mlp
+
+
+def attention_gemms(spec: ModelSpec, tensor_parallel: int = 1) -> list[Gemm]:
+    """Fused qkv and attention output.
+
+    Latent attention: down to the latent vectors (whole on every rank) and up from them to this rank's heads. While
+    decoding, engines apply the up-projection of keys and values to queries and outputs: as many FLOPs and bytes.
+    """
     t = tensor_parallel
-    heads, kv_heads = spec.heads // t, kv_heads_per_rank(spec, t)
+    heads = spec.heads // t
+    output = Gemm("attention_output", spec.hidden, heads * spec.value_head_dim)
+    if not spec.latent_attention:
+        return [Gemm("qkv", (heads + 2 * kv_heads_per_rank(spec, t)) * spec.head_dim, spec.hidden), output]
+    q_from = spec.q_lora_rank or spec.hidden
+    down = [Gemm("q_down", spec.q_lora_rank, spec.hidden)] if spec.q_lora_rank else []
     return [
-        Gemm("qkv", (heads + 2 * kv_heads) * spec.head_dim, spec.hidden),
-        Gemm("attention_output", spec.hidden, heads * spec.head_dim),
-        Gemm("mlp_up", (2 if spec.gated_mlp else 1) * spec.ffn // t, spec.hidden),
-        Gemm("mlp_down", spec.hidden, spec.ffn // t),
+        *down,
+        Gemm("q", heads * spec.head_dim, q_from),
+        Gemm("kv_down", spec.kv_lora_rank + spec.qk_rope_head_dim, spec.hidden),
+        Gemm("kv", heads * (spec.qk_nope_head_dim + spec.value_head_dim), spec.kv_lora_rank),
+        output,
     ]
+
+
+def expert_gemms(spec: ModelSpec, tensor_parallel: int = 1, split: ExpertSplit | None = None) -> list[Gemm]:
+    """Router (whole on every rank), shared expert (split like an MLP) and routed experts.
+
+    split: of the routed experts; absent: like an MLP. The ranks of a replica share its tokens, so that with e-way
+    tensor parallelism of experts a rank has ``experts_per_token e / tensor_parallel`` rows per token.
+    """
+    split = split or ExpertSplit(1, tensor_parallel)
+    _check_split(spec, split)
+    gemms = [Gemm("router", spec.experts, spec.hidden)]
+    if spec.shared_expert_gate:
+        gemms.append(Gemm("shared_gate", 1, spec.hidden))
+    if spec.shared_expert_ffn:
+        gemms += _mlp_gemms(spec, "shared", spec.shared_expert_ffn, tensor_parallel)
+    copies, chosen = spec.experts // split.parallel, spec.experts_per_token / spec.experts
+    rows = spec.experts_per_token * split.tensor / tensor_parallel
+    routed = _mlp_gemms(spec, "expert", spec.expert_ffn, split.tensor)
+    return gemms + [g._replace(copies=copies, rows_per_token=rows, chosen=chosen) for g in routed]
+
+
+def _check_split(spec: ModelSpec, split: ExpertSplit) -> None:
+    if split.parallel < 1 or spec.experts % split.parallel:
+        raise InputError(
+            f"{split.parallel} does not divide the {spec.experts} experts of {spec.name} (allowed: "
+            f"{_listed(expert_parallel_choices(spec))})",
+            field="expert_parallel",
+        )
+    if split.tensor < 1 or spec.expert_ffn % split.tensor:
+        raise InputError(
+            f"{split.tensor} does not divide {spec.name}: its experts are {spec.expert_ffn} wide",
+            field="expert_tensor_parallel",
+        )
+
+
+def _mlp_gemms(spec: ModelSpec, name: str, width: int, tensor_parallel: int) -> list[Gemm]:
+    """Up (with gate) and down."""
+    own = width // tensor_parallel
+    return [Gemm(f"{name}_up", (2 if spec.gated_mlp else 1) * own, spec.hidden), Gemm(f"{name}_down", spec.hidden, own)]
 
 
 def head_gemms(spec: ModelSpec, head: Head = "lm", tensor_parallel: int = 1) -> list[Gemm]:
@@ -122,16 +214,40 @@ def head_gemms(spec: ModelSpec, head: Head = "lm", tensor_parallel: int = 1) -> 
 
 
 def attention_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
-    """Projections of one layer with their biases, and query and key norms."""
-    qkv, output, _, _ = layer_gemms(spec, tensor_parallel)
-    biases = qkv.n * spec.qkv_bias + output.n * spec.attention_output_bias
-    return qkv.parameters + output.parameters + biases + 2 * spec.head_dim * spec.qk_norm
+    """Projections of one layer with their biases, norms inside attention, and sinks."""
+    check_layout(spec, tensor_parallel)
+    gemms = {gemm.name: gemm for gemm in attention_gemms(spec, tensor_parallel)}
+    biased = [gemms[name].n for name in ("qkv", "q_down", "kv_down") if name in gemms]
+    biases = sum(biased) * spec.qkv_bias + spec.hidden * spec.attention_output_bias
+    norms = 2 * spec.head_dim * spec.qk_norm + spec.q_lora_rank + spec.kv_lora_rank
+    sinks = spec.heads // tensor_parallel * spec.attention_sinks
+    return sum(gemm.parameters for gemm in gemms.values()) + biases + norms + sinks
 
 
-def mlp_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
-    """Matrices and biases of one layer's MLP."""
-    _, _, up, down = layer_gemms(spec, tensor_parallel)
-    return up.parameters + down.parameters + (up.n + down.n) * spec.mlp_bias
+def mlp_parameters(
+    spec: ModelSpec, tensor_parallel: int = 1, kind: LayerKind = DENSE, split: ExpertSplit | None = None
+) -> int:
+    """Matrices and biases of one layer's MLP, or of its router and experts on one rank."""
+    if not kind.experts:
+        check_layout(spec, tensor_parallel)
+        gemms = _mlp_gemms(spec, "mlp", spec.ffn, tensor_parallel)
+        return sum(gemm.parameters + gemm.n * spec.mlp_bias for gemm in gemms)
+    return unrouted_parameters(spec, tensor_parallel) + routed_parameters(spec, tensor_parallel, split)
+
+
+def unrouted_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
+    """Router and shared expert of one layer on one rank."""
+    gemms = [gemm for gemm in expert_gemms(spec, tensor_parallel) if not gemm.name.startswith("expert")]
+    biases = sum(gemm.n for gemm in gemms if gemm.name.startswith("shared_") and gemm.name != "shared_gate")
+    return sum(gemm.parameters for gemm in gemms) + biases * spec.mlp_bias + spec.experts * spec.router_bias
+
+
+def routed_parameters(spec: ModelSpec, tensor_parallel: int = 1, split: ExpertSplit | None = None) -> int:
+    """The routed experts of one layer on one rank; 0 without experts."""
+    if not spec.experts:
+        return 0
+    gemms = [gemm for gemm in expert_gemms(spec, tensor_parallel, split) if gemm.name.startswith("expert")]
+    return sum(gemm.parameters + gemm.copies * gemm.n * spec.expert_bias for gemm in gemms)
 
 
 def norm_parameters(spec: ModelSpec) -> int:
@@ -139,20 +255,39 @@ def norm_parameters(spec: ModelSpec) -> int:
     return spec.norms_per_layer * _norm(spec)
 
 
-def layer_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
+def layer_parameters(
+    spec: ModelSpec, tensor_parallel: int = 1, kind: LayerKind = DENSE, split: ExpertSplit | None = None
+) -> int:
     """Everything in one layer."""
-    return attention_parameters(spec, tensor_parallel) + mlp_parameters(spec, tensor_parallel) + norm_parameters(spec)
+    mlp = mlp_parameters(spec, tensor_parallel, kind, split)
+    return attention_parameters(spec, tensor_parallel) + mlp + norm_parameters(spec)
 
 
-def matmul_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
-    """The matrices of one layer, without biases and norms: what FLOPs and weight reads come from."""
-    return sum(gemm.parameters for gemm in layer_gemms(spec, tensor_parallel))
+def layers_parameters(
+    spec: ModelSpec, tensor_parallel: int = 1, split: ExpertSplit | None = None, layers: Iterable[int] | None = None
+) -> int:
+    """Everything in all layers, or in those given, on one rank."""
+    kinds = spec.layer_kinds(layers)
+    return sum(count * layer_parameters(spec, tensor_parallel, kind, split) for kind, count in kinds.items())
+
+
+def layers_routed_parameters(
+    spec: ModelSpec, tensor_parallel: int = 1, split: ExpertSplit | None = None, layers: Iterable[int] | None = None
+) -> int:
+    """The part of `layers_parameters` that is routed experts: sharded over other ranks than the rest."""
+    routed = routed_parameters(spec, tensor_parallel, split)
+    return sum(count * routed for kind, count in spec.layer_kinds(layers).items() if kind.experts)
+
+
+def matmul_parameters(spec: ModelSpec, tensor_parallel: int = 1, kind: LayerKind = DENSE) -> int:
+    """The matrices of one layer, without biases and norms: what weight reads come from."""
+    return sum(gemm.parameters for gemm in layer_gemms(spec, tensor_parallel, kind))
 
 
 def embedding_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
-    """Word embedding (split over the vocabulary), learned positions, OPT-350M's projection in."""
+    """Word embedding (split over the vocabulary), its norm, learned positions, OPT-350M's projection in."""
     width = spec.embedding_width
-    words = _ceil_div(spec.vocabulary, tensor_parallel) * width
+    words = _ceil_div(spec.vocabulary, tensor_parallel) * width + _norm(spec) * spec.embedding_norm
     return words + spec.learned_positions * spec.hidden + (width * spec.hidden if width != spec.hidden else 0)
 
 
@@ -160,26 +295,41 @@ def head_parameters(spec: ModelSpec, head: Head = "lm", tensor_parallel: int = 1
     """Parameters after the last layer that are not also the embedding's: final norm, projection out, head."""
     gemms = head_gemms(spec, head, tensor_parallel)
     own = sum(gemm.parameters for gemm in gemms if not (gemm.name == "lm_head" and spec.tied_embeddings))
-    return own + _norm(spec) * spec.final_norm
+    biases = sum(gemm.n for gemm in gemms if gemm.name == "lm_head") * spec.head_bias
+    return own + biases + _norm(spec) * spec.final_norm
 
 
 def parameters(spec: ModelSpec, head: Head = "lm") -> int:
     """All parameters of the model with a language-model head, a value head or none; shared ones counted once."""
-    return embedding_parameters(spec) + spec.layers * layer_parameters(spec) + head_parameters(spec, head)
+    return embedding_parameters(spec) + layers_parameters(spec) + head_parameters(spec, head)
+
+
+def active_parameters(spec: ModelSpec, head: Head = "lm") -> int:
+    """Those that work on one token: all but the experts that it is not routed to."""
+    idle = spec.experts - spec.experts_per_token
+    return parameters(spec, head) - (layers_routed_parameters(spec) // spec.experts * idle if spec.experts else 0)
 
 
 def rank_parameters(
-    spec: ModelSpec, head: Head = "lm", *, tensor_parallel: int = 1, pipeline_parallel: int = 1, stage: int = 0
+    spec: ModelSpec,
+    head: Head = "lm",
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    stage: int = 0,
+    split: ExpertSplit | None = None,
+    layers: range | None = None,
 ) -> int:
     """Parameters held by one rank of pipeline stage `stage` (0 is the first).
 
     The first stage has the embedding, the last the head; with tied embeddings a last stage that is not the first
-    holds a second copy of the word embedding.
+    holds a second copy of the word embedding. layers: those of the stage, where stages have unequally many.
     """
-    check_layout(spec, tensor_parallel, pipeline_parallel)
+    check_layout(spec, tensor_parallel, pipeline_parallel if layers is None else 1)
     if not 0 <= stage < pipeline_parallel:
         raise InputError(f"stage is {stage}, but there are {pipeline_parallel} (counted from 0)", field="stage")
-    held = spec.layers // pipeline_parallel * layer_parameters(spec, tensor_parallel)
+    own = stage_layers(spec, pipeline_parallel, stage) if layers is None else layers
+    held = layers_parameters(spec, tensor_parallel, split, own)
     if stage == 0:
         held += embedding_parameters(spec, tensor_parallel)
     if stage == pipeline_parallel - 1:
@@ -190,29 +340,84 @@ def rank_parameters(
 
 
 def lora_parameters(spec: ModelSpec, rank: int, layers: int | None = None) -> int:
-    """Two factors, rank x inputs and outputs x rank, at each of the 6 or 7 linear modules of every layer.
+    """Two factors, rank x inputs and outputs x rank, at each linear module of every layer: 6 or 7 without experts.
 
-    `layers`: only so many layers have them.
+    Routed experts, whose matrices are one tensor for all, and the router have none. `layers`: only so many layers have
+    them (the mean, where layers differ).
     """
-    h, q, kv, f = spec.hidden, spec.query_width, spec.kv_width, spec.ffn
-    modules = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (f, h)] + ([(h, f)] if spec.gated_mlp else [])
-    return rank * sum(inputs + outputs for inputs, outputs in modules) * (spec.layers if layers is None else layers)
+    widths = sum(
+        count * (inputs + outputs)
+        for kind, count in spec.layer_kinds().items()
+        for _, inputs, outputs in lora_modules(spec, kind)
+    )
+    return rank * widths if layers is None else rank * widths * layers // spec.layers
+
+
+def lora_modules(spec: ModelSpec, kind: LayerKind = DENSE) -> list[tuple[str, int, int]]:
+    """(name, inputs, outputs) of the linear modules that LoRA adapts in one layer."""
+    h, q, kv, output = spec.hidden, spec.query_width, spec.kv_width, spec.heads * spec.value_head_dim
+    if spec.latent_attention:
+        down = [("q_down", h, spec.q_lora_rank)] if spec.q_lora_rank else []
+        up = spec.heads * (spec.qk_nope_head_dim + spec.value_head_dim)
+        modules = [*down, ("q", spec.q_lora_rank or h, q), ("kv_down", h, spec.kv_lora_rank + spec.qk_rope_head_dim)]
+        modules += [("kv", spec.kv_lora_rank, up), ("output", output, h)]
+    else:
+        modules = [("q", h, q), ("k", h, kv), ("v", h, kv), ("output", output, h)]
+    f = spec.shared_expert_ffn if kind.experts else spec.ffn
+    if not f:
+        return modules
+    return modules + [("down", f, h)] + [(name, h, f) for name in (("gate", "up") if spec.gated_mlp else ("up",))]
+
+
+# --- experts over ranks ----------------------------------------------------------------------------------------------
+
+
+def expert_exchange_bytes(spec: ModelSpec, tokens: float, split: ExpertSplit, element_bytes: float = 2) -> float:
+    """What one rank sends to other ranks to dispatch `tokens` of its own to their experts, in one layer.
+
+    Each token goes out once for each of its experts, a share ``(p - 1) / p`` of them to other ranks:
+    ``tokens x experts_per_token x hidden x bytes x (p - 1) / p``. Combining sends as much back; so does the backward
+    pass, once for each. (Dispatchers that send a token once to each node or rank move less.)
+    """
+    elsewhere = (split.parallel - 1) / split.parallel
+    return tokens * spec.experts_per_token * spec.hidden * element_bytes * elsewhere
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
+def attended_pairs(new_tokens: float, cached_tokens: float = 0, window: int = 0) -> float:
+    """Pairs of query and key in causal attention; a query attends to itself too.
+
+    ``n c + n (n + 1) / 2``. With a window of w tokens, itself included, it is w for each query, less what the first
+    ``w - 1 - c`` of them do not find.
+    """
+    if not window:
+        return new_tokens * cached_tokens + new_tokens * (new_tokens + 1) / 2
+    missing = _at_least(window - 1 - cached_tokens, 0)  # of the first query
+    short = missing - _at_least(missing - new_tokens, 0)  # queries that find fewer than the window
+    return window * new_tokens - short * missing + short * (short - 1) / 2
+
+
 def attention_flops(
-    spec: ModelSpec, new_tokens: float, cached_tokens: float = 0, *, causal: bool = True, tensor_parallel: int = 1
+    spec: ModelSpec,
+    new_tokens: float,
+    cached_tokens: float = 0,
+    *,
+    causal: bool = True,
+    tensor_parallel: int = 1,
+    window: int = 0,
 ) -> float:
     """Scores and weighted values of one layer for one sequence, forward, on one rank.
 
-    4 x query width per pair of query and key. A causal query attends to the cached tokens, to those before it and
-    to itself: ``n c + n (n + 1) / 2`` pairs. Decoding one token is ``new_tokens=1``. The backward pass takes
-    `BACKWARD_TO_FORWARD` as many (FlashAttention kernels compute the scores once more; that is not counted).
+    2 x (width of queries + width of values, all heads) per pair of query and key. Decoding one token is
+    ``new_tokens=1``. The backward pass takes `BACKWARD_TO_FORWARD` as many (FlashAttention kernels compute the scores
+    once more; that is not counted). Latent attention as in prefill, with keys and values per head.
     """
-    within = new_tokens * (new_tokens + 1) / 2 if causal else new_tokens * new_tokens
-    return 4.0 * spec.query_width / tensor_parallel * (new_tokens * cached_tokens + within)
+    pairs = attended_pairs(new_tokens, cached_tokens, window)
+    if not causal:
+        pairs = new_tokens * cached_tokens + new_tokens * new_tokens
+    return 2.0 * spec.heads * (spec.head_dim + spec.value_head_dim) / tensor_parallel * pairs
 
 
 def forward_flops(
@@ -246,7 +451,7 @@ def training_flops(
     `frozen_weights` (LoRA) leaves out the weight gradients of all matrices; the adapters' own work is not counted.
     """
     layers = _layers_forward_flops(spec, sequences, tokens_per_sequence, causal)
-    core = spec.layers * sequences * attention_flops(spec, tokens_per_sequence, causal=causal)
+    core = sequences * _attention_forward_flops(spec, tokens_per_sequence, causal)
     forward = forward_flops(spec, sequences, tokens_per_sequence, head, causal=causal)
     # products with frozen weights need only the gradient of their input; the attention core has no weights
     backward = forward + core if frozen_weights else BACKWARD_TO_FORWARD * forward
@@ -254,20 +459,53 @@ def training_flops(
 
 
 def _layers_forward_flops(spec: ModelSpec, sequences: float, tokens_per_sequence: float, causal: bool) -> float:
-    products = 2.0 * sequences * tokens_per_sequence * matmul_parameters(spec)
-    return spec.layers * (products + sequences * attention_flops(spec, tokens_per_sequence, causal=causal))
+    tokens, kinds = sequences * tokens_per_sequence, spec.layer_kinds()
+    products = sum(n * sum(gemm.flops(tokens) for gemm in layer_gemms(spec, 1, kind)) for kind, n in kinds.items())
+    return products + sequences * _attention_forward_flops(spec, tokens_per_sequence, causal)
+
+
+def _attention_forward_flops(spec: ModelSpec, tokens: float, causal: bool) -> float:
+    """Of all layers, for one sequence."""
+    return sum(
+        count * attention_flops(spec, tokens, causal=causal, window=kind.window)
+        for kind, count in spec.layer_kinds().items()
+    )
 
 
 # --- KV cache --------------------------------------------------------------------------------------------------------
 
 
+def layer_kv_bytes(spec: ModelSpec, element_bytes: float = 2, tensor_parallel: int = 1) -> float:
+    """Keys and values of one token in one layer of one rank: 2 x KV heads x head dimension x bytes.
+
+    Latent attention caches the latent vector and the shared rotary key, whole on every rank.
+    """
+    if spec.latent_attention:
+        return (spec.kv_lora_rank + spec.qk_rope_head_dim) * element_bytes
+    return kv_heads_per_rank(spec, tensor_parallel) * (spec.head_dim + spec.value_head_dim) * element_bytes
+
+
 def kv_bytes_per_token(
-    spec: ModelSpec, element_bytes: float = 2, *, tensor_parallel: int = 1, pipeline_parallel: int = 1
+    spec: ModelSpec,
+    element_bytes: float = 2,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    sequence_tokens: float | None = None,
 ) -> float:
-    """Keys and values of one token in all layers of one rank: 2 x layers x KV heads x head dimension x bytes."""
+    """Cache of one token in all layers of one rank, on the fullest pipeline stage.
+
+    sequence_tokens: the mean over a sequence of so many, of which a layer with a window keeps the last ones only;
+    absent: of a short one.
+    """
     check_layout(spec, tensor_parallel, pipeline_parallel)
-    layers = spec.layers // pipeline_parallel
-    return 2 * layers * kv_heads_per_rank(spec, tensor_parallel) * spec.head_dim * element_bytes
+
+    def kept_share(window: int) -> float:
+        return min(1.0, window / sequence_tokens) if window and sequence_tokens else 1.0
+
+    stages = (stage_layers(spec, pipeline_parallel, stage) for stage in range(pipeline_parallel))
+    layers = max(sum(n * kept_share(k.window) for k, n in spec.layer_kinds(stage).items()) for stage in stages)
+    return layers * layer_kv_bytes(spec, element_bytes, tensor_parallel)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -284,8 +522,11 @@ def activation_bytes_per_token(
     element_bytes: float = 2,
     dropout: bool = False,
     fused: bool = True,
+    kind: LayerKind = DENSE,
+    split: ExpertSplit | None = None,
+    routing_imbalance: float = 1.0,
 ) -> float:
-    """What one layer keeps for the backward pass, per token, on one rank.
+    """What one layer keeps for the backward pass, per token of the replica, on one rank.
 
     Korthikanti et al., equations 1 (no split), 2 (tensor), 4 (and sequence) and 6 (selective), written for any KV
     and MLP width; with `dropout`, multi-head attention and a plain MLP of 4 x hidden they give ``34 h + 5 a s``.
@@ -297,6 +538,8 @@ def activation_bytes_per_token(
         modules of transformers keep more: an fp32 input and the normalised values of each RMSNorm, the activated gate,
         fp32 scores and repeated keys and values (counted by autograd hooks on LlamaDecoderLayer of transformers 5.24,
         see tests/test_model.py).
+    kind, split: with experts, also what is routed to this rank: inputs, activations and outputs of its rows, of which
+        there are `routing_imbalance` times as many as on average (not compared with a framework).
     """
     check_layout(spec, tensor_parallel)
     serial_share = tensor_parallel if sequence_parallel else 1
@@ -307,8 +550,15 @@ def activation_bytes_per_token(
     if dropout:
         serial += 2 * h  # one-byte masks after attention and after the MLP
     inside = _attention_bytes(spec, tokens_per_sequence, recompute, flash_attention, tensor_parallel, e, dropout, fused)
-    inside += e * _mlp_widths_kept(spec, fused) * spec.ffn / tensor_parallel
-    return serial / serial_share + inside
+    widths = _mlp_widths_kept(spec, fused)
+    if not kind.experts:
+        return serial / serial_share + inside + e * widths * spec.ffn / tensor_parallel
+    serial += 8 * spec.experts  # fp32 logits and probabilities of the router
+    split = split or ExpertSplit(1, tensor_parallel)
+    rows = spec.experts_per_token * split.tensor / tensor_parallel * routing_imbalance
+    routed = rows * (2 * h + widths * spec.expert_ffn / split.tensor)
+    shared = widths * spec.shared_expert_ffn / tensor_parallel
+    return serial / serial_share + inside + e * (routed + shared)
 
 
 def _norm_bytes(spec: ModelSpec, element_bytes: float, fused: bool) -> float:
@@ -330,7 +580,9 @@ def _attention_bytes(
     """Queries, keys, values, scores and the input of the output projection, per token of one rank."""
     heads = spec.heads // tensor_parallel
     kv_heads = kv_heads_per_rank(spec, tensor_parallel) if fused or flash_attention else heads
-    kept = element_bytes * (2 * heads + 2 * kv_heads) * spec.head_dim
+    kept = element_bytes * (heads + kv_heads) * (spec.head_dim + spec.value_head_dim)
+    if spec.latent_attention:  # latent vectors before and after their norms
+        kept += element_bytes * (2 * spec.q_lora_rank + 2 * spec.kv_lora_rank + spec.qk_rope_head_dim)
     if spec.qk_norm:
         kept += element_bytes * (heads + kv_heads) * spec.head_dim
     if flash_attention:
@@ -366,6 +618,11 @@ def logits_bytes(spec: ModelSpec, tokens: float, copies: float, *, tensor_parall
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _at_least(value: float, least: float) -> float:
+    """The larger one, also of arrays."""
+    return value + (least - value) * (value < least)
 
 
 def _norm(spec: ModelSpec) -> int:

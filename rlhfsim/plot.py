@@ -459,10 +459,7 @@ def _require_columns(table: Sequence[Mapping[str, Any]], columns: Sequence[str])
 def _write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """What a figure shows, beside it; columns that no row has are left out."""
     used = [column for column in columns if any(row.get(column) is not None for row in rows)]
-    with (
-        replacing(Path(path).with_suffix(".csv")) as place,
-        place.open("w", newline="", encoding="utf-8") as file,
-    ):
+    with replacing(Path(path).with_suffix(".csv")) as place, place.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, used, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -111,8 +111,7 @@ def algorithms(draw: st.DrawFn) -> Algorithm:
 
 @st.composite
 def strategy_graphs(
-    draw: st.DrawFn,
-    names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated"),
+    draw: st.DrawFn, names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated")
 ) -> StageGraph:
     """Graphs of all strategies with any options that can finish."""
     algorithm = draw(algorithms())

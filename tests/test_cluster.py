@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfsim.cluster import AMPERE, HOPPER, ClusterTopology, Collectives, Curve
-from rlhfsim.costs.segment import Op, Transfer, transfer_seconds
+from rlhfsim.costs.segment import Op, Route, Transfer, transfer_seconds
 from rlhfsim.errors import InputError
 from rlhfsim.sim.links import lone_rate
 from rlhfsim.spec.base import Sourced
@@ -207,7 +207,7 @@ def test_broadcast_reaches_a_lone_rank_through_its_nic_only() -> None:
 
 def test_links_off_is_free() -> None:
     t = ClusterTopology(make_cluster(), effects=SimpleNamespace(links=False))  # type: ignore[arg-type]
-    assert t.route("all_reduce", (tuple(range(16)),)) == ({}, 0.0, 1.0)
+    assert t.route("all_reduce", (tuple(range(16)),)) == Route({}, 0.0, 1.0)
     assert seconds(t, "all_reduce", [range(16)], 1e12) == 0.0
 
 

@@ -242,9 +242,7 @@ def batches(draw: st.DrawFn) -> tuple[list[StageGraph], int, int, int]:
 
 @settings(max_examples=100, deadline=None)
 @given(batches())
-def test_a_mini_batch_holds_the_same_samples_in_every_placement(
-    given: tuple[list[StageGraph], int, int, int],
-) -> None:
+def test_a_mini_batch_holds_the_same_samples_in_every_placement(given: tuple[list[StageGraph], int, int, int]) -> None:
     """Whatever the lanes, ranks and chunks, and whether they divide the samples; also as the replicas share them."""
     graphs, minibatches, samples, together = given
     for graph in graphs:

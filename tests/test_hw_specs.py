@@ -25,7 +25,8 @@ FILES = sorted(path for kind in KINDS for path in (ROOT / kind).glob("*.yaml"))
 PROMISED_GPUS = {
     "v100-32g-sxm", "v100-32g-pcie", "a100-40g-sxm", "a100-40g-pcie", "a100-80g-sxm", "a100-80g-pcie",
     "a800-80g-sxm", "h100-80g-sxm", "h100-80g-pcie", "h800-80g-sxm", "h20-96g", "h200-141g-sxm", "b200-180g-sxm",
-    "l20-48g", "l40s-48g", "rtx-4090-24g",
+    "l20-48g", "l40s-48g", "rtx-4090-24g", "gb200-186g", "gb300-288g", "mi300x-192g", "ascend-910b-64g",
+    "ascend-910c-128g",
 }  # fmt: skip
 
 
@@ -187,6 +188,11 @@ NVLINKS = {
     "h20-96g": (18, 25e9),
     "h200-141g-sxm": (18, 25e9),
     "b200-180g-sxm": (18, 50e9),
+    "gb200-186g": (18, 50e9),
+    "gb300-288g": (18, 50e9),
+    "mi300x-192g": (7, 64e9),
+    "ascend-910b-64g": (7, 28e9),
+    "ascend-910c-128g": (7, 28e9),
 }
 
 
@@ -200,12 +206,16 @@ def test_nvlink_is_links_times_rate_of_one_direction(name: str) -> None:
         assert port is None
 
 
-PCIE_GENERATION = {"volta": 3, "ampere": 4, "ada": 4, "hopper": 5, "blackwell": 5}
+PCIE_GENERATION = {"volta": 3, "ampere": 4, "ada": 4, "hopper": 5, "blackwell": 5, "cdna3": 5, "ascend": 5}
+CHIP_TO_CHIP = 450e9  # NVLink-C2C between Grace and its two GPUs, one direction
 
 
 @pytest.mark.parametrize("name", sorted(PROMISED_GPUS))
 def test_pcie_is_sixteen_lanes_of_its_generation(name: str) -> None:
     transfers = 8e9 * 2 ** (PCIE_GENERATION[gpu(name).architecture] - 3)
+    if name.startswith("gb"):  # no PCIe to the host
+        assert gpu(name).pcie_bytes_per_second.value == CHIP_TO_CHIP / 2
+        return
     assert gpu(name).pcie_bytes_per_second.value == pytest.approx(16 * transfers * 128 / 130 / 8, rel=0.001)
 
 
@@ -230,7 +240,8 @@ def test_peaks_are_dense(name: str, precision: Any) -> None:
 def test_precisions_follow_the_architecture(name: str) -> None:
     g = gpu(name)
     have = set(g.flops_per_second)
-    expected = {"volta": {"fp32", "fp16"}, "ampere": {"fp32", "fp16", "bf16", "int8"}}
+    no_fp8 = {"fp32", "fp16", "bf16", "int8"}
+    expected = {"volta": {"fp32", "fp16"}, "ampere": no_fp8, "ascend": no_fp8}
     assert have == expected.get(g.architecture, {"fp32", "fp16", "bf16", "fp8", "int8"})
     flops = {precision: q.value for precision, q in g.flops_per_second.items()}
     assert flops["fp32"] < flops["fp16"] == flops.get("bf16", flops["fp16"])
@@ -241,11 +252,14 @@ def test_precisions_follow_the_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PROMISED_GPUS))
 def test_memory_is_the_size_in_the_name_less_a_little(name: str) -> None:
-    """ECC on GDDR6 takes a sixteenth; HBM parts lose under 1 %. Decimal gigabytes would fail for the 80 GB parts."""
+    """ECC on GDDR6 takes a sixteenth; HBM parts lose under 1 % (GB300 is named by its chips).
+
+    Decimal gigabytes would fail for the 80 GB parts.
+    """
     size = re.search(r"-(\d+)g", name)
     assert size is not None
     share = gpu(name).memory_bytes.value / (int(size[1]) * 2**30)
-    assert (0.93 if name in ("l20-48g", "l40s-48g") else 0.99) < share <= 1.0
+    assert (0.93 if name in ("l20-48g", "l40s-48g", "gb300-288g") else 0.99) < share <= 1.0
     assert gpu(name).memory_bytes.value % 2**20 == 0
 
 
@@ -268,6 +282,11 @@ HOST_MEMORY = {
     "b200-180g-sxm-x8": (2, 8, 4400e6),
     "l20-48g-x8": (2, 8, 4400e6),
     "l40s-48g-x8": (2, 8, 4400e6),
+    "gb200-186g-x72": (36, 16, 4000e6),  # LPDDR5X, in channels of 8 bytes
+    "gb300-288g-x72": (36, 16, 4000e6),
+    "mi300x-192g-x8": (2, 12, 4800e6),
+    "ascend-910b-64g-x8": (4, 8, 3200e6),
+    "ascend-910c-128g-x384": (192, 8, 3200e6),
 }
 
 
@@ -276,7 +295,8 @@ def test_host_bandwidth_is_channels_times_rate(name: str) -> None:
     sockets, channels, transfers = HOST_MEMORY[name]
     n = node(name)
     assert n.host_memory_bytes_per_second.value == pytest.approx(sockets * channels * transfers * 8, rel=0.001)
-    assert n.host_memory_bytes.value % (256 * 2**30) == 0  # whole DIMMs
+    module = 480 if n.gpu.startswith("gb") else 256  # of LPDDR5X on each Grace; else whole DIMMs
+    assert n.host_memory_bytes.value % (module * 2**30) == 0
 
 
 @pytest.mark.parametrize("name", names("nodes"))
@@ -294,7 +314,7 @@ def test_network_is_slower_than_the_node_that_feeds_it(name: str) -> None:
     nics = c.network.nics_per_node * c.network.nic_bytes_per_second.value
     assert nics <= c.node.gpus_per_node * c.gpu.pcie_bytes_per_second.value
     gigabits = c.network.nic_bytes_per_second.value * 8 / 1e9
-    assert any(gigabits == pytest.approx(rate) for rate in (25, 100, 200, 400))
+    assert any(gigabits == pytest.approx(rate) for rate in (25, 100, 200, 400, 800))
     if c.gpu.nvlink_bytes_per_second:
         assert nics / c.node.gpus_per_node < c.gpu.nvlink_bytes_per_second.value
     assert c.network.latency_seconds is not None and 1e-6 < c.network.latency_seconds.value < 1e-4

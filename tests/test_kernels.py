@@ -49,7 +49,7 @@ def assert_split(time: KernelTime) -> None:
 
 
 def test_the_files_are_complete():
-    assert set(KERNELS) == {"volta", "ampere", "ada", "hopper", "blackwell"}
+    assert set(KERNELS) == {"volta", "ampere", "ada", "hopper", "blackwell", "cdna3", "ascend"}
     for name, kernels in KERNELS.items():
         assert kernels.name == name
         for curve, fit in kernels.fits().items():

@@ -140,13 +140,7 @@ def test_colocated_depth_is_the_sum_of_its_stages(effects: dict[str, Any]) -> No
 def test_disaggregated_depth(batches: int) -> None:
     """Fill once, then the slowest stage sets the pace; the last update ends the iteration."""
     timeline = timeline_of(
-        scenario(
-            "disaggregated",
-            "engine",
-            algorithm__minibatches=batches,
-            **EQUAL,
-            **options(batches=batches),
-        )
+        scenario("disaggregated", "engine", algorithm__minibatches=batches, **EQUAL, **options(batches=batches))
     )
     stages = stage_seconds(timeline)
     one = {name: seconds / batches for name, seconds in stages.items()}

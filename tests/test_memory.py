@@ -21,7 +21,7 @@ from rlhfsim.memory import (
 )
 from rlhfsim.model import layer_parameters, lora_parameters, parameters, rank_parameters
 from rlhfsim.spec.model_spec import ModelSpec, load_model
-from rlhfsim.spec.scenario import ModelUse, Overheads
+from rlhfsim.spec.scenario import Generation, ModelUse, Overheads
 
 LLAMA = load_model("llama-7b")
 GIB = 2**30
@@ -217,10 +217,10 @@ def test_phases_grow_with_tokens_and_shrink_with_ranks(
 def test_engine_holds_its_copy_and_the_cache() -> None:
     """Llama-3-8B: 8.03e9 parameters, 2 x 32 layers x 8 heads x 128 x 2 bytes a token."""
     u = use(load_model("llama-3-8b"))
-    engine = engine_bytes(u, 1, 1000)
+    engine = engine_bytes(u, Generation(engine="engine"), 1000)
     assert engine.engine == pytest.approx(2 * 8.03e9, rel=1e-3)
     assert engine.kv_cache == 131072 * 1000
-    split = engine_bytes(u, 8, 1000, own_weights=False)
+    split = engine_bytes(u, Generation(engine="engine", tensor_parallel=8), 1000, own_weights=False)
     assert (split.engine, split.kv_cache) == (0, 131072 * 1000 / 8)
 
 

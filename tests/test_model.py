@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from rlhfsim import model
 from rlhfsim.errors import InputError
 from rlhfsim.spec import data
-from rlhfsim.spec.model_spec import ModelSpec, from_hf_config, load_model, model_names
+from rlhfsim.spec.model_spec import (
+    ExpertSplit,
+    LayerKind,
+    ModelSpec,
+    from_hf_config,
+    hf_config,
+    load_model,
+    model_names,
+)
 
 SHIPPED = model_names()
+REAL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "opt", "gpt2", "gpt_neox")
 
 
 def plain(**changes: Any) -> ModelSpec:
@@ -89,6 +98,13 @@ GQA: dict[str, Any] = {
     "vocab_size": 211,
     "max_position_embeddings": 128,
 }
+EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+MLA: dict[str, Any] = EXPERTS | {
+    "num_key_value_heads": 6, "kv_lora_rank": 24, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 16,
+}  # fmt: skip
 HF_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": GQA | {"attention_bias": True, "mlp_bias": True},
     "mistral": GQA | {"num_key_value_heads": 3, "head_dim": 24, "sliding_window": None},
@@ -108,11 +124,50 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 77, "vocab_size": 211},
     "gpt_neox": {k: v for k, v in GQA.items() if k != "num_key_value_heads"},
-}
+    "gemma3_text": GQA | {"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 16},
+    "phi3": GQA | {"sliding_window": 63, "pad_token_id": 0},
+    "glm4": GQA | {"head_dim": 16, "pad_token_id": 0},
+    "mixtral": GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": GQA | {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 72,
+    },
+    "qwen3_moe": GQA | {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "gpt_oss": GQA | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+    "deepseek_v2": GQA | MLA | {"q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": GQA | MLA | {"q_lora_rank": 48, "attention_bias": True, "n_group": 2, "topk_group": 1},
+    "glm4_moe": GQA | EXPERTS | {"head_dim": 32, "use_qk_norm": True, "attention_bias": True},
+    "bloom": {"hidden_size": 96, "n_layer": 3, "n_head": 6, "vocab_size": 211, "seq_length": 77},
+    "gptj": {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 77, "vocab_size": 211, "rotary_dim": 8},
+    "falcon": {
+        "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_kv_heads": 2, "vocab_size": 211,
+        "new_decoder_architecture": True,
+    },
+}  # fmt: skip
+NOT_IN_TRANSFORMERS = {"internlm2": GQA, "baichuan": GQA, "kimi_k2": GQA | MLA | {"q_lora_rank": 48}}
 
 
 def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
     """The config.json that describes `spec`, written independently of the reader under test."""
+    if spec.experts:
+        return _hf_config_with_experts(spec)
+    if spec.family == "gptj":
+        return {
+            "model_type": "gptj",
+            "n_embd": spec.hidden,
+            "n_layer": spec.layers,
+            "n_head": spec.heads,
+            "vocab_size": spec.vocabulary,
+        }
+    if spec.family == "falcon":
+        return {
+            "model_type": "falcon",
+            "hidden_size": spec.hidden,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "num_kv_heads": spec.kv_heads,
+            "new_decoder_architecture": True,
+            "vocab_size": spec.vocabulary,
+        }
     if spec.family == "opt":
         return {
             "model_type": "opt",
@@ -136,8 +191,51 @@ def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocabulary,
         "tie_word_embeddings": spec.tied_embeddings,
         "max_position_embeddings": spec.max_positions,
-        "sliding_window": None,
+        "sliding_window": spec.window or None,
+        "pad_token_id": None,
     }
+
+
+def _hf_config_with_experts(spec: ModelSpec) -> dict[str, Any]:
+    llama = {
+        "model_type": spec.family.replace("kimi_k2", "deepseek_v3"),
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.ffn,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "vocab_size": spec.vocabulary,
+        "tie_word_embeddings": spec.tied_embeddings,
+        "num_experts_per_tok": spec.experts_per_token,
+        "num_experts": spec.experts,
+        "num_local_experts": spec.experts,
+        "n_routed_experts": spec.experts,
+        "moe_intermediate_size": spec.expert_ffn,
+        "head_dim": spec.head_dim,
+        "pad_token_id": None,
+    }
+    shared = {
+        "first_k_dense_replace": spec.first_dense_layers,
+        "n_shared_experts": spec.shared_expert_ffn // spec.expert_ffn,
+        "shared_expert_intermediate_size": spec.shared_expert_ffn,
+    }
+    latent = {
+        "q_lora_rank": spec.q_lora_rank or None,
+        "kv_lora_rank": spec.kv_lora_rank,
+        "qk_nope_head_dim": spec.qk_nope_head_dim,
+        "qk_rope_head_dim": spec.qk_rope_head_dim,
+        "v_head_dim": spec.v_head_dim,
+    }
+    names = {
+        "mixtral": set(llama) - {"num_experts", "n_routed_experts", "moe_intermediate_size"},
+        "gpt_oss": set(llama) - {"num_experts", "n_routed_experts", "moe_intermediate_size"},
+        "qwen3_moe": set(llama) - {"num_local_experts", "n_routed_experts"},
+        "qwen2_moe": (set(llama) | {"shared_expert_intermediate_size"}) - {"num_local_experts", "n_routed_experts"},
+    }
+    own = names.get(spec.family) or (set(llama | shared | latent) - {
+        "num_experts", "num_local_experts", "head_dim", "shared_expert_intermediate_size"
+    })  # fmt: skip
+    return {key: value for key, value in (llama | shared | latent).items() if key in own}
 
 
 def count_in_transformers(config: dict[str, Any], auto_class: str, **more: Any) -> int:
@@ -161,8 +259,32 @@ def test_parameters_equal_those_of_transformers(model_type: str, tmp_path: Path)
     spec = read(config, tmp_path)
     assert model.parameters(spec, "lm") == count_in_transformers(config, "AutoModelForCausalLM")
     assert model.parameters(spec, "none") == count_in_transformers(config, "AutoModel")
+    if model_type == "glm4_moe":
+        return  # transformers has no such class
     value = count_in_transformers(config, "AutoModelForSequenceClassification", num_labels=1)
     assert model.parameters(spec, "value") == value
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "falcon-40b", "gemma3"])
+def test_variants_equal_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+    """Falcon 7B (multi-query, one norm) and the older 40B without it; the text part of a multimodal configuration."""
+    if model_type == "gemma3":
+        text = {"model_type": "gemma3_text"} | HF_CONFIGS["gemma3_text"]
+        spec = read({"model_type": "gemma3", "text_config": text, "vision_config": {}}, tmp_path)
+        assert model.parameters(spec) == count_in_transformers(text, "AutoModelForCausalLM")
+        return
+    old = {k: v for k, v in HF_CONFIGS["falcon"].items() if k not in ("num_kv_heads", "new_decoder_architecture")}
+    config = {"model_type": "falcon"} | old | {"multi_query": model_type == "falcon", "parallel_attn": True}
+    assert model.parameters(read(config, tmp_path)) == count_in_transformers(config, "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "model_type, twin", [("internlm2", "llama"), ("baichuan", "llama"), ("kimi_k2", "deepseek_v3")]
+)
+def test_families_outside_transformers_are_like_their_twins(model_type: str, twin: str, tmp_path: Path) -> None:
+    config = NOT_IN_TRANSFORMERS[model_type]
+    spec = read({"model_type": model_type} | config, tmp_path)
+    assert model.parameters(spec) == count_in_transformers({"model_type": twin} | config, "AutoModelForCausalLM")
 
 
 @pytest.mark.parametrize("model_type", HF_CONFIGS)
@@ -174,11 +296,41 @@ def test_what_transformers_saves_can_be_read(model_type: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-33b", "llama-3-8b", "opt-125m", "opt-350m", "opt-66b", "qwen2.5-0.5b", "gemma-2-2b", "mistral-7b"]
-)
+    "name",
+    [
+        "llama-33b", "llama-3-8b", "opt-125m", "opt-350m", "opt-66b", "qwen2.5-0.5b", "gemma-2-2b", "mistral-7b",
+        "llama-3.1-405b", "qwen3-4b", "gemma-3-27b", "phi-4", "r1-distill-qwen-1.5b", "falcon-180b", "gpt-j-6b",
+        "mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-120b", "deepseek-v2-lite", "deepseek-v3",
+    ],
+)  # fmt: skip
 def test_shipped_shapes_equal_transformers(name: str) -> None:
     spec = load_model(name)
     assert model.parameters(spec) == count_in_transformers(hf_config_of(spec), "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "name, billions", [("deepseek-v3", 37), ("deepseek-v2", 21), ("gpt-oss-120b", 5.1), ("gpt-oss-20b", 3.6)]
+)
+def test_active_parameters_are_those_published(name: str, billions: float) -> None:
+    """Rounded by the authors, who count the head and not the input embedding."""
+    spec = load_model(name)
+    assert spec.published_active_parameters and spec.published_active_parameters.value == billions * 1e9
+    active = model.active_parameters(spec) - model.embedding_parameters(spec)
+    assert round(active / 1e9, 1 if billions < 10 else None) == billions
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_of_a_shape_gives_that_shape(name: str, tmp_path: Path) -> None:
+    """Or says why there can be none."""
+    spec = load_model(name)
+    if spec.experts or spec.kv_lora_rank or spec.family not in REAL_FAMILIES:
+        with pytest.raises(InputError, match="real run"):
+            hf_config(spec)
+        return
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(spec)))
+    texts = {"name", "description", "source", "sources", "published_parameters"}
+    texts |= {"window", "attention_pattern"}  # full attention everywhere
+    assert from_hf_config(tmp_path).model_dump(exclude=texts) == spec.model_dump(exclude=texts)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -252,6 +404,83 @@ def test_lora_of_some_layers_adds_two_factors_per_module(name: str, modules: int
     assert model.lora_parameters(spec, 16) == 16 * spec.layers * per_layer
 
 
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def routed(**changes: Any) -> ModelSpec:
+    experts = {"experts": 8, "experts_per_token": 2, "expert_ffn": 48, "shared_expert_ffn": 24, "first_dense_layers": 1}
+    return plain(**(experts | {"layers": 4, "expert_bias": True} | changes))
+
+
+@pytest.mark.parametrize("parallel, tensor", [(1, 1), (2, 1), (8, 1), (1, 4), (4, 2), (8, 16)])
+def test_ranks_that_share_the_experts_hold_each_once(parallel: int, tensor: int) -> None:
+    spec, split = routed(expert_bias=False), ExpertSplit(parallel, tensor)
+    assert parallel * tensor * model.routed_parameters(spec, 1, split) == model.routed_parameters(spec)
+    assert model.routed_parameters(spec) == 8 * 3 * 48 * 64
+    dense = model.layers_parameters(spec) - model.layers_routed_parameters(spec)
+    assert model.rank_parameters(spec, split=split) == (
+        model.embedding_parameters(spec) + dense + 3 * model.routed_parameters(spec, 1, split)
+        + model.head_parameters(spec)
+    )  # fmt: skip
+
+
+def test_active_parameters_leave_out_the_experts_of_other_tokens() -> None:
+    spec = routed()
+    per_expert = 3 * 48 * 64 + 2 * 48 + 64
+    assert model.parameters(spec) - model.active_parameters(spec) == 3 * 6 * per_expert
+    assert model.active_parameters(load_model("llama-7b")) == model.parameters(load_model("llama-7b"))
+
+
+@pytest.mark.parametrize("t, parallel, tensor", [(1, 1, 1), (1, 8, 1), (4, 2, 4), (4, 8, 1), (2, 4, 2)])
+def test_rows_of_all_ranks_are_the_tokens_times_top_k(t: int, parallel: int, tensor: int) -> None:
+    """Ranks that share the experts hold tokens / t each; every row is computed in `tensor` shards of an expert."""
+    spec, tokens = routed(), 96
+    up, down = model.expert_gemms(spec, t, ExpertSplit(parallel, tensor))[-2:]
+    ranks = parallel * tensor
+    assert ranks * up.rows_per_token * tokens == tensor * (ranks * tokens / t) * spec.experts_per_token
+    assert sum(g.flops(tokens) for g in (up, down)) * ranks == pytest.approx(
+        2 * (ranks * tokens / t) * spec.experts_per_token * 3 * 48 * 64
+    )
+
+
+@given(st.integers(0, 40), st.integers(1, 4))
+def test_experts_that_tokens_touch_are_those_of_random_choices(tokens: int, top_k: int) -> None:
+    gemm = model.expert_gemms(routed(experts=8, experts_per_token=top_k))[-1]
+    # Each token misses a given expert with probability 1 - k / E, independently of the other tokens.
+    missed = 1.0
+    for _ in range(tokens):
+        missed *= 1 - top_k / 8
+    assert gemm.touched(tokens) == pytest.approx(8 * (1 - missed))
+    assert gemm.touched(10**6) == pytest.approx(8)
+
+
+def test_bytes_of_the_all_to_all() -> None:
+    """DeepSeek-V3 with 64-way expert parallelism: 8 x 7168 x 2 bytes a token, 63 of 64 of them to other ranks."""
+    spec = load_model("deepseek-v3")
+    assert model.expert_exchange_bytes(spec, 4096, ExpertSplit(64)) == 4096 * 8 * 7168 * 2 * 63 / 64
+    assert model.expert_exchange_bytes(spec, 4096, ExpertSplit(1, 8)) == 0
+
+
+@pytest.mark.parametrize(
+    "split, field, message",
+    [
+        (ExpertSplit(3), "expert_parallel", "allowed: 1, 2, 4, 8"),
+        (ExpertSplit(0), "expert_parallel", "0 does not divide the 8 experts"),
+        (ExpertSplit(1, 5), "expert_tensor_parallel", "its experts are 48 wide"),
+    ],
+)
+def test_splits_that_do_not_divide_are_refused(split: ExpertSplit, field: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        model.expert_gemms(routed(), 1, split)
+    assert error.value.field == field and message in str(error.value)
+
+
+def test_tensor_parallelism_must_divide_experts_and_shared_expert() -> None:
+    assert model.tensor_parallel_choices(routed(heads=8, kv_heads=8)) == [1, 2, 4, 8]
+    assert model.tensor_parallel_choices(routed(heads=8, kv_heads=8, shared_expert_ffn=6, ffn=5)) == [1]
+    assert model.tensor_parallel_choices(routed(first_dense_layers=0, ffn=5)) == [1, 2, 4]  # no layer has that MLP
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +527,30 @@ def test_attention_flops_count_every_pair(new: int, cached: int, causal: bool) -
     pairs = sum(cached + (query + 1 if causal else new) for query in range(new))
     # two products (scores, weighted values) of two FLOPs per element of the head dimension
     assert model.attention_flops(spec, new, cached, causal=causal) == pairs * 2 * 2 * 4 * 16
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 60))
+def test_windowed_attention_flops_count_every_pair(new: int, cached: int, window: int) -> None:
+    pairs = sum(min(cached + query + 1, window) for query in range(new))
+    assert model.attended_pairs(new, cached, window) == pairs
+    assert model.attention_flops(plain(), new, cached, window=window) == pairs * 2 * 2 * 4 * 16
+
+
+def test_flops_of_experts_and_latent_attention_equal_pytorchs_counter() -> None:
+    """Experts run as loops of products in transformers, so that PyTorch counts what the router chose."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for model_type in ("mixtral", "qwen2_moe", "deepseek_v3"):
+        config = HF_CONFIGS[model_type] | {"attn_implementation": "eager", "experts_implementation": "eager"}
+        built = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **config))
+        with tempfile.TemporaryDirectory() as folder:
+            spec = read({"model_type": model_type} | HF_CONFIGS[model_type], Path(folder))
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            built(inputs_embeds=torch.randn(2, 48, spec.hidden), use_cache=False)
+        assert model.forward_flops(spec, 2, 48, causal=False) == counter.get_total_flops(), model_type
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
@@ -375,6 +628,22 @@ def test_kv_bytes_per_token(name: str, tensor: int, pipeline: int, kibibytes: in
     spec = load_model(name)
     per_token = model.kv_bytes_per_token(spec, 2, tensor_parallel=tensor, pipeline_parallel=pipeline)
     assert per_token == kibibytes * 1024
+
+
+@pytest.mark.parametrize("name, bytes_per_layer", [("deepseek-v3", 1152), ("deepseek-v2-lite", 1152)])
+def test_latent_attention_caches_one_vector_whatever_the_split(name: str, bytes_per_layer: int) -> None:
+    """512 + 64 elements of two bytes (DeepSeek-V2 report, section 2.1.4: 4.5 head dimensions' worth of 128)."""
+    spec = load_model(name)
+    for tensor in (1, 8):
+        assert model.kv_bytes_per_token(spec, 2, tensor_parallel=tensor) == spec.layers * bytes_per_layer
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.sampled_from([("full",), ("window",), ("window", "full", "full")]))
+def test_windows_keep_the_last_tokens_only(tokens: int, window: int, pattern: tuple[str, ...]) -> None:
+    spec = plain(layers=5, window=window, attention_pattern=pattern)
+    per_layer = [min(tokens, spec.window) if pattern[i % len(pattern)] == "window" else tokens for i in range(5)]
+    held = tokens * model.kv_bytes_per_token(spec, 2, sequence_tokens=tokens)
+    assert held == pytest.approx(sum(per_layer) * 2 * 2 * 4 * 16)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -548,14 +817,20 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
         ({"num_attention_heads": 5}, "num_attention_heads", "5 heads do not divide the hidden size 96"),
         ({"num_attention_heads": 0}, "num_attention_heads", "0 heads"),
         ({"num_key_value_heads": 4}, "", "heads (6) is no multiple of kv_heads (4)"),
-        ({"model_type": "lama"}, "model_type", "'lama' is not modelled; supported: gemma, gemma2, gpt2"),
-        ({"model_type": "mixtral"}, "model_type", "'mixtral' is not modelled"),
-        ({"num_local_experts": 8}, "num_local_experts", "mixture-of-experts"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window", "64 of up to 128 tokens"),
+        ({"model_type": "lama"}, "model_type", "'lama' is not modelled; supported: baichuan, bloom, deepseek_v2"),
+        ({"model_type": "jamba"}, "model_type", "'jamba' is not modelled"),
+        ({"num_local_experts": 8}, "num_local_experts", "experts are not modelled for model_type 'llama'"),
+        ({"model_type": "mixtral"}, "num_local_experts", "is missing"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window", "must not be negative"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
-            "sliding_window",
-            "64 of up to 128",
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+            "",
+            "experts_per_token from 1 to 4, given 5",
+        ),
+        (
+            {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+            "decoder_sparse_step",
+            "dense layers between those with experts are not modelled",
         ),
         ({"layer_types": ["linear_attention"]}, "layer_types", "'linear_attention' layers are not modelled"),
     ],
@@ -576,7 +851,21 @@ def test_what_is_not_modelled_is_refused(change: dict[str, Any], field: str, mes
     ],
 )
 def test_windows_that_never_bite_are_fine(change: dict[str, Any], tmp_path: Path) -> None:
-    assert read(LLAMA | change, tmp_path).max_positions == 128
+    spec = read(LLAMA | change, tmp_path)
+    assert spec.max_positions == 128 and spec.layer_kinds() == {LayerKind(): 3}
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "phi3"])
+@pytest.mark.parametrize("layers", [2, 5, 13])
+def test_windows_are_in_the_layers_where_transformers_has_them(model_type: str, layers: int, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = HF_CONFIGS[model_type] | {"num_hidden_layers": layers, "sliding_window": 32}
+    if model_type.startswith("qwen"):
+        config |= {"use_sliding_window": True, "max_window_layers": 3}
+    theirs = transformers.AutoConfig.for_model(model_type, **config)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * layers
+    spec = read({"model_type": model_type} | config, tmp_path)
+    assert [spec.kind_of(i).window for i in range(layers)] == [32 * (t == "sliding_attention") for t in types]
 
 
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 96, 10**9, 10**30, 1.5, float("nan"), float("inf")])
@@ -584,7 +873,7 @@ JSON = NUMBERS | st.sampled_from([None, True, False, "", "relu", "full_attention
 JSON |= st.lists(JSON, max_size=3)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(HF_CONFIGS)), st.data())
 def test_any_json_is_a_model_or_an_input_error(model_type: str, draw: st.DataObject) -> None:
     config: dict[str, Any] = {"model_type": model_type} | HF_CONFIGS[model_type]

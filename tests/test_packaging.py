@@ -41,7 +41,7 @@ def python(*arguments: str | Path, **options: Any) -> subprocess.CompletedProces
 
 def needed() -> list[str]:
     """Files of the checkout that a user's copy must have."""
-    kept = ("rlhfsim", "hw_specs", "traces")
+    kept = ("rlhfsim", "hw_specs", "traces/kernels", "traces/lengths")  # traces/real is for the tests
     return sorted(
         str(path.relative_to(ROOT))
         for folder in kept

@@ -33,7 +33,7 @@ from scenarios import scenario
 from real import executor, generate, groups, meter, models, ppo, stages
 from rlhfsim.errors import InputError
 from rlhfsim.firing import Firing
-from rlhfsim.layout import graph_of, holdings_of
+from rlhfsim.layout import check_real, graph_of, holdings_of, rank_sets
 from rlhfsim.model import parameters
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import ModelUse, Scenario
@@ -245,7 +245,7 @@ def in_program_order(changes: dict[str, Any], lost: str = "") -> stages.Stages:
     found = made(changes)
     graph, _ = graph_of(found)
     holdings, store = holdings_of(found, graph), executor.LaneStore()
-    alone = groups.Groups(0, groups.rank_sets(graph, holdings), meter.Meter())
+    alone = groups.Groups(0, rank_sets(graph, holdings), meter.Meter())
     work = stages.Stages(found, graph, holdings, 0, alone, store)
     for iteration in range(ITERATIONS):
         for f in (f._replace(iteration=iteration) for f in graph.program()):
@@ -280,7 +280,7 @@ def test_a_lost_result_is_an_error_that_names_it(one_rank: None) -> None:
 )
 def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
-        stages.check(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
+        check_real(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
     assert error.value.field == field
 
 
@@ -343,7 +343,7 @@ def test_responses_do_not_depend_on_the_batch() -> None:
     for rows, continuous in ((12, False), (5, False), (4, True)):
         requests = [generate.request((0, 0), i, i, int(p), int(n), 1024) for i, (p, n) in enumerate(lengths)]
         work = generate.Generation(
-            decoder, decoder.body.config, requests, rows=rows, continuous=continuous, prefill_tokens=40, log_probs=True
+            decoder, requests, rows=rows, continuous=continuous, prefill_tokens=40, log_probs=True
         )
         passes, foretold = 0, work.forward_passes
         while work.busy:

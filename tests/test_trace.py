@@ -37,10 +37,7 @@ def names(events: list[dict[str, Any]], what: str) -> list[str]:
 
 def test_one_process_a_node_and_one_thread_a_group(tmp_path: Path) -> None:
     events = events_of(tmp_path / "t.json", {"a": disaggregated(), "b": colocated()})
-    assert names(events, "process_name") == [
-        *(f"a (simulated): node {k}" for k in range(3)),
-        "b (simulated): node 0",
-    ]
+    assert names(events, "process_name") == [*(f"a (simulated): node {k}" for k in range(3)), "b (simulated): node 0"]
     assert names(events, "thread_name") == ["rank 0", "rank 1", "ranks 2-3", "rank 4", "rank 5", "ranks 0-5"]
     assert {event["pid"] for event in events} == {1, 2, 3, 4}
 

@@ -350,24 +350,51 @@ def build(arch: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str
     return record, keep
 
 
-def volta(ampere: dict[str, Any]) -> dict[str, Any]:
-    """No public kernel table of V100 was found: ampere's curves against V100's datasheet."""
-    record = json.loads(json.dumps(ampere))
+class Unmeasured(NamedTuple):
+    """An architecture of which no public kernel table was found: another one's curves against its own datasheet."""
+
+    base: str
+    device: str
+    gpu: str
+    peaks: dict[str, float]
+    memory: float
+    multiprocessors: int
+    link: float
+
+
+UNMEASURED = {
+    "volta": Unmeasured("ampere", "V100", "v100-32g-sxm", {"bf16": 125e12}, 0.9e12, 80, 150e9),
+    "cdna3": Unmeasured("hopper", "MI300X", "mi300x-192g", {"bf16": 1307.4e12, "fp8": 2614.9e12}, 5.3e12, 304, 448e9),
+    "ascend": Unmeasured("ampere", "Ascend 910B", "ascend-910b-64g", {"bf16": 320e12}, 1.6e12, 24, 196e9),
+}
+
+
+def unmeasured(name: str, base: dict[str, Any]) -> dict[str, Any]:
+    """The curves of `base` under another name, all marked as not measured."""
+    own = UNMEASURED[name]
+    record = json.loads(json.dumps(base))
+    for op, by in record["collectives"].items():
+        if any(
+            curve["efficiency"] > 1 for curve in by.values()
+        ):  # the base's switch reduces; nothing says that this does
+            record["collectives"][op] = json.loads(json.dumps(base["collectives"]["all_gather"]))
     record["collectives"] = {op: {int(n): c for n, c in by.items()} for op, by in record["collectives"].items()}
-    record["name"] = "volta"
+    record["name"] = name
+    measured_on = base["reference"]["gpu"].split("-")[0].upper()
     record["sources"] = {
-        "ampere": "No measurement of V100 was found. Values of ampere.yaml (A100), which names theirs."
+        own.base: f"No measurement of {own.device} was found. Values of {own.base}.yaml ({measured_on}), "
+        "which names theirs."
     }
     record["host_launch_seconds"]["source"] = "unverified"
     record["reference"] = {
-        "gpu": "v100-32g-sxm", "flops_per_second": {"bf16": 125e12}, "memory_bytes_per_second": 0.9e12,
-        "multiprocessors": 80, "link_bytes_per_second": 150e9,
+        "gpu": own.gpu, "flops_per_second": own.peaks, "memory_bytes_per_second": own.memory,
+        "multiprocessors": own.multiprocessors, "link_bytes_per_second": own.link,
     }  # fmt: skip
 
     def mark(node: Any) -> None:
         for key, value in node.items() if isinstance(node, dict) else ():
             if str(key).endswith("fit"):
-                node[key] = {"source": "ampere", "measured": False}
+                node[key] = {"source": own.base, "measured": False}
             else:
                 mark(value)
 
@@ -417,8 +444,8 @@ def main() -> None:
     for arch, gpu in GPUS.items():
         record, keep = build(arch, args)
         write_kernels(record, args.out / f"{arch}.yaml", COMMENT)
-        if arch == "ampere":
-            write_kernels(volta(record), args.out / "volta.yaml", COMMENT)
+        for name in (name for name, own in UNMEASURED.items() if own.base == arch):
+            write_kernels(unmeasured(name, record), args.out / f"{name}.yaml", COMMENT)
         if gpu.vidur:
             for table, rows in samples(record, keep).items():
                 tables.setdefault(table, []).extend(rows)

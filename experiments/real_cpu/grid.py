@@ -11,6 +11,7 @@ from typing import Any
 # Bytes per second from rank to rank, one direction; None: both ranks on one host.
 NETWORKS: dict[str, float | None] = {"host": None, "1gbit": 125e6, "100mbit": 12.5e6}
 
+ITERATIONS = 4  # as in scenario.yaml, where nothing else is said
 S, M, L = "tiny-2x128", "tiny-4x256", "small-8x512"
 TAIL = {"distribution": "lognormal", "mean_tokens": 32, "sigma": 0.8, "max_tokens": 128}
 SPLIT = {"actor": [0], "critic": [0], **{m: [1] for m in ("shadow_actor", "shadow_critic", "reference", "reward")}}
@@ -26,6 +27,11 @@ class Config:
     id: str
     overrides: dict[str, Any] = field(default_factory=dict)
     calibration: bool = False
+
+    @property
+    def iterations(self) -> int:
+        """Of a run; the first is in no interval."""
+        return int(self.overrides.get("simulation.iterations", ITERATIONS))
 
     @property
     def network(self) -> str:
@@ -95,7 +101,7 @@ CONFIGS = [
     config("1gbit", "colocated", "engine", M, zero=2, tail=True),
     config("1gbit", "interleaved", "hybrid", M, tail=True),
     config("1gbit", "disaggregated", "engine", M, zero=2),
-    config("100mbit", "colocated", "zero3_per_token", S, name="long", **LONGER),
+    config("100mbit", "colocated", "zero3_per_token", S, name="long", simulation__iterations=2, **LONGER),
     config("100mbit", "colocated", "hybrid", S, name="long", **LONGER),
     config("100mbit", "colocated", "engine", S, zero=2, name="long", **LONGER),
     config("100mbit", "disaggregated", "engine", S, zero=2, name="long", **LONGER),

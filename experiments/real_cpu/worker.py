@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
@@ -19,6 +20,7 @@ def main() -> None:
     place, store = Place.from_launcher(), next(rendezvous("env://"))[0]
     for number, line in enumerate(sys.stdin):
         run(prepare(json.loads(line), place), PrefixStore(f"job{number}", store))
+        gc.collect()  # the engines of a job refer to themselves in circles, and would stay until chance frees them
         print(DONE, flush=True)
     destroy_process_group()
 

@@ -10,11 +10,7 @@ from . import Algorithm, OldLogProb, without_critic
 
 
 def build(
-    *,
-    epochs: int = 1,
-    minibatches: int = 1,
-    reference: bool = True,
-    old_log_prob: OldLogProb = "always",
+    *, epochs: int = 1, minibatches: int = 1, reference: bool = True, old_log_prob: OldLogProb = "always"
 ) -> Algorithm:
     return without_critic(
         "reinforce_plus_plus",

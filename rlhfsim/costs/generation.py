@@ -12,8 +12,8 @@ The host's time (scheduling, sampling, detokenising) is serial with the device's
 For an engine that schedules one step ahead lower `overheads.decode_step_seconds`. Launches run ahead of the device: a
 step without CUDA graphs takes the longer of both (unverified: how far eager launches and the host's rest overlap).
 
-Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, LoRA adapters that
-an engine keeps unmerged (they run unmerged only under `zero3_per_token`).
+Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, experts spread
+over several engines (their all-to-all makes the engines meet at every layer).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from rlhfsim.model import parameters
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
 from .engine import Runs, continuous_runs, static_runs
-from .operators import Operators, OperatorTime
+from .kernels import Numbers
+from .operators import EAGER_KERNELS_PER_LAYER, Operators, OperatorTime
 from .passes import weight_tensors
 from .segment import Op, Segment, Transfer
 
@@ -54,6 +55,9 @@ ENGINE_SEQUENCE_SECONDS = 0.0
 # Hugging Face's DynamicCache appends by torch.cat (transformers, cache_utils.py): the cache is read and written once
 # more in each step besides the read of attention.
 CONCATENATED_CACHE_TRAFFIC = 3
+
+# Kernels that unmerged LoRA adds to a layer: down and up at qkv, attention output, gate and up, down (unverified).
+SERVED_LORA_KERNELS_PER_LAYER = 8
 
 SHARED_BATCH = 16  # sequences behind the constant seconds per token of `effects.decode` off: enough to saturate
 MAX_KINDS = 64  # of steps in a segment; more runs than that are averaged
@@ -211,12 +215,15 @@ class StepSeconds:
     def __init__(self, operators: Operators, use: ModelUse, generation: Generation) -> None:
         degree, layers, ideal = generation.tensor_parallel, use.shape.layers, not operators.effects.efficiency
         per_token = generation.engine == "zero3_per_token"
+        use = generation.engine_use(use)
         overheads = operators.overheads
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
         self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if generation.copies_cache else 1
         eager = overheads.decode_layer_seconds
         eager = overheads.eager_layer_seconds if eager is None else eager
         launch_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)
+        if generation.lora == "served" and use.lora_rank:
+            launch_seconds *= 1 + SERVED_LORA_KERNELS_PER_LAYER / EAGER_KERNELS_PER_LAYER
         self.floor_seconds = launch_seconds
         if ideal or generation.graphs or not operators.gpu.overlaps_launches:
             self.floor_seconds = 0.0
@@ -236,28 +243,51 @@ class StepSeconds:
         if ideal:
             self.step_seconds = self.sequence_seconds = 0.0
         self._body = _Table(
-            lambda m: layers * operators.layer_forward(use, m, degree, adapters=per_token) + operators.embedding(use, m)
+            lambda m: (
+                layers * operators.layer_forward(use, m, degree, adapters=generation.runs_adapters)
+                + operators.embedding(use, m)
+            )
         )
         self._head = _Table(lambda m: operators.head_forward(use, m, degree, "lm"))
-        self._attention = _Table(lambda b: layers * operators.attention_decode(use, b, np.zeros(len(b)), degree))
-        self._per_token = _Table(
-            lambda b: layers * (
-                operators.attention_decode(use, b, np.ones(len(b)), degree)
-                + -1.0 * operators.attention_decode(use, b, np.zeros(len(b)), degree)
-            )
-        )  # fmt: skip
+        kv_bytes = generation.kv_bytes(use)
+
+        def attention(batch: np.ndarray, context: np.ndarray) -> OperatorTime:
+            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes)
+
+        self._attention = _Table(lambda b: attention(b, np.zeros(len(b))))
+        self._per_token = _Table(lambda b: attention(b, np.ones(len(b))) + -1.0 * attention(b, np.zeros(len(b))))
+        kinds = use.shape.layer_kinds()
+        self.windows = [(kind.window, count / layers) for kind, count in kinds.items() if kind.window]
 
     def of(self, runs: Runs) -> np.ndarray:
         """Seconds of each run by what limits it: rows as in `BOUNDS`."""
         tokens = runs.decodes + runs.prompt_tokens
         slope = self.cache_traffic * self._per_token(runs.decodes)  # per cached token
         fixed = self._body(tokens) + self._head(runs.sampled) + self._attention(runs.decodes) + self._prefill(runs)
-        device = fixed + slope * runs.mean_context_tokens
-        first = device[0] - slope[0] * runs.decodes * (runs.steps - 1) / 2
-        waiting = _below(self.floor_seconds, first, slope[0] * runs.decodes, runs.steps)
+        context, growing = self._attended(runs)
+        device = fixed + slope * context
+        growth = slope[0] * runs.decodes * growing
+        first = device[0] - growth * (runs.steps - 1) / 2
+        waiting = _below(self.floor_seconds, first, growth, runs.steps)
         launch = device[3] * runs.steps + waiting
         host = runs.steps * (self.step_seconds + self.sequence_seconds * runs.sampled)
         return np.array([device[1] * runs.steps, device[2] * runs.steps, launch, host])
+
+    def _attended(self, runs: Runs) -> tuple[np.ndarray, Numbers]:
+        """Cached tokens that the mean layer attends to in the mean step, and the share of layers where they still grow.
+
+        With a window of w no sequence has more than w; the running ones count as equally long, which is too much where
+        some are below and some above it.
+        """
+        context = runs.mean_context_tokens
+        if not self.windows:
+            return context, 1.0
+        attended, growing = context.copy(), np.ones(len(context))
+        for window, share in self.windows:
+            beyond = np.maximum(context - window * runs.decodes, 0.0)
+            attended -= share * beyond
+            growing -= share * (beyond > 0)
+        return attended, growing
 
     def _prefill(self, runs: Runs) -> np.ndarray:
         """Attention of the pieces of prompts, all pieces of a step in one kernel."""
@@ -539,7 +569,8 @@ def _proportional(
     samples = np.array([len(r) for r in responses])
     prompt, response = np.concatenate(prompts).mean(), np.concatenate(responses).mean()
     layers, degree, tokens = use.shape.layers, generation.tensor_parallel, SHARED_BATCH * (prompt + response)
-    per_layer = operators.layer_forward(use, tokens, degree, adapters=generation.engine == "zero3_per_token")
+    use = generation.engine_use(use)
+    per_layer = operators.layer_forward(use, tokens, degree, adapters=generation.runs_adapters)
     per_layer += operators.attention_prefill(use, np.full(SHARED_BATCH, prompt + response), degree)
     time = layers * per_layer + operators.embedding(use, tokens)
     time += operators.head_forward(use, SHARED_BATCH * response, degree, "lm")

@@ -247,19 +247,22 @@ def gemm_time(
     weight_gradient: bool = False,
     ideal: bool = False,
     weights_bytes: Numbers = math.inf,
+    groups: Numbers = 1.0,
 ) -> KernelTime:
     """(m, k) @ (k, n): 2mnk FLOPs, every operand moved once. `input_bytes`, `output_bytes`: per element.
 
+    groups: so many products of this shape, each with operands of its own, in one kernel (grouped GEMM). They fill the
+    device like one product with as many times the columns; what a short m costs, each of them pays (unverified).
     weights_bytes: of all layers that take turns, this one among them (see `GemmCurve.cache_bytes`).
     weight_gradient: the GEMM with tokens as the summed dimension k.
     """
     m, n, k = (np.asarray(x, dtype=float) for x in (m, n, k))
-    moved = input_bytes * (m * k + k * n) + output_bytes * m * n
+    moved = groups * (input_bytes * (m * k + k * n) + output_bytes * m * n)
     peak = rates.flops_per_second * curve.compute_efficiency
     bandwidth = rates.memory_bytes_per_second * curve.memory_efficiency
     if ideal:
-        return _limited(2 * m * n * k / peak, moved / bandwidth)
-    padded = (m + curve.padding_m) * (n + curve.padding_n) * (k + curve.padding_k)
+        return _limited(groups * (2 * m * n * k / peak), moved / bandwidth)
+    padded = (m + curve.padding_m) * (groups * n + curve.padding_n) * (k + curve.padding_k)
     compute, memory = 2 * padded / peak, (moved + curve.padding_bytes) / bandwidth
     if curve.cache_bytes:
         memory = memory / (1 + curve.cache_bytes / np.asarray(weights_bytes))
@@ -307,20 +310,24 @@ def attention_decode_time(
     head_dim: float,
     *,
     kv_bytes: float = 2.0,
+    flops_per_token: float = 0.0,
+    compute_efficiency: float = 1.0,
     ideal: bool = False,
 ) -> KernelTime:
     """One new token for each of `batch` sequences that together hold `context_tokens` in the KV cache.
 
-    Memory-bound, so the number of query heads does not enter. Linear in `context_tokens`: s steps of a fixed batch take
+    Memory-bound, so the number of query heads does not enter, unless `flops_per_token` (of context) says what there is
+    to compute, at `compute_efficiency` of the peak. Linear in `context_tokens`: s steps of a fixed batch take
     s times the seconds at the mean context, context_tokens + batch (s-1)/2. `kv_bytes`: per cached element.
     """
     context_tokens, batch = np.asarray(context_tokens, dtype=float), np.asarray(batch, dtype=float)
     moved = 2 * kv_bytes * kv_heads * head_dim * context_tokens
     memory = moved / (rates.memory_bytes_per_second * curve.memory_efficiency)
+    compute = flops_per_token * context_tokens / (rates.flops_per_second * compute_efficiency)
     if ideal:
-        return _limited(np.zeros_like(memory), memory)
-    memory = memory + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
-    return _limited(np.zeros_like(memory), memory, memory, curve.kernel_seconds)
+        return _limited(compute, memory)
+    body = np.maximum(compute, memory) + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
+    return _limited(compute, memory, body, curve.kernel_seconds)
 
 
 def memory_time(curve: MemoryCurve, rates: Rates, moved_bytes: Numbers, *, ideal: bool = False) -> KernelTime:

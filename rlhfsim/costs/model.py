@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,10 +98,9 @@ class CostModel:
         if self._in_rounds(f.stage) and not len(ids):
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
-        updated = f.chunk == 0 and f.stage in self._after_update
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), updated, reward)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, updated, reward))
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward)
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward))
 
     def _in_rounds(self, stage: str) -> bool:
         return self.batches is not None and stage.partition(".")[0] in IN_ROUNDS
@@ -169,26 +167,8 @@ class CostModel:
             self._programs[key] = make()
         return self._programs[key]
 
-    @cached_property
-    def _after_update(self) -> set[str]:
-        """Stages that are the first in an iteration to pass through a model that trains."""
-        first: dict[str, Stage] = {}
-        for stage in self.fold.original.stages():
-            passes = stage.kind == "score" or (
-                stage.kind == "generate" and self.scenario.generation.engine == "zero3_per_token"
-            )
-            if passes and stage.model in self.holdings and self.holdings[stage.model].purpose == "train":
-                first.setdefault(stage.model, stage)
-        return {stage.name for stage in first.values() if stage.kind == "score"}
-
     def _work(
-        self,
-        stage: Stage,
-        places: list[int],
-        prompts: np.ndarray,
-        responses: np.ndarray,
-        updated: bool,
-        reward_seconds: float | None,
+        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, reward_seconds: float | None
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
@@ -199,7 +179,7 @@ class CostModel:
             tokens = prompts + responses
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
-            segments = self._pass(stage, ranks, tokens, updated)
+            segments = self._pass(stage, ranks, tokens)
         controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
         controller += firing_program(self.operators)
         if not self.scenario.cluster.gpu.overlaps_communication:
@@ -237,12 +217,12 @@ class CostModel:
         self._finished[prompts.tobytes(), responses.tobytes()] = result.stats
         return result
 
-    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, updated: bool) -> list[Segment]:
+    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
         shares = per_replica(tokens, layout.replicas)
         if stage.kind == "score":
-            return score_program(use, shares, layout, self.operators, head=head, updated=updated)
+            return score_program(use, shares, layout, self.operators, head=head)
         node = self.scenario.cluster.node
         host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         return train_program(use, shares, layout, self.operators, head=head, host=host)

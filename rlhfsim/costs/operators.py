@@ -6,15 +6,16 @@ here knows of ranks, micro-batches or links; `passes.py` and `generation.py` put
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, parameters
-from rlhfsim.spec.hardware import Gpu
+from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, lora_modules, parameters
+from rlhfsim.spec.hardware import Gpu, Precision
+from rlhfsim.spec.model_spec import DENSE, LayerKind
 from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage
 from rlhfsim.spec.scenario import Effects, ModelUse
 
@@ -31,6 +32,7 @@ from .kernels import (
 )
 
 Trainable = Literal["all", "lora", "none"]
+Product = Literal["forward", "data", "weights"]
 
 # Backward of a streaming kernel over its forward: it also reads the incoming gradient (unverified).
 ELEMENTWISE_BACKWARD_RATIO = 2.0
@@ -133,17 +135,24 @@ class Operators:
         time: HostTime = getattr(added, phase)
         return _host(np.asarray(time.of(use.shape.layers, parameters)))
 
-    # --- one layer -------------------------------------------------------------------------------------------------
+    # --- one layer: the mean of all, where layers differ ---------------------------------------------------------
 
     def layer_forward(
         self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True
     ) -> OperatorTime:
-        """Projections, MLP, norms, residuals, rotary embedding, activation; attention itself is apart.
+        """Projections, MLP or experts, norms, residuals, rotary embedding, activation; attention itself is apart.
 
         adapters: run LoRA's low-rank products beside the weights (False: they are merged into the weights).
         """
-        gemms = layer_gemms(use.shape, tensor_parallel) + (lora_gemms(use, tensor_parallel) if adapters else [])
-        return self._forward(use, tokens, gemms) + self._elementwise(use, tokens, tensor_parallel)
+
+        def of(kind: LayerKind) -> OperatorTime:
+            gemms = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
+            time = self._forward(use, tokens, gemms, self._layer_precision(use))
+            if adapters and use.lora_rank:
+                time += self._forward(use, tokens, lora_gemms(use, tensor_parallel, kind))
+            return time + self._elementwise(use, tokens, tensor_parallel, kind)
+
+        return _mean_of_layers(use, of)
 
     def layer_backward(
         self, use: ModelUse, tokens: Numbers, tensor_parallel: int, trainable: Trainable = "all"
@@ -154,11 +163,19 @@ class Operators:
         """
         if trainable == "none":
             return 0.0 * self._memory(use, "residual_add", tokens)
-        base = layer_gemms(use.shape, tensor_parallel)
-        adapters = lora_gemms(use, tensor_parallel) if trainable == "lora" else []
-        time = self._data_gradients(use, tokens, base + adapters)
-        time += self._weight_gradients(use, tokens, adapters if trainable == "lora" else base)
-        return time + ELEMENTWISE_BACKWARD_RATIO * self._elementwise(use, tokens, tensor_parallel)
+        precision = self._layer_precision(use)
+
+        def of(kind: LayerKind) -> OperatorTime:
+            base = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
+            time = self._data_gradients(use, tokens, base, precision)
+            if trainable == "lora":
+                adapters = lora_gemms(use, tensor_parallel, kind)
+                time += self._data_gradients(use, tokens, adapters) + self._weight_gradients(use, tokens, adapters)
+            else:
+                time += self._weight_gradients(use, tokens, base, precision)
+            return time + ELEMENTWISE_BACKWARD_RATIO * self._elementwise(use, tokens, tensor_parallel, kind)
+
+        return _mean_of_layers(use, of)
 
     def attention_prefill(
         self, use: ModelUse, sequence_tokens: Numbers, tensor_parallel: int, *, backward: bool = False
@@ -166,15 +183,28 @@ class Operators:
         """Causal attention of one layer over whole sequences, all in one kernel.
 
         sequence_tokens: array whose last axis is the sequences of one call; zeros are absent sequences. Unequal lengths
-        count as equal ones with the same sum of squares (the work is quadratic).
+        count as equal ones with the same sum of squares (the work is quadratic); so does a window of w tokens, with
+        w (2 n - w) for n^2 above it (of a later piece of a long prompt that is too much).
         """
         lengths = np.atleast_1d(np.asarray(sequence_tokens, dtype=float))
+        return _mean_of_layers(
+            use, lambda kind: self._attention_prefill(use, lengths, tensor_parallel, backward, kind.window)
+        )
+
+    def _attention_prefill(
+        self, use: ModelUse, lengths: np.ndarray, tensor_parallel: int, backward: bool, window: int
+    ) -> OperatorTime:
         batch = (lengths > 0).sum(axis=-1)
         squares = (lengths**2).sum(axis=-1)
-        length = np.sqrt(squares / np.maximum(batch, 1))
-        heads, kv_heads = use.shape.heads / tensor_parallel, kv_heads_per_rank(use.shape, tensor_parallel)
+        attended = squares
+        if window:
+            attended = np.where(lengths > window, window * (2 * lengths - window), lengths**2).sum(axis=-1)
+        length = np.sqrt(attended / np.maximum(batch, 1))
+        shape = use.shape
+        heads, kv_heads = shape.heads / tensor_parallel, kv_heads_per_rank(shape, tensor_parallel)
         time = attention_prefill_time(
-            self.kernels.prefill, self._rates(use), batch, heads, kv_heads, length, use.shape.head_dim,
+            self.kernels.prefill, self._rates(use), batch, heads, kv_heads, length,
+            (shape.head_dim + shape.value_head_dim) / 2,
             backward=backward, element_bytes=use.bytes_per_parameter, ideal=self.ideal,
         )  # fmt: skip
         fused = _where(batch > 0, _operator(time))
@@ -187,12 +217,29 @@ class Operators:
         return fused + _where(batch > 0, _operator(scores))
 
     def attention_decode(
-        self, use: ModelUse, sequences: Numbers, context_tokens_sum: Numbers, tensor_parallel: int
+        self,
+        use: ModelUse,
+        sequences: Numbers,
+        context_tokens_sum: Numbers,
+        tensor_parallel: int,
+        *,
+        kv_bytes: float | None = None,
     ) -> OperatorTime:
-        """Attention of one layer for one new token of each sequence; `context_tokens_sum` are in their caches."""
+        """Attention of one layer for one new token of each sequence; `context_tokens_sum` are in their caches.
+
+        kv_bytes: of one cached element, if not the model's. Latent attention reads one vector for all heads, which
+        compute with it in the latent space; it can be bound by either.
+        """
+        shape, heads = use.shape, use.shape.heads / tensor_parallel
+        kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0
+        if shape.latent_attention:
+            cached = shape.kv_lora_rank + shape.qk_rope_head_dim
+            kv_heads, width = 1.0, cached / 2  # no values beside the keys
+            flops = 2 * heads * (cached + shape.kv_lora_rank)
         time = attention_decode_time(
-            self.kernels.decode, self._rates(use), sequences, kv_heads_per_rank(use.shape, tensor_parallel),
-            context_tokens_sum, use.shape.head_dim, kv_bytes=use.bytes_per_parameter, ideal=self.ideal,
+            self.kernels.decode, self._rates(use), sequences, kv_heads, context_tokens_sum, width,
+            kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
+            flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency, ideal=self.ideal,
         )  # fmt: skip
         return _where(np.asarray(sequences) > 0, _operator(time))
 
@@ -233,79 +280,128 @@ class Operators:
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
-    def _rates(self, use: ModelUse) -> Rates:
-        peaks = self.gpu.flops_per_second
-        if use.precision not in peaks:
+    def _rates(self, use: ModelUse, precision: Precision | None = None) -> Rates:
+        peaks, precision = self.gpu.flops_per_second, precision or use.precision
+        if precision not in peaks:
             raise InputError(
-                f"{self.gpu.name} has no peak for precision {use.precision!r} (it has: {', '.join(sorted(peaks))})",
+                f"{self.gpu.name} has no peak for precision {precision!r} (it has: {', '.join(sorted(peaks))})",
                 field="precision",
             )
         bandwidth, processors = self.gpu.memory_bytes_per_second.value, self.gpu.multiprocessors.value
-        return Rates(peaks[use.precision].value, bandwidth, int(processors))
+        return Rates(peaks[precision].value, bandwidth, int(processors))
 
-    def _forward(self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm]) -> OperatorTime:
-        """(tokens, k) @ (k, n) of each."""
-        return _where(np.asarray(tokens) > 0, total(self._gemm(use, tokens, g.n, g.k) for g in gemms))
+    def _layer_precision(self, use: ModelUse) -> Precision:
+        """Of the layers' products: `gemm_precision` where the GPU has such a rate, else weights are unpacked."""
+        wanted = use.gemm_precision
+        return wanted if wanted and wanted in self.gpu.flops_per_second else use.precision
 
-    def _data_gradients(self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm]) -> OperatorTime:
-        """(tokens, n) @ (n, k) of each."""
-        return _where(np.asarray(tokens) > 0, total(self._gemm(use, tokens, g.k, g.n) for g in gemms))
+    def _forward(
+        self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision | None = None
+    ) -> OperatorTime:
+        """(rows, k) @ (k, n) of each."""
+        times = (self._gemm(use, g, tokens, "forward", precision) for g in gemms)
+        return _where(np.asarray(tokens) > 0, total(times))
 
-    def _weight_gradients(self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm]) -> OperatorTime:
-        """(k, tokens) @ (tokens, n) of each."""
-        time = total(self._gemm(use, g.k, g.n, tokens, weight_gradient=True) for g in gemms)
-        return _where(np.asarray(tokens) > 0, time)
+    def _data_gradients(
+        self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision | None = None
+    ) -> OperatorTime:
+        """(rows, n) @ (n, k) of each."""
+        times = (self._gemm(use, g, tokens, "data", precision) for g in gemms)
+        return _where(np.asarray(tokens) > 0, total(times))
 
-    def _gemm(self, use: ModelUse, m: Numbers, n: Numbers, k: Numbers, weight_gradient: bool = False) -> OperatorTime:
-        curve = self.kernels.gemm_curve(use.precision)
+    def _weight_gradients(
+        self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision | None = None
+    ) -> OperatorTime:
+        """(k, rows) @ (rows, n) of each."""
+        times = (self._gemm(use, g, tokens, "weights", precision) for g in gemms)
+        return _where(np.asarray(tokens) > 0, total(times))
+
+    def _gemm(
+        self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None
+    ) -> OperatorTime:
+        """One product, or those of all experts that tokens go to, on the busiest of the ranks that share the experts.
+
+        precision: None for products outside the layers' own weights, which stay in the model's.
+        """
+        groups: Numbers = 1.0
+        rows: Numbers = tokens
+        if gemm.chosen < 1:
+            tokens = np.asarray(tokens, dtype=float)
+            groups = np.maximum(gemm.touched(tokens), 1e-9)  # of no tokens nothing is computed; `_where` sees to it
+            rows = tokens * gemm.rows_per_token * self._imbalance(use) / groups
+        m, n, k = {
+            "forward": (rows, gemm.n, gemm.k),
+            "data": (rows, gemm.k, gemm.n),
+            "weights": (gemm.k, gemm.n, rows),
+        }[product]
+        curve = self.kernels.gemm_curve(precision or use.precision)
         weights_bytes = parameters(use.shape) * use.bytes_per_parameter if curve.cache_bytes else np.inf
         time = gemm_time(
-            curve, self._rates(use), m, n, k,
-            input_bytes=use.bytes_per_parameter, output_bytes=use.bytes_per_parameter,
-            weight_gradient=weight_gradient, ideal=self.ideal, weights_bytes=weights_bytes,
+            curve, self._rates(use, precision), m, n, k,
+            input_bytes=use.matrix_bytes if precision else use.bytes_per_parameter,
+            output_bytes=use.bytes_per_parameter,
+            weight_gradient=product == "weights", ideal=self.ideal, weights_bytes=weights_bytes, groups=groups,
         )  # fmt: skip
         return _operator(time)
+
+    def _imbalance(self, use: ModelUse) -> float:
+        return use.routing_imbalance if use.expert_parallel > 1 and not self.ideal else 1.0
 
     def _memory(self, use: ModelUse, kernel: MemoryKernel, moved_bytes: Numbers) -> OperatorTime:
         time = memory_time(self.kernels.memory[kernel], self._rates(use), moved_bytes, ideal=self.ideal)
         return _where(np.asarray(moved_bytes) > 0, _operator(time))
 
-    def _elementwise(self, use: ModelUse, tokens: Numbers, tensor_parallel: int) -> OperatorTime:
+    def _elementwise(self, use: ModelUse, tokens: Numbers, tensor_parallel: int, kind: LayerKind) -> OperatorTime:
         """Norms, residual additions, rotary embedding, activation, with the bytes of each curve's fit.
 
-        Sequence parallel splits norms and residuals over the tensor-parallel ranks.
+        Sequence parallel splits norms and residuals over the tensor-parallel ranks. Experts: each routed row is read
+        and written on its way to its expert and back, beside the activations.
         """
         shape, width = use.shape, use.bytes_per_parameter
         tokens = np.asarray(tokens, dtype=float)
         whole = tokens / (tensor_parallel if use.sequence_parallel else 1) * shape.hidden * width
-        heads = tokens * (shape.query_width + shape.kv_width) / tensor_parallel * width
-        mlp = tokens * shape.ffn / tensor_parallel * width
+        heads = tokens * _rotary_width(use) / tensor_parallel * width
         norms = shape.norms_per_layer * self._memory(use, "rms_norm", 2 * whole)
         time = norms + 2 * self._memory(use, "residual_add", 3 * whole)
+        if shape.latent_attention:
+            latent = tokens * (shape.q_lora_rank + shape.kv_lora_rank) * width
+            time += self._memory(use, "rms_norm", 2 * latent)
         if not shape.learned_positions:
             time += self._memory(use, "rope", 2 * heads)
-        return time + self._memory(use, "gated_activation", (3 if shape.gated_mlp else 2) * mlp)
+        tensors = 3 if shape.gated_mlp else 2
+        if not kind.experts:
+            mlp = tokens * shape.ffn / tensor_parallel * width
+            return time + self._memory(use, "gated_activation", tensors * mlp)
+        split = use.expert_split(tensor_parallel)
+        rows = tokens * shape.experts_per_token * split.tensor / tensor_parallel * self._imbalance(use)
+        time += 2 * self._memory(use, "residual_add", 2 * rows * shape.hidden * width)
+        shared = tokens * shape.shared_expert_ffn / tensor_parallel * width
+        time += self._memory(use, "gated_activation", tensors * shared)
+        return time + self._memory(use, "gated_activation", tensors * rows * shape.expert_ffn / split.tensor * width)
 
     def _log_softmax(self, use: ModelUse, tokens: Numbers, tensor_parallel: int) -> OperatorTime:
         columns = -(-use.shape.vocabulary // tensor_parallel)
         return self._memory(use, "cross_entropy", LOG_SOFTMAX_BYTES * columns * np.asarray(tokens, dtype=float))
 
 
-def lora_gemms(use: ModelUse, tensor_parallel: int) -> list[Gemm]:
+def lora_gemms(use: ModelUse, tensor_parallel: int, kind: LayerKind = DENSE) -> list[Gemm]:
     """LoRA's factors on one rank, down to the rank and up from it, at each linear module of a layer.
 
-    As Megatron and PEFT split them: with the outputs of qkv and up, with the inputs of the output and down projection.
+    As Megatron and PEFT split them: with the outputs of qkv and up, with the inputs of the output and down projection;
+    those of latent vectors are whole.
     """
     rank, shape, t = use.lora_rank, use.shape, tensor_parallel
     if not rank:
         return []
     kv = kv_heads_per_rank(shape, t) * shape.head_dim
-    ups = ["gate", "up"] if shape.gated_mlp else ["up"]
-    modules = [("q", shape.query_width // t, shape.hidden), ("k", kv, shape.hidden), ("v", kv, shape.hidden)]
-    modules += [("output", shape.hidden, shape.query_width // t), ("down", shape.hidden, shape.ffn // t)]
-    modules += [(name, shape.ffn // t, shape.hidden) for name in ups]
-    factors = [(Gemm(f"{name}_lora_a", rank, k), Gemm(f"{name}_lora_b", n, rank)) for name, n, k in modules]
-    return [factor for pair in factors for factor in pair]
+    factors = []
+    for name, inputs, outputs in lora_modules(shape, kind):
+        split_inputs = name in ("output", "down")
+        whole = name in ("q_down", "kv_down")
+        n = kv if name in ("k", "v") else outputs // (1 if split_inputs or whole else t)
+        factors.append(Gemm(f"{name}_lora_a", rank, inputs // t if split_inputs else inputs))
+        factors.append(Gemm(f"{name}_lora_b", n, rank))
+    return factors
 
 
 def adam_bytes(use: ModelUse) -> int:
@@ -315,6 +411,21 @@ def adam_bytes(use: ModelUse) -> int:
     is written besides the master. 16-bit: 24 + 2 + 2; fp32: the master is the weight: 24 + 4.
     """
     return 28
+
+
+def _mean_of_layers(use: ModelUse, of: Callable[[LayerKind], OperatorTime]) -> OperatorTime:
+    kinds = use.shape.layer_kinds()
+    if len(kinds) == 1:
+        return of(next(iter(kinds)))
+    return total(count / use.shape.layers * of(kind) for kind, count in kinds.items())
+
+
+def _rotary_width(use: ModelUse) -> int:
+    """Of queries and keys, all heads together."""
+    shape = use.shape
+    if shape.latent_attention:
+        return (shape.heads + 1) * shape.qk_rope_head_dim
+    return shape.query_width + shape.kv_width
 
 
 def _host(seconds: np.ndarray) -> OperatorTime:

@@ -18,18 +18,25 @@ from typing import Literal
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.memory import PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS, trained_parameters
+from rlhfsim.memory import (
+    PREFETCH_PARAMETERS,
+    REDUCE_BUCKET_PARAMETERS,
+    Shards,
+    held_parameters,
+    trained_parameters,
+    trained_routed_parameters,
+)
 from rlhfsim.model import (
     Head,
     embedding_parameters,
     head_parameters,
     layer_gemms,
-    layer_parameters,
+    layers_parameters,
+    layers_routed_parameters,
     lora_parameters,
     parameters,
-    rank_parameters,
 )
-from rlhfsim.spec.model_spec import ModelSpec
+from rlhfsim.spec.model_spec import UNSPLIT, ExpertSplit, ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
 
@@ -50,12 +57,14 @@ ALLGATHER_BUCKET_PARAMETERS = 5e8
 class Layout:
     """The ranks of a place: tensor-parallel ranks are neighbours, then data-parallel replicas, then pipeline stages.
 
-    That is Megatron-LM's default order (tp-cp-ep-dp-pp).
+    That is Megatron-LM's default order (tp-cp-ep-dp-pp). Routed experts are split in an order of their own over the
+    ranks of a stage: the tensor-parallel ranks of an expert are neighbours, then those of the other experts.
     """
 
     ranks: tuple[int, ...]
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    experts: ExpertSplit = UNSPLIT
 
     def __post_init__(self) -> None:
         if len(self.ranks) % (self.tensor_parallel * self.pipeline_parallel):
@@ -66,7 +75,7 @@ class Layout:
 
     @classmethod
     def of(cls, ranks: Sequence[int], use: ModelUse) -> Layout:
-        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel)
+        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel, use.expert_split())
 
     @property
     def replicas(self) -> int:
@@ -85,6 +94,26 @@ class Layout:
     def data_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that hold the same shard of the weights, one of every replica."""
         return _groups(self.grid.transpose(0, 2, 1).reshape(-1, self.replicas))
+
+    @cached_property
+    def expert_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that hold all routed experts together and exchange tokens."""
+        return _groups(self._expert_grid.transpose(0, 2, 1).reshape(-1, self.experts.parallel))
+
+    @cached_property
+    def expert_tensor_groups(self) -> tuple[tuple[int, ...], ...]:
+        return _groups(self._expert_grid.reshape(-1, self.experts.tensor))
+
+    @cached_property
+    def expert_data_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that hold the same shard of the same experts."""
+        by_stage = self._expert_grid.reshape(self.pipeline_parallel, -1, self.experts.parallel, self.experts.tensor)
+        return _groups(by_stage.transpose(0, 2, 3, 1).reshape(-1, by_stage.shape[1]))
+
+    @property
+    def _expert_grid(self) -> np.ndarray:
+        """Ranks by (set of all experts, part of the experts, shard of an expert); sets lie within a stage."""
+        return self.grid.reshape(-1, self.experts.parallel, self.experts.tensor)
 
     @cached_property
     def hops(self) -> tuple[tuple[int, ...], ...]:
@@ -125,30 +154,17 @@ def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
 
 
 def score_program(
-    use: ModelUse,
-    lengths: Lengths,
-    layout: Layout,
-    operators: Operators,
-    *,
-    head: Head = "lm",
-    updated: bool = False,
+    use: ModelUse, lengths: Lengths, layout: Layout, operators: Operators, *, head: Head = "lm"
 ) -> list[Segment]:
-    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values.
-
-    updated: the model's first pass since an update.
-    """
+    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values."""
     work = _Work(use, micro_batches(lengths, use.score_micro_batch_samples), layout, operators, head)
     load = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
         return [*load, work.pipeline("forward", backward=False)]
     zero3 = use.zero_stage == 3
-    gather, gather_ends = work.gathers_layer(), work.gathers_ends()
-    if updated:
-        gather = work.first_otherwise(work.gathers_layer(one_by_one=True), gather)
-        gather_ends = work.first_otherwise(work.gathers_ends(one_by_one=True), gather_ends)
-    layers = _Part(work.layer_forward(), use.shape.layers, gather + work.tensor_forward())
-    ends = _Part(work.ends_forward(), 1, gather_ends + work.tensor_ends())
-    engine = work.scoring_engine(updated) if zero3 else []  # what is not sharded is scored without an engine
+    layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.inside_forward())
+    ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
+    engine = work.engine("forward") if zero3 else []  # what is not sharded is scored without an engine
     return [*load, work.segment("forward", [layers, ends, *engine], overlapped=zero3, lockstep=zero3)]
 
 
@@ -171,8 +187,8 @@ def train_program(
     zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
     backward. Gradients are reduced in the model's precision.
     Reductions hide behind the backward where a replica is one rank (DeepSpeed with overlap_comm, DDP, FSDP). With
-    tensor or pipeline parallelism they follow the last one (Megatron-LM without --overlap-grad-reduce, its default),
-    and ZeRO-2 is as ZeRO-1.
+    tensor, pipeline or expert parallelism they follow the last one (Megatron-LM without --overlap-grad-reduce, its
+    default), and ZeRO-2 is as ZeRO-1.
     `host` is needed for an offloaded optimizer.
     """
     work = _Work(use, micro_batches(lengths, use.micro_batch_samples), layout, operators, head)
@@ -181,7 +197,7 @@ def train_program(
         program += [work.pipeline("forward_backward", backward=True), *work.reduction_after()]
     elif use.zero_stage == 3:
         program.append(work.segment("forward_backward", work.passes_zero3(), overlapped=True, lockstep=True))
-    elif use.ranks_per_replica > 1:
+    elif use.ranks_together > 1:
         program += [work.segment("forward_backward", work.passes("after")), *work.reduction_after()]
     elif use.zero_stage == 2:
         every = work.segment("forward_backward", work.passes("each"), overlapped=True)
@@ -194,7 +210,8 @@ def train_program(
 def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Segment]:
     """Adam on this rank's share (on the GPU or the host), and the gather of updated weights under ZeRO-1 and 2."""
     trained, width = work.trained_rank_parameters(), use.bytes_per_parameter
-    share = trained / work.layout.replicas if use.zero_stage else trained
+    routed = work.trained_rank_routed_parameters()
+    share = Shards.of(use, work.layout.replicas).largest(trained, routed, 1)
     if use.offload_optimizer and work.operators.effects.sync:
         if host is None:
             raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
@@ -211,9 +228,12 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Se
     else:
         program = [work.uniform("optimizer", work.operators.optimizer_step(use, share))]
     program += [work.uniform("engine_step", part.time) for part in work.engine("step")]
-    if use.zero_stage in (1, 2) and work.layout.replicas > 1:
-        gather = work.collective("all_gather", trained * width, _messages(trained, ALLGATHER_BUCKET_PARAMETERS))
-        program.append(work.transfer_only("gather_weights", gather))
+    if use.zero_stage in (1, 2):
+        for groups, count in work.replicated(trained, routed):
+            messages = _messages(count, ALLGATHER_BUCKET_PARAMETERS)
+            program.append(
+                work.transfer_only("gather_weights", Transfer("all_gather", groups, count * width, messages))
+            )
     return program
 
 
@@ -261,6 +281,12 @@ def sync_program(
         transfers = [_broadcast(source, destination, total, bucket_bytes)]
     else:
         transfers = [_sends(source, replica, total, bucket_bytes) for replica in _replicas(destination)]
+    if use.expert_parallel > 1 and not use.lora_rank:
+        # The ranks that send hold a part of the experts only.
+        routed = layers_routed_parameters(spec) * use.bytes_per_parameter
+        payload = routed / source.pipeline_parallel / source.experts.tensor
+        gather = Transfer("all_gather", source.expert_groups, payload, _messages(payload, bucket_bytes))
+        transfers = [gather, *transfers]
     if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
         gather = Transfer("all_gather", (source.ranks,), total, _messages(total, bucket_bytes))
         transfers = [gather, *transfers]
@@ -417,21 +443,14 @@ class _Work:
         time = total(self.operators.engine_launches(self.use, phase, count) for phase in phases)
         return [_Part(time, 1)] if time.seconds else []
 
-    def scoring_engine(self, updated: bool) -> list[_Part]:
-        """Likewise of passes without a backward."""
-        count = parameters(self.use.shape, self.head)
-        each, first = (self.operators.engine_launches(self.use, p, count) for p in ("forward", "first_forward"))
-        parts = np.zeros(self.batches.shape[1])
-        parts[0] = updated
-        time = (1.0 - parts) * each + parts * first
-        return [_Part(time, 1)] if np.any(time.seconds) else []
-
     # Parameters.
 
     def trained_layer_parameters(self) -> float:
-        """Of one layer on one rank."""
+        """Of the mean layer on one rank."""
         spec, t = self.use.shape, self.use.tensor_parallel
-        return lora_parameters(spec, self.use.lora_rank, 1) / t if self.use.lora_rank else layer_parameters(spec, t)
+        if self.use.lora_rank:
+            return lora_parameters(spec, self.use.lora_rank, 1) / t
+        return layers_parameters(spec, t, self.use.expert_split()) / spec.layers
 
     def trained_end_parameters(self) -> float:
         """Embedding and head on one rank; neither with LoRA, only the head with the lower layers frozen."""
@@ -443,13 +462,28 @@ class _Work:
 
     def trained_rank_parameters(self) -> float:
         """On the fullest pipeline stage."""
-        return max(trained_parameters(self.use, self.head, stage) for stage in (0, self.use.pipeline_parallel - 1))
+        return trained_parameters(self.use, self.head, self._fullest_stage())
+
+    def trained_rank_routed_parameters(self) -> float:
+        """The part of them that is in routed experts."""
+        return trained_routed_parameters(self.use, self._fullest_stage())
+
+    def _fullest_stage(self) -> int:
+        return max(_different_stages(self.use), key=lambda stage: trained_parameters(self.use, self.head, stage))
+
+    def replicated(self, count: float, routed: float) -> list[tuple[tuple[tuple[int, ...], ...], float]]:
+        """Groups of ranks with the same parameters, and how many: routed experts are copied on fewer ranks."""
+        if self.layout.experts == ExpertSplit(1, self.use.tensor_parallel):
+            parts = [(self.layout.data_groups, count)]
+        else:
+            parts = [(self.layout.data_groups, count - routed), (self.layout.expert_data_groups, routed)]
+        return [(groups, number) for groups, number in parts if len(groups[0]) > 1 and number]
 
     # Transfers.
 
     def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec = self.use.shape
-        return self._gathers(layer_parameters(spec), layer_matrices(spec) if one_by_one else 0)
+        return self._gathers(layers_parameters(spec) / spec.layers, layer_matrices(spec) if one_by_one else 0)
 
     def gathers_ends(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec, matrices = self.use.shape, end_matrices(self.use.shape, self.head) if one_by_one else 0
@@ -458,12 +492,11 @@ class _Work:
     def _gathers(self, count: float, matrices: int = 0) -> tuple[Transfer, ...]:
         """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
 
-        A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass and the first forward
-        pass after it one of `matrices` at a time. DeepSpeed fetches ahead along the trace of an earlier pass, and these
-        never meet the trace that they would need: forward passes alone (generation, scoring) come between updates.
-        Counted with DeepSpeed 0.19.8 at its defaults: one call in the forward pass of a model smaller than the bucket,
-        one for each matrix in the backward pass, embedding and head among them (`python -m real.microbench`, column
-        collectives).
+        A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass one of `matrices` at a
+        time. DeepSpeed fetches ahead along the trace of an earlier pass, and the backward pass never meets the trace
+        that it would need: forward passes alone (generation, scoring) come between updates. Counted with DeepSpeed
+        0.19.8 at its defaults: one call in the forward pass of a model smaller than the bucket, one for each matrix in
+        the backward pass, embedding and head among them (`python -m real.microbench`, column collectives).
         """
         if self.use.zero_stage != 3:
             return ()
@@ -476,26 +509,27 @@ class _Work:
             load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages),)
         return load + ((Transfer("all_gather", (ranks,), payload, messages),) if len(ranks) > 1 else ())
 
-    def reduces(self, count: float) -> tuple[Transfer, ...]:
-        """The gradients of `count` parameters, over the data-parallel ranks; buckets cross the bounds of layers.
+    def reduces(self, count: float, routed: float = 0.0) -> tuple[Transfer, ...]:
+        """The gradients of `count` parameters, `routed` of them in routed experts, over the ranks that have copies.
 
-        ZeRO-1 and 2 of DeepSpeed reduce whole buckets to every rank, which then keeps its part (deepspeed/runtime/zero/
-        stage_1_and_2.py, `allreduce_and_scatter`: `use_multi_rank_bucket_allreduce` is true by default in 0.19.8).
-        Megatron's distributed optimizer scatters them.
+        Buckets cross the bounds of layers. ZeRO-1 and 2 of DeepSpeed reduce whole buckets to every rank, which then
+        keeps its part (deepspeed/runtime/zero/stage_1_and_2.py, `allreduce_and_scatter`:
+        `use_multi_rank_bucket_allreduce` is true by default in 0.19.8). Megatron's distributed optimizer scatters them.
         """
-        if self.layout.replicas == 1 or count == 0:
-            return ()
-        stage, trained = self.use.zero_stage, self.trained_rank_parameters()
-        scattered = stage == 3 or (stage > 0 and self.use.ranks_per_replica > 1)
-        op: Op = "reduce_scatter" if scattered else "all_reduce"
-        messages = _messages(trained, REDUCE_BUCKET_PARAMETERS) * count / trained
-        return (self.collective(op, count * self.use.bytes_per_parameter, messages),)
+        stage = self.use.zero_stage
+        op: Op = "reduce_scatter" if stage == 3 or (stage and self.use.ranks_per_replica > 1) else "all_reduce"
 
-    def collective(self, op: Op, payload: Numbers, messages: Numbers) -> Transfer:
-        return Transfer(op, self.layout.data_groups, payload, messages)
+        def messages(number: float) -> float:
+            trained = self.trained_rank_parameters()
+            return _messages(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
-    def tensor_forward(self, collectives: int = 2) -> tuple[Transfer, ...]:
-        """The collectives of one layer's forward over activations, after attention and after the MLP.
+        width = self.use.bytes_per_parameter
+        return tuple(
+            Transfer(op, groups, number * width, messages(number)) for groups, number in self.replicated(count, routed)
+        )
+
+    def tensor_forward(self, collectives: float = 2) -> tuple[Transfer, ...]:
+        """Collectives over activations; one layer's forward has two, after attention and after the MLP.
 
         All-reduces, or all-gather and reduce-scatter with sequence parallelism (Korthikanti et al., "Reducing
         Activation Recomputation in Large Transformer Models", 2022, section 4.2.2). The backward has as many; the
@@ -507,9 +541,51 @@ class _Work:
         ops: tuple[Op, ...] = ("all_gather", "reduce_scatter") if self.use.sequence_parallel else ("all_reduce",)
         return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives) for op in ops)
 
-    def tensor_backward(self) -> tuple[Transfer, ...]:
+    def inside_forward(self, passes: int = 1) -> tuple[Transfer, ...]:
+        """What the ranks of a replica, and those that share experts, exchange in so many passes of the mean layer.
+
+        Where experts are split in their own way, their all-to-alls take the place of the MLP's collective, unless a
+        shared expert needs that too.
+        """
+        exchange = self.exchange(passes)
+        instead = self.expert_share if exchange and not self.use.shape.shared_expert_ffn else 0
+        return self.tensor_forward(passes * (2 - instead)) + exchange
+
+    def inside_backward(self) -> tuple[Transfer, ...]:
         """With full recomputation the forward's collectives are repeated too."""
-        return self.tensor_forward(4 if self.use.recompute == "full" else 2)
+        return self.inside_forward(2 if self.use.recompute == "full" else 1)
+
+    @property
+    def expert_share(self) -> float:
+        """Of the layers, those with experts."""
+        kinds = self.use.shape.layer_kinds()
+        return sum(count for kind, count in kinds.items() if kind.experts) / self.use.shape.layers
+
+    def exchange(self, passes: int) -> tuple[Transfer, ...]:
+        """Dispatch to the experts and combination of their outputs, in so many passes of the mean layer.
+
+        Each rank sends its tokens once to each of their experts (`model.expert_exchange_bytes`); with tensor-parallel
+        experts the ranks of one expert then gather what each has received, and scatter the sums. The busiest rank
+        receives `routing_imbalance` times the mean.
+        """
+        use, spec, split = self.use, self.use.shape, self.use.expert_split()
+        if split == ExpertSplit(1, use.tensor_parallel):
+            return ()
+        rows = self.tokens.mean(axis=0) / use.tensor_parallel * spec.experts_per_token
+        if self.operators.effects.efficiency:
+            rows = rows * use.routing_imbalance
+        one = rows * spec.hidden * use.bytes_per_parameter * self.expert_share * passes
+        calls = self.expert_share * passes
+        transfers: list[Transfer] = []
+        if split.parallel > 1:
+            transfers.append(Transfer("all_to_all", self.layout.expert_groups, 2 * one, 2 * calls))
+        if split.tensor > 1:
+            groups = self.layout.expert_tensor_groups
+            transfers += [
+                Transfer("all_gather", groups, one * split.tensor, calls),
+                Transfer("reduce_scatter", groups, one * split.tensor, calls),
+            ]
+        return tuple(transfers)
 
     def tensor_ends(self) -> tuple[Transfer, ...]:
         """Vocabulary-parallel embedding (forward) or head (backward): one collective over activations."""
@@ -523,15 +599,15 @@ class _Work:
         Order among the micro-batches of a step is free, so the first, which every replica has, is taken as the last.
         """
         layers, spec = self.trained_layers, self.use.shape
-        of_layer, of_ends = (
+        of_layer, of_ends = (  # experts are split only where reductions come after
             () if reduced == "after" else self.reduces(count)
             for count in (self.trained_layer_parameters(), self.trained_end_parameters())
         )
         if reduced == "last":
             of_layer, of_ends = self._only_in_first(of_layer), self._only_in_first(of_ends)
         return [
-            _Part(self.layer_backward(), layers, of_layer + self.tensor_backward()),
-            _Part(self.layer_forward(), spec.layers, self.tensor_forward()),
+            _Part(self.layer_backward(), layers, of_layer + self.inside_backward()),
+            _Part(self.layer_forward(), spec.layers, self.inside_forward()),
             _Part(self.ends_forward(), 1, self.tensor_ends()),
             _Part(self.ends_backward(), 1, of_ends + self.tensor_ends()),
             *self.engine("forward", "backward"),
@@ -556,13 +632,6 @@ class _Work:
             *self.engine("forward", "backward"),
         ]
 
-    def first_otherwise(self, first: tuple[Transfer, ...], others: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
-        """As `others`, but the first micro-batch in as many messages as `first`."""
-        is_first = np.arange(self.batches.shape[1]) == 0
-        return tuple(
-            replace(o, messages=np.where(is_first, f.messages, o.messages)) for f, o in zip(first, others, strict=True)
-        )
-
     def _only_in_first(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
         first = np.zeros(self.batches.shape[1])
         first[0] = 1.0
@@ -570,7 +639,8 @@ class _Work:
 
     def reduction_after(self) -> list[Segment]:
         """The reduction of all gradients once the last backward has ended."""
-        return [self.transfer_only("reduce_gradients", t) for t in self.reduces(self.trained_rank_parameters())]
+        reduced = self.reduces(self.trained_rank_parameters(), self.trained_rank_routed_parameters())
+        return [self.transfer_only("reduce_gradients", t) for t in reduced]
 
     # Segments.
 
@@ -606,18 +676,21 @@ class _Work:
         return Segment(label, np.zeros((len(self.batches), 1)), transfers=(transfer,))
 
     def pipeline(self, label: str, *, backward: bool) -> PipelineSegment:
-        """1F1B over the pipeline stages; layers are split evenly, embedding and head are at the two ends."""
+        """1F1B over the pipeline stages; embedding and head are at the two ends."""
         use, spec = self.use, self.use.shape
         stages, virtual = use.pipeline_parallel, use.pipeline_parallel * use.pipeline_chunks
-        if spec.layers % virtual:
+        if spec.layers % virtual and not use.given_stages:
             raise InputError(
                 f"{spec.layers} layers cannot be split evenly in {stages} stages x {use.pipeline_chunks} chunks",
                 field="pipeline_chunks",
             )
-        each = spec.layers // virtual
+        counts = [spec.layers // virtual] * virtual
+        if use.given_stages:
+            counts = [len(use.stage_layers(stage)) for stage in range(stages)]
+        ends, frozen = np.cumsum(counts).tolist(), spec.layers - self.trained_layers
         layer, embedding, head = self.layer_forward(), self.embedding(), self.head_forward()
-        forward = _stack([layer * each] * virtual, first=embedding, last=head)
-        trained = [max(0, min(each, (v + 1) * each - (spec.layers - self.trained_layers))) for v in range(virtual)]
+        forward = _stack([layer * count for count in counts], first=embedding, last=head)
+        trained = [max(0, min(count, end - frozen)) for count, end in zip(counts, ends, strict=True)]
         back = None
         times = [(layer, spec.layers), (embedding, 1), (head, 1)]
         if backward:
@@ -628,10 +701,10 @@ class _Work:
         bound: dict[str, float] = {}
         for time, repeats in times:
             _add_bound(bound, time, repeats / stages, len(self.batches))
-        per_stage = each * use.pipeline_chunks
-        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.tensor_forward()]
+        per_stage = spec.layers / stages
+        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.inside_forward()]
         if backward:
-            collectives += [("backward", _scaled(t, per_stage)) for t in self.tensor_backward()]
+            collectives += [("backward", _scaled(t, per_stage)) for t in self.inside_backward()]
         hop_bytes = self.tokens.mean(axis=0) * spec.hidden * use.bytes_per_parameter
         hop = Transfer("send", self.layout.hops, hop_bytes / (use.tensor_parallel if use.sequence_parallel else 1))
         roles, transfers = zip(*collectives, ("hop", hop), strict=True)
@@ -703,11 +776,12 @@ def _add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, repl
 
 def _largest_stage(use: ModelUse, head: Head) -> int:
     """Parameters on a rank of the fullest pipeline stage."""
-    p = use.pipeline_parallel
-    return max(
-        rank_parameters(use.shape, head, tensor_parallel=use.tensor_parallel, pipeline_parallel=p, stage=stage)
-        for stage in (0, p - 1)
-    )
+    return max(held_parameters(use, head, stage) for stage in _different_stages(use))
+
+
+def _different_stages(use: ModelUse) -> tuple[int, int, int]:
+    """Pipeline stages that can differ: the ends, and one of those between."""
+    return 0, use.pipeline_parallel // 2, use.pipeline_parallel - 1
 
 
 def _messages(amount: float, bucket: float) -> float:

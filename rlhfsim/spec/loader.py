@@ -41,6 +41,15 @@ _LAYOUT = (
     "score_micro_batch_samples",
     "flash_attention",
     "logits_chunk_tokens",
+    "gemm_precision",
+)
+# Taken over too where both are the same model, split in as many pipeline stages.
+_LAYOUT_OF_LAYERS = (
+    "first_stage_layers",
+    "last_stage_layers",
+    "expert_parallel",
+    "expert_tensor_parallel",
+    "routing_imbalance",
 )
 _RECORDS: dict[str, type[Sources]] = {"node": Node, "gpu": Gpu, "network": Network}
 
@@ -186,6 +195,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     _check_size(scenario, where)
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
+        _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
     _check_generation(scenario, where)
     _check_lengths(scenario, where)
 
@@ -229,7 +239,7 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
             f"{field}.tensor_parallel",
             where,
         )
-    if shape.layers % stages:
+    if shape.layers % stages and not use.given_stages:
         raise _error(
             f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
             f"{field}.pipeline_parallel",
@@ -243,9 +253,40 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
         )
 
 
+def _check_precision(field: str, use: ModelUse, cluster: Cluster, where: Where) -> None:
+    precision, peaks = use.gemm_precision, cluster.gpu.flops_per_second
+    if precision == "int8":
+        message = "only inference engines compute in int8 (generation.weights_precision); allowed: fp8"
+    elif precision and precision not in peaks:
+        message = f"{cluster.gpu.name} has no peak for {precision} (it has: {', '.join(sorted(peaks))})"
+    else:
+        return
+    raise _error(message, f"{field}.gemm_precision", where)
+
+
 def _check_generation(scenario: Scenario, where: Where) -> None:
     tensor, actor = scenario.generation.tensor_parallel, scenario.models.actor
-    field = "generation.tensor_parallel"
+    experts, field = scenario.generation.expert_parallel, "generation.tensor_parallel"
+    if experts > 1 and (not actor.shape.experts or actor.shape.experts % experts):
+        raise _error(
+            f"is {experts}, but must divide the {actor.shape.experts} experts of {actor.spec}",
+            "generation.expert_parallel",
+            where,
+        )
+    if actor.expert_parallel > 1 and scenario.generation.engine != "engine":
+        raise _error(
+            f"is {scenario.generation.engine!r}, which generates with the training weights, but experts of the actor "
+            f"lie on {actor.expert_parallel} ranks (models.actor.expert_parallel); allowed: 'engine'",
+            "generation.engine",
+            where,
+        )
+    if actor.shape.expert_ffn % (tensor // experts):
+        raise _error(
+            f"is {tensor}, so that {tensor // experts} ranks share an expert, but that must divide its width "
+            f"{actor.shape.expert_ffn}",
+            field,
+            where,
+        )
     if actor.shape.heads % tensor or actor.shape.ffn % tensor:
         raise _error(
             f"is {tensor}, but must divide the {actor.shape.heads} heads and the MLP width "
@@ -465,7 +506,9 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     if role not in _PARTNERS:
         return {}
     partner = models[_PARTNERS[role]]
-    layout = {key: partner[key] for key in _LAYOUT if key in partner}
+    own = {"spec", "pipeline_parallel"} & use.keys()
+    keys = _LAYOUT if any(use[key] != partner.get(key) for key in own) else _LAYOUT + _LAYOUT_OF_LAYERS
+    layout = {key: partner[key] for key in keys if key in partner}
     alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}

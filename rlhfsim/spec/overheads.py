@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .base import BytesPerSecond, Record, Seconds
 
-EnginePhase = Literal["forward", "first_forward", "backward", "step", "gather"]
+EnginePhase = Literal["forward", "backward", "step", "gather"]
 ZeroStage = Literal["zero_0", "zero_1", "zero_2", "zero_3"]
 
 
@@ -26,13 +26,11 @@ class HostTime(Record):
 class EngineTime(Record):
     """What a training engine adds to a model's own passes, besides its collectives: hooks, copies into buckets.
 
-    forward, backward: of one micro-batch. first_forward: of the first scoring pass after an update, for which ZeRO-3
-    gathers matrix by matrix, as it has no trace to fetch ahead by. step: of one update. gather: of all weights once,
-    for a hybrid engine to generate with.
+    forward, backward: of one micro-batch. step: of one update. gather: of all weights once, for a hybrid engine to
+    generate with.
     """
 
     forward: HostTime = HostTime()
-    first_forward: HostTime = HostTime()
     backward: HostTime = HostTime()
     step: HostTime = HostTime()
     gather: HostTime = HostTime()

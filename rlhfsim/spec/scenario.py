@@ -6,6 +6,7 @@ documented here once, and `rlhfsim show fields` prints this text.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -17,7 +18,7 @@ from .algorithm import Algorithm as Algorithm
 from .algorithm import Latency as Latency
 from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
 from .hardware import Cluster
-from .model_spec import ModelSpec
+from .model_spec import ExpertSplit, ModelSpec
 from .overheads import Overheads as Overheads
 
 Role = Literal["actor", "critic", "reference", "reward"]
@@ -31,8 +32,17 @@ class ModelUse(Record):
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
         3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
+    gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
+        Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
+    first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
+        others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
     sequence_parallel: activations between tensor-parallel regions are split as well.
+    expert_parallel: ranks that share the routed experts of a layer, and exchange tokens by all-to-all; neighbours of
+        the tensor- and data-parallel ranks of a pipeline stage. expert_tensor_parallel: ranks that share the matrices
+        of one expert; absent: as tensor_parallel (Megatron-LM's default).
+    routing_imbalance: rows of the busiest expert-parallel rank over the mean; 1: balanced. Without expert_parallel all
+        experts are on one rank, and it counts for nothing.
     micro_batch_samples: samples per forward/backward of one replica; score_micro_batch_samples: of a scoring pass.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
@@ -45,11 +55,17 @@ class ModelUse(Record):
     spec: str
     shape: ModelSpec
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gemm_precision: Literal["fp8", "int8"] | None = None
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
     pipeline_chunks: Count = 1
+    first_stage_layers: Count | None = None
+    last_stage_layers: Count | None = None
     sequence_parallel: bool = True
+    expert_parallel: Count = 1
+    expert_tensor_parallel: Count | None = None
+    routing_imbalance: Annotated[float, Field(ge=1, le=1e3)] = 1.0
     micro_batch_samples: Count = 4
     score_micro_batch_samples: Count = 16
     recompute: Literal["none", "selective", "full"] = "full"
@@ -68,6 +84,78 @@ class ModelUse(Record):
     @property
     def ranks_per_replica(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def given_stages(self) -> list[int]:
+        """Layers of the stages that are not like the others."""
+        return [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
+
+    def stage_layers(self, stage: int) -> range:
+        """The layers of a pipeline stage, both counted from 0."""
+        last = self.pipeline_parallel - 1
+        others = self.pipeline_parallel - len(self.given_stages)
+        each = (self.shape.layers - sum(self.given_stages)) // max(others, 1)
+        first = each if self.first_stage_layers is None else self.first_stage_layers
+        start = 0 if stage == 0 else first + (stage - 1) * each
+        if stage == last:
+            return range(start, self.shape.layers)
+        return range(start, start + (first if stage == 0 else each))
+
+    @property
+    def ranks_together(self) -> int:
+        """The fewest ranks that hold whole replicas and whole sets of experts."""
+        return self.pipeline_parallel * lcm(self.tensor_parallel, self.expert_ranks)
+
+    def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
+        """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
+        return ExpertSplit(self.expert_parallel, self.expert_tensor_parallel or tensor_parallel or self.tensor_parallel)
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks of a pipeline stage over which the routed experts of a layer are spread once."""
+        return self.expert_parallel * self.expert_split().tensor
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes per element that the layers' products read."""
+        return 1 if self.gemm_precision else self.bytes_per_parameter
+
+    @model_validator(mode="after")
+    def _stages_hold_all_layers(self) -> ModelUse:
+        given, stages, layers = self.given_stages, self.pipeline_parallel, self.shape.layers
+        if not given:
+            return self
+        if stages < 2 or self.pipeline_chunks > 1:
+            raise ValueError(
+                "first_stage_layers and last_stage_layers need pipeline_parallel above 1 and pipeline_chunks 1, given "
+                f"{stages} and {self.pipeline_chunks}"
+            )
+        rest, others = layers - sum(given), stages - len(given)
+        if rest < others or (rest % others if others else rest):
+            raise ValueError(
+                f"first_stage_layers and last_stage_layers leave {rest} of the {layers} layers of {self.spec} for "
+                f"{others} stages; each must have as many, and at least one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_split(self) -> ModelUse:
+        shape, degree = self.shape, self.expert_parallel
+        split = {"expert_parallel": degree, "expert_tensor_parallel": self.expert_tensor_parallel or 1}
+        for name, value in split.items():
+            if value > 1 and not shape.experts:
+                raise ValueError(f"{name} is {value}, but {self.spec} has no experts")
+        if shape.experts % degree:
+            raise ValueError(f"expert_parallel is {degree}, but must divide the {shape.experts} experts of {self.spec}")
+        tensor = self.expert_tensor_parallel or self.tensor_parallel
+        if shape.expert_ffn % tensor:
+            raise ValueError(
+                f"expert_tensor_parallel is {tensor}, but must divide the width {shape.expert_ffn} of an expert of "
+                f"{self.spec}"
+            )
+        if self.zero_stage == 3 and max(split.values()) > 1:
+            raise ValueError("zero_stage 3 shards all experts over all ranks; with expert_parallel use stage 0, 1 or 2")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelUse:
@@ -171,6 +259,12 @@ class Generation(Record):
     batching: `static` pads and runs until the longest of the batch has ended, `continuous` retires finished sequences
         and admits waiting ones (paged KV cache). Default: continuous for `engine`, else static.
     batch_samples: static batches of at most so many samples per replica; absent: all at once.
+    expert_parallel: of the ranks of an engine, so many share the routed experts, the rest their matrices. The ranks of
+        an engine hold the same tokens, so that nothing is exchanged but the all-reduce that sums their outputs.
+    weights_precision, kv_precision: of the layers' matrices and the cache in the engine where they are not the model's.
+        Products run at the GPU's rate for that precision if it has one, else at the model's (weights are unpacked on
+        the way, as vLLM's Marlin kernels do). Embedding and head stay as they are.
+    lora: `merged` into the weights before generation, or `served`: its factors run beside the weights at every step.
     memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
@@ -185,6 +279,10 @@ class Generation(Record):
 
     engine: Literal["zero3_per_token", "hybrid", "engine"] = "hybrid"
     tensor_parallel: Count = 1
+    expert_parallel: Count = 1
+    weights_precision: Literal["fp8", "int8"] | None = None
+    kv_precision: Literal["fp8", "int8"] | None = None
+    lora: Literal["merged", "served"] = "merged"
     batching: Literal["static", "continuous"] | None = None
     batch_samples: Count | None = None
     memory_fraction: Fraction | None = None
@@ -208,10 +306,37 @@ class Generation(Record):
     def copies_cache(self) -> bool:
         return self.kv_cache == "concatenated" if self.kv_cache else self.engine == "zero3_per_token"
 
+    @property
+    def runs_adapters(self) -> bool:
+        """Whether LoRA's factors are not merged while generating."""
+        return self.lora == "served" or self.engine == "zero3_per_token"
+
+    def kv_bytes(self, use: ModelUse) -> int:
+        """Bytes of one cached element."""
+        return 1 if self.kv_precision else use.bytes_per_parameter
+
+    def engine_use(self, use: ModelUse) -> ModelUse:
+        """How the layers of a model are split and computed in the engine."""
+        changes: dict[str, Any] = {
+            "expert_parallel": self.expert_parallel,
+            "expert_tensor_parallel": self.tensor_parallel // self.expert_parallel,
+            "gemm_precision": self.weights_precision,
+        }
+        return use.model_copy(update=changes)
+
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
         if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
             raise ValueError("engine zero3_per_token runs every rank on its own samples: tensor_parallel must be 1")
+        if self.engine == "zero3_per_token" and self.weights_precision:
+            raise ValueError(
+                f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
+                f"{self.weights_precision}"
+            )
+        if self.tensor_parallel % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel is {self.expert_parallel}, but must divide tensor_parallel {self.tensor_parallel}"
+            )
         return self
 
 
