@@ -276,6 +276,9 @@ def test_a_lost_result_is_an_error_that_names_it(one_rank: None) -> None:
         ("models.actor.tensor_parallel", 2),
         ("generation.routing", "least_loaded"),
         ("models.reward.spec", "small-8x512"),
+        ("algorithm.name", "reinforce_plus_plus"),
+        ("algorithm.old_log_prob", "engine"),
+        ("algorithm.reference", False),
     ],
 )
 def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
