@@ -511,7 +511,9 @@ def test_models_may_share_ranks_on_either_side() -> None:
     timeline = simulate(disaggregated.build(algorithm, EIGHT, batches=4, capacity=4, ranks=ranks), fixed, 2)
     first = [s for s in timeline.spans if s.firing.iteration == 0]
     trained = [s for s in first if s.kind == "train"]
-    assert {s.ranks for s in trained} == {(0,)} and {s.ranks for s in first if s.kind in ("generate", "score")} == {(1,)}
+    assert {s.ranks for s in trained} == {(0,)} and {s.ranks for s in first if s.kind in ("generate", "score")} == {
+        (1,)
+    }
     assert trained[0].start_seconds < max(s.end_seconds for s in first if s.kind == "generate")  # streams through
 
 
