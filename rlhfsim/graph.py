@@ -10,8 +10,7 @@ time). A *firing* is one chunk of one stage on one place in one iteration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from math import ceil
 from typing import Any, Literal, NamedTuple
@@ -227,15 +226,11 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
         return name
 
     def alter(self, name: str, **changes: Any) -> None:
-        """Change fields of a stage that another strategy has built. Raises ValueError as `stage` does."""
-        stage = self.at(name)
-        fields = {f.name: getattr(stage, f.name) for f in dataclass_fields(stage) if f.name != "order"} | changes
-        edges = [(u, v, dict(edge)) for u, v, edge in self.edges(data=True) if name in (u, v)]
-        place_in_line = stage.order
-        self.stage(**fields)
-        self.nodes[name]["stage"] = replace(self.at(name), order=place_in_line)
-        self.add_edges_from(edges)
-        self._results.clear()
+        """Change fields of a stage, which another strategy may have built. Raises ValueError as `stage` does."""
+        before = self.at(name)
+        kept = {f.name: getattr(before, f.name) for f in fields(before) if f.name != "order"}
+        self.stage(**(kept | changes))
+        self.nodes[name]["stage"] = replace(self.at(name), order=before.order)
 
     def link(
         self,

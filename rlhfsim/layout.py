@@ -26,7 +26,7 @@ from .strategies import Devices
 IDLE_KINDS = ("sync", "swap", "store")
 
 # Options that say in how many pieces an iteration is processed.
-PIECES = ("batches", "calls")
+PIECES = ("batches", "calls", "chunks")
 
 Purpose = Literal["train", "frozen", "generate"]
 
@@ -116,18 +116,32 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
                 field=f"strategy.{option}",
             )
     _check_options(module, options, scenario.workload.samples)
-    if name == "disaggregated" and scenario.generation.engine == "zero3_per_token":
-        raise InputError(
-            "zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
-            "(allowed: hybrid for plain batches, engine)",
-            field="generation.engine",
-        )
     try:
         graph = module.build(algorithm_of(scenario), devices, **options)
         _add_periodic(graph, scenario)
-        return check(graph), notes
+        check(graph)
     except (ValueError, TypeError) as error:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
+    _check_engine(graph, scenario)
+    return graph, notes
+
+
+def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
+    """Whether the engine can do what the strategy asks of it."""
+    name, generation = scenario.strategy.name, scenario.generation
+    generating = [s for s in graph.stages() if s.kind == "generate"]
+    if generation.engine == "zero3_per_token" and any(s.model == "shadow_actor" for s in generating):
+        raise InputError(
+            f"zero3_per_token gathers the training weights; a {name} strategy generates from a full copy "
+            "(allowed: hybrid for plain batches, engine)",
+            field="generation.engine",
+        )
+    if not generation.continuous and any(s.unfinished != "wait" for s in generating):
+        raise InputError(
+            f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
+            "(allowed: continuous, the default of generation.engine: engine)",
+            field="generation.batching",
+        )
 
 
 def _check_options(module: ModuleType, options: dict[str, Any], samples: int) -> None:
