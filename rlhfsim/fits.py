@@ -165,6 +165,7 @@ class Memory:
         replicas = max(1, stage.size // size)
         lanes = len(stage.lanes_of(0)) / self.graph.lanes
         total = self.scenario.periodic.validation_prompts if stage.name == "testing" else self.scenario.workload.samples
+        total = ceil(total * self.graph.at_work(stage.name))
         return max(1, ceil(total * lanes / stage.chunks / replicas - 1e-9))
 
     def _while_syncing(self, stage: Stage, rank: int) -> Bytes:

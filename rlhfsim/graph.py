@@ -285,6 +285,11 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
         ]
         return max(0, min(lags, default=1) - 1)
 
+    def at_work(self, name: str) -> float:
+        """Responses that a firing has at work at once, for each one that it needs."""
+        stage = self.at(name)
+        return (1 + self.staleness(name)) * stage.chunks if stage.unfinished == "keep" else stage.oversampling
+
     @property
     def off_policy(self) -> bool:
         """Whether training may see responses of older weights: another algorithm than the on-policy one."""

@@ -295,7 +295,7 @@ def test_weights_enter_between_two_firings_and_nothing_overtakes_them() -> None:
 
 def test_weights_interrupt_and_the_firing_goes_on() -> None:
     scheduler = Scheduler(never_ending("interrupts"), 4)
-    for chunk in (0, 1):
+    for _ in range(2):
         (firing,) = scheduler.step()
         scheduler.done(firing)
     train, gen = scheduler.step()

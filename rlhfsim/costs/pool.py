@@ -232,16 +232,27 @@ class Plan:
             cut[-1] = steps
             rows = np.array([self.engines[k].builder.rows[last]]).T
             by_bound[:, -1:] = self.pool.steps.of(_decoding_runs(cut[-1:], rows))
-        none = np.zeros(0, dtype=int)
-        columns = (
-            c[:count] for c in (runs.decodes, runs.context_tokens, runs.prompt_tokens, runs.sampled, runs.running)
+        return _Steps(
+            Runs(
+                cut,
+                runs.decodes[:count],
+                runs.context_tokens[:count],
+                runs.prompt_tokens[:count],
+                runs.sampled[:count],
+                runs.running[:count],
+                runs.chunk_run[chunks],
+                runs.chunk_tokens[chunks],
+                np.zeros(0, dtype=int),
+            ),
+            by_bound,
         )
-        return _Steps(Runs(cut, *columns, runs.chunk_run[chunks], runs.chunk_tokens[chunks], none), by_bound)
 
 
 def _decoding_runs(steps: np.ndarray, rows: np.ndarray) -> Runs:
+    """So many steps of runs that are given as columns of `rows`, as the builder keeps them."""
+    _, decodes, context, prompt, sampled, running = rows
     none = np.zeros(0, dtype=int)
-    return Runs(steps, *rows[1:], none, none.astype(float), none)
+    return Runs(steps, decodes, context, prompt, sampled, running, none, none.astype(float), none)
 
 
 class Pool:

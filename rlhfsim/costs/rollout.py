@@ -3,8 +3,8 @@
 One pool of engines for all stages of one step (`gen`, and `gen.tail` on fewer ranks). The responses that a firing
 hands over fill its chunk in the order in which they ended, so scoring and training see their lengths.
 
-How many responses may be begun under `keep` is AReaL's rule (areal/core/staleness_manager.py @08911ddf): those begun and
-not thrown away are at most (version + staleness + 1) batches.
+How many responses may be begun under `keep` is AReaL's rule (areal/core/staleness_manager.py @08911ddf): those begun
+and not thrown away are at most (version + staleness + 1) batches.
 """
 
 from __future__ import annotations

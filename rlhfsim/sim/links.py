@@ -280,7 +280,9 @@ class LinkPool:
 
 
 def _scaled(elapsed: Elapsed, share: float) -> Elapsed:
-    return Elapsed(*(share * part for part in elapsed))
+    return Elapsed(
+        share * elapsed.seconds, share * elapsed.compute, share * elapsed.communication, share * elapsed.peers
+    )
 
 
 def _payload(transfer: Transfer, segment: Segment) -> float:

@@ -114,6 +114,7 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
         """Run a segment that may stop before its end; the share of it that was done."""
         if f in stopping:
             return 0.0
+        assert env.active_process is not None
         running[f] = env.active_process
         try:
             elapsed, alone_seconds = yield from pool.run(segment)

@@ -38,9 +38,9 @@ def build(algorithm: Algorithm, devices: Devices, *, tail: float = 0.2, tail_ran
     part = lcm(*(len(leaving) // (devices.size(s.name) or len(leaving)) for s in early), len(everyone))
     graph = StageGraph(lanes=TWENTIETHS * part)
     pieces = range((TWENTIETHS - left) * part), range((TWENTIETHS - left) * part, TWENTIETHS * part)
-    engines = {"kind": "generate", "model": "shadow_actor", "unfinished": "carry"}
-    graph.stage("gen", ranks=everyone, serves=pieces[0], oversampling=TWENTIETHS / (TWENTIETHS - left), **engines)
-    graph.stage("gen.tail", ranks=lasting, serves=pieces[1], after=["gen"], **engines)
+    share = TWENTIETHS / (TWENTIETHS - left)
+    graph.stage("gen", "generate", "shadow_actor", everyone, serves=pieces[0], unfinished="carry", oversampling=share)
+    graph.stage("gen.tail", "generate", "shadow_actor", lasting, serves=pieces[1], unfinished="carry", after=["gen"])
     scored = []
     for step in algorithm.of_kind("score"):
         size = devices.size(step.name)
