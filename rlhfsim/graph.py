@@ -294,8 +294,9 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
     def off_policy(self) -> bool:
         """Whether training may see responses of older weights: another algorithm than the on-policy one."""
         return any(
-            s.kind == "generate" and s.every == 1 and (s.unfinished == "carry" or self.staleness(s.name) > 0)
+            self.staleness(s.name) > 0 or (s.unfinished == "carry" and s.oversampling * len(s.serves) > self.lanes)
             for s in self.stages()
+            if s.kind == "generate" and s.every == 1
         )
 
     # -- what must be done first --------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class CostModel:
     def _count(self, f: Firing) -> int:
         return len(samples_of(self.fold.original, f, self.scenario.workload.samples))
 
-    def stop_share(self, f: Firing, share: float) -> float:
+    def stop_share(self, f: Firing, share: float) -> float | None:
         return self._rollouts.stop_share(f, share)
 
     def paused(self, f: Firing, share: float) -> dict[str, float]:

@@ -192,6 +192,11 @@ class Plan:
             found += [(float(ends[run]), engine.samples[sample], k) for run, sample in engine.completions]
         return sorted(found, key=lambda entry: (entry[0], entry[1].number))
 
+    def ends_within(self, cut: Cut, wanted: int) -> bool:
+        """Whether enough responses have ended when every engine has come to the cut."""
+        within = (entry for entry in self.completions if entry[0] <= cut.ends[entry[2]] * (1 + ROUNDING))
+        return self.pool.enough_at(within, wanted) is not None
+
     def cut(self, seconds: float) -> Cut:
         """Where every engine ends the step that it is in at this instant."""
         instant = seconds * (1 - ROUNDING)
@@ -317,15 +322,16 @@ class Pool:
     def go_to(self, plan: Plan, cut: Cut, seconds: float) -> None:
         """Let the engines work until the cut; what ends after `seconds` is late."""
         instant = seconds * (1 + ROUNDING)
+        done = [entry for entry in plan.completions if entry[0] <= cut.ends[entry[2]] * (1 + ROUNDING)]
         for k, steps in enumerate(cut.steps):
             end = cut.ends[k]
-            late = [s for t, s, engine in plan.completions if engine == k and instant < t <= end * (1 + ROUNDING)]
+            late = [s for t, s, engine in done if engine == k and t > instant]
             self.engines[k].run_steps(steps)
             self.counts["preemptions"] += self.engines[k].preemptions
             self.counts["recomputed_tokens"] += self.engines[k].recomputed
             self.engines[k] = self.engines[k].copy()
             self.engines[k].late, self.engines[k].late_seconds = late, max(0.0, end - seconds)
-        self._end(s for t, s, _ in plan.completions if t <= instant)
+        self._end(s for t, s, _ in done if t <= instant)
 
     def _end(self, samples: Iterable[Sample]) -> None:
         for sample in samples:

@@ -1,7 +1,7 @@
 """Generate firings that leave responses unfinished: which are begun, which end, and how old they are when trained.
 
-One pool of engines for all stages of one step (`gen`, and `gen.tail` on fewer ranks). The responses that a firing
-hands over fill its chunk in the order in which they ended, so scoring and training see their lengths.
+One pool of engines for all stages of one step (`gen`, and `gen.tail` on fewer ranks). The responses that end first
+fill the first chunk, so scoring and training see their lengths.
 
 How many responses may be begun under `keep` is AReaL's rule (areal/core/staleness_manager.py @08911ddf): those begun
 and not thrown away are at most (version + staleness + 1) batches.
@@ -97,27 +97,23 @@ class Rollouts:
         k = number % self.samples
         return Sample(number, number // group_size, int(prompts[k]), int(responses[k]))
 
-    def stop_share(self, f: Firing, share: float) -> float:
-        """The share at which every engine has ended the step in which it is asked to stop."""
+    def stop_share(self, f: Firing, share: float) -> float | None:
+        """The share at which every engine has ended the step in which it is asked to stop; None: the chunk is full."""
         plan = self._plans[f]
-        cut = plan.cut(share * plan.seconds)
-        if cut.seconds >= plan.seconds:
-            return 1.0
-        self._stops[f] = cut
-        return cut.seconds / plan.seconds
+        cut = self._stops[f] = plan.cut(share * plan.seconds)
+        return None if plan.ends_within(cut, len(self._ids(f))) else cut.seconds / plan.seconds
 
     def paused(self, f: Firing) -> dict[str, float]:
         """f has stopped where `stop_share` said (or before it began)."""
         plan, pool = self._plans.pop(f), self._pool(f.stage)
         cut = self._stops.pop(f, None) or plan.cut(0.0)
         pool.go_to(plan, cut, cut.seconds)
-        pool.finish_steps()
         return self._counts(pool, cut)
 
     def ended(self, f: Firing) -> dict[str, float]:
         """f has filled its chunk: hand it over, and see to what is unfinished."""
         stage, plan, pool = self.graph.at(f.stage), self._plans.pop(f), self._pool(f.stage)
-        cut = plan.cut(plan.seconds)
+        cut = self._stops.pop(f, None) or plan.cut(plan.seconds)
         pool.go_to(plan, cut, self._seconds(stage, plan, cut))
         if stage.unfinished in ("carry", "drop"):
             pool.take_out()
@@ -131,8 +127,9 @@ class Rollouts:
         return plan.seconds if stage.unfinished == "keep" else max(plan.seconds, cut.seconds)
 
     def _hand_over(self, f: Firing, pool: Pool) -> list[Sample]:
-        ids = self._ids(f)
-        done = pool.hand_over(len(ids))
+        """They fill the chunk in the order in which they were begun (slime sorts a batch by it)."""
+        ids = np.sort(self._ids(f))
+        done = sorted(pool.hand_over(len(ids)), key=lambda sample: sample.number)
         if f.iteration not in self._batches:
             prompts, responses = self.batch(f.iteration)
             self._batches[f.iteration] = prompts.copy(), responses.copy()

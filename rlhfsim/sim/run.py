@@ -32,8 +32,8 @@ class Cost(Protocol):
     def ended(self, f: Firing, name: Firing) -> dict[str, float]:
         """f has ended, and consumers know it by `name`; what to add to the counts of its span."""
 
-    def stop_share(self, f: Firing, share: float) -> float:
-        """Where f stops that is asked to when `share` of its stoppable segment is done; 1: not before its end."""
+    def stop_share(self, f: Firing, share: float) -> float | None:
+        """Where f stops that is asked to when `share` of its stoppable segment is done; None: at its end, for good."""
 
     def paused(self, f: Firing, share: float) -> dict[str, float]:
         """f has stopped at that share, and `program` will be asked for the rest; counts as of `ended`."""
@@ -87,16 +87,16 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
         inputs = {(g, f.stage, f.place) for g, *_ in graph.receives(f)}
         yield env.all_of([arriving[key] for key in sorted(inputs & arriving.keys())])
         data_seconds, parts = env.now - start, _Parts()
-        stopped_at = 1.0
+        stopped_at: float | None = None
         for segment in cost.program(f):
             if segment.stops:
                 stopped_at = yield from run_until_stopped(f, segment, parts)
-                if stopped_at < 1:
+                if stopped_at is not None:
                     break
             else:
                 elapsed, alone_seconds = yield from pool.run(segment)
                 _add(parts, segment, elapsed, alone_seconds)
-        if stopped_at < 1:
+        if stopped_at is not None:
             parts.counts |= cost.paused(f, stopped_at) | {"interrupts": 1.0}
             name = f
             scheduler.paused(f)
@@ -106,30 +106,30 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
             ended[name], ran[name] = env.now, f
         spans.append(_span(f, fold, start, env.now, data_seconds, parts, ran.get(cause) if cause else None))
         stopping.discard(f)
-        if stopped_at == 1:
+        if stopped_at is None:
             last_on_rank.update(dict.fromkeys(graph.ranks(f), name))
             send(name, f.place)
 
-    def run_until_stopped(f: Firing, segment: Segment, parts: _Parts) -> Generator[Any, Any, float]:
-        """Run a segment that may stop before its end; the share of it that was done."""
+    def run_until_stopped(f: Firing, segment: Segment, parts: _Parts) -> Generator[Any, Any, float | None]:
+        """Run a segment that may stop before its end: the share of it that was done, or None for all."""
         if f in stopping:
             return 0.0
         assert env.active_process is not None
         running[f] = env.active_process
         try:
             elapsed, alone_seconds = yield from pool.run(segment)
-            share = 1.0
+            _add(parts, segment, elapsed, alone_seconds)
+            return None
         except Stopped as stop:
-            elapsed, alone_seconds, share = stop.elapsed, stop.alone_seconds, stop.share
+            _add(parts, segment.part(stop.share), stop.elapsed, stop.alone_seconds)
+            share = stop.share
         finally:
             del running[f]
-        _add(parts, segment.part(share), elapsed, alone_seconds)
-        if share < 1 and (until := cost.stop_share(f, share)) > share:
-            rest = segment.part(until - share)
-            elapsed, alone_seconds = yield from pool.run(rest)
-            _add(parts, rest, elapsed, alone_seconds)
-            share = until
-        return min(share, 1.0)
+        until = cost.stop_share(f, share)
+        rest = segment.part((1.0 if until is None else until) - share)
+        elapsed, alone_seconds = yield from pool.run(rest)
+        _add(parts, rest, elapsed, alone_seconds)
+        return until
 
     while True:
         while env.peek() == env.now:  # all that happens at this instant, before anyone decides

@@ -30,39 +30,48 @@ def build(algorithm: Algorithm, devices: Devices, *, tail: float = 0.2, tail_ran
         raise ValueError(f"tail is {tail} (0.05 to 0.95), tail_ranks {tail_ranks} (between 0 and 1)")
     if not devices.own_engine:
         raise ValueError("stage_fusion needs inference engines that ranks can leave (generation.engine: engine)")
-    everyone, unit = devices.ranks, devices.size("gen") or 1
-    few = max(1, round(tail_ranks * len(everyone) / unit)) * unit
-    lasting, leaving = everyone[:few], everyone[few:]
+    everyone = devices.ranks
     trained = {s.model for s in algorithm.of_kind("train")}
     early = [s for s in algorithm.of_kind("score") if s.model not in trained or devices.size(s.name)]
+    unit = lcm(devices.size("gen") or 1, *(devices.size(s.name) or 1 for s in early))
+    few = max(1, round(tail_ranks * len(everyone) / unit)) * unit
+    lasting, leaving = everyone[:few], everyone[few:]
+    if not leaving:
+        raise ValueError(f"{len(everyone)} ranks are too few: {few} go on with the tail, and none is left to score")
     part = lcm(*(len(leaving) // (devices.size(s.name) or len(leaving)) for s in early), len(everyone))
     graph = StageGraph(lanes=TWENTIETHS * part)
-    pieces = range((TWENTIETHS - left) * part), range((TWENTIETHS - left) * part, TWENTIETHS * part)
-    share = TWENTIETHS / (TWENTIETHS - left)
-    graph.stage("gen", "generate", "shadow_actor", everyone, serves=pieces[0], unfinished="carry", oversampling=share)
-    graph.stage("gen.tail", "generate", "shadow_actor", lasting, serves=pieces[1], unfinished="carry", after=["gen"])
-    scored = []
+    cut = (TWENTIETHS - left) * part
+    makers = {"gen": range(cut), "gen.tail": range(cut, graph.lanes)}
+    begun = TWENTIETHS / (TWENTIETHS - left)  # for each response that `gen` itself needs
+    graph.stage(
+        "gen", "generate", "shadow_actor", everyone, serves=makers["gen"], unfinished="carry", oversampling=begun
+    )
+    graph.stage(
+        "gen.tail", "generate", "shadow_actor", lasting, serves=makers["gen.tail"], unfinished="carry", after=["gen"]
+    )
+    fields, scored = algorithm.step("gen").fields, []
+    for turn, (maker, serves) in enumerate(makers.items()):
+        for step in early:
+            size = devices.size(step.name)
+            scored.append(graph.stage(f"{step.name}.{turn}", "score", step.model, leaving, size=size, serves=serves))
+            graph.link(maker, scored[-1], carries=fields)
     for step in algorithm.of_kind("score"):
-        size = devices.size(step.name)
-        turns = (
-            [
-                graph.stage(f"{step.name}.{k}", "score", step.model, leaving, size=size, serves=s)
-                for k, s in enumerate(pieces)
-            ]
-            if step in early
-            else [graph.stage(step.name, "score", step.model, everyone, size=size)]
-        )
-        for turn in turns:
-            for maker, serves in zip(("gen", "gen.tail"), pieces, strict=True):
-                if len(turns) == 1 or graph.at(turn).serves == serves:
-                    graph.link(maker, turn, carries=algorithm.step("gen").fields)
-        scored += turns
+        if step not in early:
+            scored.append(graph.stage(step.name, "score", step.model, everyone))
+            for maker in makers:
+                graph.link(maker, step.name, carries=fields)
     updates = algorithm.of_kind("train")
     for update in updates:
         graph.stage(
-            update.name, "train", update.model, everyone, after=scored, loop=updates[0].name,
-            chunks=algorithm.minibatches, epochs=algorithm.epochs,
-        )  # fmt: skip
+            update.name,
+            "train",
+            update.model,
+            everyone,
+            after=scored,
+            loop=updates[0].name,
+            chunks=algorithm.minibatches,
+            epochs=algorithm.epochs,
+        )
         graph.link(update.name, "gen", lag=1)
     graph.stage("update_weights", "sync", "actor", everyone, target="shadow_actor", after=["update_actor"])
     graph.link("update_weights", "gen", lag=1)
