@@ -167,8 +167,16 @@ def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
         ready = [s.name for s in graph.stages() if s.kind == "sync" and s.target == gen.model] or [
             s.name for s in updates
         ]
+        turns = all(graph.at(name).enters == "in_order" for name in ready)
         graph.stage(
-            "testing", "generate", gen.model, gen.ranks, size=size, after=ready, every=periodic.validation_every
+            "testing",
+            "generate",
+            gen.model,
+            gen.ranks,
+            size=size,
+            after=ready,
+            every=periodic.validation_every,
+            enters="in_order" if turns else "when_ready",  # engines that never stop do so between two firings
         )
     if periodic.checkpoint_every:
         ranks = tuple(dict.fromkeys(r for s in updates for r in s.ranks))

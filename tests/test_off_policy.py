@@ -195,6 +195,14 @@ def test_streaming_is_on_policy_and_hides_training() -> None:
         assert all(s.start_seconds >= arrived[0] for s in timeline.of(stage="gen", iteration=i) if arrived)
 
 
+def test_validation_enters_between_two_firings() -> None:
+    """It would hold engines back for a whole iteration if it had a turn among their firings."""
+    changes = {"periodic.validation_every": 2, "periodic.validation_prompts": 16}
+    timeline = timeline_of(scenario("asynchronous", "engine", **(SMALL | changes)))
+    assert sum(s.seconds > 0 for s in timeline.of(stage="testing")) == 2
+    assert summary_of("asynchronous", **changes).mean_age_steps > 0
+
+
 # ---------------------------------------------------------------- partial rollout, over-sampling
 
 
@@ -208,6 +216,18 @@ def test_nothing_more_than_needed_is_plain_generation() -> None:
 
 def tokens(timeline: Timeline, name: str) -> float:
     return sum(s.counts.get(name, 0.0) for s in timeline.spans)
+
+
+@pytest.mark.parametrize("responses_per_prompt, minibatches", [(1, 3), (4, 3), (4, 5)])
+@pytest.mark.parametrize("strategy", ["asynchronous", "partial_rollout", "stage_fusion", "streaming"])
+def test_any_numbers_of_samples(strategy: str, responses_per_prompt: int, minibatches: int) -> None:
+    """Chunks that are no whole numbers of prompts; every iteration trains all of its samples."""
+    changes = {"workload.responses_per_prompt": responses_per_prompt, "algorithm.minibatches": minibatches}
+    chunks = {"strategy.chunks": 3} if strategy in ("asynchronous", "streaming") else {}
+    timeline = timeline_of(scenario(strategy, "engine", **(SMALL | changes | {"workload.prompts": 7}), **chunks))
+    for i in range(5):
+        spans = [s for s in timeline.spans if s.firing.iteration == i]
+        assert sum(s.counts.get("samples", 0) for s in spans) == 7 * responses_per_prompt
 
 
 def test_partial_rollout_shortens_generation_and_loses_nothing() -> None:

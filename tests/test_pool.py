@@ -182,7 +182,7 @@ def test_partial_rollouts_go_on_as_the_twin(given: dict, iterations: int, more: 
     wanted, carried = 4 * given["group_size"], []
     for version in range(iterations):
         both.pool.version = both.twin.version = version
-        both.submit(deal(4 + more - both.pool.groups), carried)
+        both.submit(deal(4 + more - both.pool.outstanding // given["group_size"]), carried)
         both.run(wanted, stop=True)
         both.pool.take_out()
         carried = both.twin.take_out()
@@ -203,6 +203,6 @@ def test_throwing_away_takes_whole_prompts() -> None:
     assert [s.number for s in pool.ready] == [2, 3]
     pool.enter(1, True)
     pool.throw_away(1)  # whatever version 0 began: all of it
-    assert (pool.groups, pool.thrown_away) == (0, 6)
+    assert (pool.outstanding, pool.thrown_away) == (0, 6)
     drawn = 3 + 4 + 4 + 5 + 2 * 4
     assert abs(pool.counts["thrown_away_tokens"] - drawn) <= 4  # the long ones, and steps in flight

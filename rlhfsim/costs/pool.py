@@ -273,16 +273,15 @@ class Pool:
         self.ended: dict[int, list[Sample]] = {}  # group -> its responses that have ended, while others have not
         self.ready: list[Sample] = []  # whole groups, in order of their ends
         self.version = 0
-        self.begun = self.thrown_away = 0  # responses
+        self.begun = self.thrown_away = self.handed_over = 0  # responses
         self.counts: Counter[str] = Counter()  # since they were last asked for
 
     # -- work in ------------------------------------------------------------------------------------------
 
     @property
-    def groups(self) -> int:
-        """Prompts begun and not handed over."""
-        unfinished = [s for s, _ in self.outside] + [s for e in self.engines for s in (*e.late, *e.samples)]
-        return len({s.group for s in (*unfinished, *self.ready)} | self.ended.keys())
+    def outstanding(self) -> int:
+        """Responses begun and not handed over."""
+        return self.begun - self.thrown_away - self.handed_over
 
     def set_engines(self, count: int) -> None:
         """So many engines, empty where the number changes."""
@@ -385,6 +384,7 @@ class Pool:
 
     def hand_over(self, count: int) -> list[Sample]:
         """The first responses that are ready."""
+        self.handed_over += count
         taken, self.ready = self.ready[:count], self.ready[count:]
         return taken
 

@@ -83,13 +83,16 @@ class Rollouts:
 
     def _begin(self, f: Firing, stage: Stage, pool: Pool) -> None:
         """Hand new prompts to the engines: as many as the stage may have at work."""
-        size, wanted = pool.group_size, len(self._ids(f))
         if stage.unfinished == "keep":
             allowed = (pool.version + self.graph.staleness(stage.name) + 1) * self.samples
-            groups = (allowed - pool.begun + pool.thrown_away) // size
+            missing = allowed - pool.begun + pool.thrown_away
+        elif stage.oversampling == 1:
+            missing = len(self._ids(f)) - pool.outstanding
         else:
-            groups = round(stage.oversampling * wanted / size) - pool.groups
-        pool.submit([self._sample(size) for _ in range(max(0, groups) * size)])
+            share = stage.oversampling * len(stage.serves) / self.graph.lanes / stage.chunks
+            missing = round(share * self.samples) - pool.outstanding
+        size = pool.group_size
+        pool.submit([self._sample(size) for _ in range(max(0, -(-missing // size)) * size)])
 
     def _sample(self, group_size: int) -> Sample:
         number, self._number = self._number, self._number + 1
