@@ -259,7 +259,7 @@ def overlapping(draw: st.DrawFn) -> StageGraph:
     size = draw(st.sampled_from((None, 1, 2)))  # None: ZeRO-3 domains
     together = {} if size is None else dict.fromkeys(("old_log_prob", "ref", "reward", "values"), size)
     replica = dict.fromkeys(("actor", "critic", "reference", "reward"), size or 1)
-    where = Devices(tuple(range(8)), 8, together | {"gen": 1}, replica, own_engine=True)
+    where = Devices(tuple(range(12)), 8, together | {"gen": 1}, replica, own_engine=True)
     flag, pieces = st.booleans(), st.integers(1, 4)
     builders = {
         asynchronous: {
