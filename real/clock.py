@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from rlhfsim.records import Clock
+
 ROUNDS = 30
 _TAG = 2**30  # no message of the executor has it
-
-
-@dataclass(frozen=True)
-class Clock:
-    """offset_ns: to add to this rank's readings to get rank 0's. error_ns: the offset is right to within that."""
-
-    offset_ns: int = 0
-    error_ns: int = 0
-
-    @staticmethod
-    def read() -> int:
-        """Nanoseconds of this rank's own clock."""
-        return time.monotonic_ns()
 
 
 def align(rank: int, ranks: int, rounds: int = ROUNDS, machine: int | None = None) -> Clock:

@@ -20,11 +20,13 @@ from rlhfsim.layout import Holding
 from rlhfsim.spec.scenario import Algorithm, ModelUse
 
 from .groups import Groups
-from .models import DTYPES, Decoder, LoraLinear
+from .models import DTYPES, Decoder
 
 # Smaller parameters (norms, biases) ZeRO-3 keeps whole on every rank; DeepSpeed's default of 1e5 would hold whole
 # matrices of small models. The paper's published code sets 1e4 (ds_utils.py).
 PERSISTENT_PARAMETERS = 10_000
+
+Named = tuple[str, Tensor]
 
 
 class Engine:
@@ -43,21 +45,19 @@ class Engine:
         if self.train and not self.deepspeed and self.use.precision != "fp32":
             message = f"is {self.use.precision!r}, but backend torch keeps no master weights (allowed: fp32)"
             raise InputError(message, field=f"models.{holding.name}.precision")
-        optimizer = _optimizer(module, algorithm) if self.train else None
+        self.optimizer = _optimizer(module, algorithm) if self.train else None
+        self.callable: Any = module  # what computes losses
         if self.deepspeed:
             with self.session():
-                self.engine = _initialize(module, optimizer, self.use, len(self.ranks), algorithm)
-            self.module = self.engine.module
-        else:
-            self.optimizer = optimizer
-            if not self._resting:
-                module.to(groups.device)
+                self.callable = _initialize(module, self.optimizer, self.use, len(self.ranks), algorithm)
+            self.module = self.callable.module
+        elif not self._resting:
+            module.to(groups.device)
 
     @contextmanager
     def session(self) -> Iterator[nn.Module]:
         """The module, ready for use on the device."""
-        scope: AbstractContextManager[None] = self.groups.deepspeed(self.ranks) if self.deepspeed else nullcontext()
-        with scope:
+        with self.groups.deepspeed(self.ranks, sharded=self.sharded) if self.deepspeed else nullcontext():
             if self._resting:
                 self.module.to(self.groups.device)
             try:
@@ -66,43 +66,27 @@ class Engine:
                 if self._resting:
                     self.module.to("cpu")
 
-    # -- training -----------------------------------------------------------------------------------------
-
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`, this rank's part of a sum; the `last` of an update adds up all ranks'."""
         if self.deepspeed:
-            self.engine.set_gradient_accumulation_boundary(last)
-            self.engine.backward(loss * len(self.ranks))  # DeepSpeed takes the mean over ranks
+            self.callable.set_gradient_accumulation_boundary(last)
+            self.callable.backward(loss * len(self.ranks))  # DeepSpeed takes the mean over ranks
             return
         loss.backward()
         if last and len(self.ranks) > 1:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             for some in _buckets(gradients, 100e6):
-                flat = self.groups.all_reduce(torch.cat([g.reshape(-1) for g in some]), self.ranks)
-                for gradient, summed in zip(some, flat.split([g.numel() for g in some]), strict=True):
-                    gradient.copy_(summed.view_as(gradient))
+                fill(some, self.groups.all_reduce(flat(some), self.ranks))
 
     def step(self) -> None:
         if self.deepspeed:
-            self.engine.step()
+            self.callable.step()
             return
-        assert self.optimizer is not None
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def training(self, on: bool) -> None:
-        (self.engine if self.deepspeed else self.module).train(on)
-
-    # -- weights ------------------------------------------------------------------------------------------
-
-    def buckets(
-        self,
-        names: Sequence[str],
-        bucket_bytes: float,
-        *,
-        write: bool = False,
-    ) -> Iterator[list[tuple[str, Tensor]]]:
+    def buckets(self, names: Sequence[str], bucket_bytes: float, *, write: bool = False) -> Iterator[list[Named]]:
         """Whole parameters, some at a time, gathered under ZeRO-3 while the caller uses them. All ranks iterate.
 
         write: what the caller changes in them is kept.
@@ -110,21 +94,21 @@ class Engine:
         parameters = dict(self.module.named_parameters())
         by_tensor = {id(parameters[n]): n for n in names}
         for some in _buckets([parameters[n] for n in names], bucket_bytes):
-            with self.gathered(some, write=write):
+            with self._gathered(some, modifier_rank=0 if write else None):
                 yield [(by_tensor[id(p)], p.detach()) for p in some]
 
-    def gathered(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
+    def _gathered(self, parameters: list[nn.Parameter], **options: Any) -> AbstractContextManager[Any]:
         if not self.sharded:
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None)
+        return deepspeed.zero.GatheredParameters(parameters, **options)
 
     def write(self, folder: Path) -> None:
         """Weights and optimizer states of this rank, as a checkpoint."""
         if self.deepspeed:
             with self.session():
-                self.engine.save_checkpoint(str(folder), tag=self.holding.name)
+                self.callable.save_checkpoint(str(folder), tag=self.holding.name)
         else:
             state = {"weights": self.module.state_dict(), "optimizer": self.optimizer and self.optimizer.state_dict()}
             torch.save(state, folder / f"{self.holding.name}.pt")
@@ -141,16 +125,16 @@ class WholeCopy:
 
     @contextmanager
     def session(self) -> Iterator[nn.Module]:
-        own = dict(self.module.named_parameters())
+        names = [n for n, _ in self.engine.module.named_parameters() if not n.startswith("value_head")]
+        whole: dict[str, Tensor] = {}
         with self.engine.session(), torch.no_grad():
-            names = [n for n, _ in self.engine.module.named_parameters() if not n.startswith("value_head")]
-            adapted = {n: m for n, m in self.engine.module.named_modules() if isinstance(m, LoraLinear)}
-            for bucket in self.engine.buckets([n for n in names if not n.endswith((".a", ".b"))], self.bucket_bytes):
-                for name, weight in bucket:
-                    own[name.replace(".base.", ".")].data = weight.clone()
-            for name, layer in adapted.items():
-                with self.engine.gathered([layer.a, layer.b]):
-                    own[f"{name}.weight"] += layer.b @ layer.a
+            for bucket in self.engine.buckets(names, self.bucket_bytes):
+                whole |= {name.replace(".base.", "."): weight.clone() for name, weight in bucket}
+        for name, parameter in self.module.named_parameters():
+            parameter.data = whole[name]
+            layer = name.removesuffix(".weight")
+            if f"{layer}.a" in whole:
+                parameter.data += whole[f"{layer}.b"] @ whole[f"{layer}.a"]
         try:
             yield self.module
         finally:
@@ -159,6 +143,16 @@ class WholeCopy:
     def _drop(self) -> None:
         for parameter in self.module.parameters():
             parameter.data = parameter.new_empty(0)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def fill(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Write what `flat` made of such tensors into these."""
+    for x, part in zip(tensors, values.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(part.view_as(x))
 
 
 def _buckets(tensors: Sequence[Any], bucket_bytes: float) -> Iterator[list[Any]]:
@@ -190,11 +184,10 @@ def _initialize(
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    on_host = {"device": "cpu"}
     zero: dict[str, Any] = {"stage": use.zero_stage, "stage3_param_persistence_threshold": PERSISTENT_PARAMETERS}
-    if use.offload_optimizer and optimizer is not None:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if use.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
+    zero |= {"offload_optimizer": on_host} if use.offload_optimizer and optimizer is not None else {}
+    zero |= {"offload_param": on_host} if use.offload_parameters else {}
     config: dict[str, Any] = {
         "train_batch_size": ranks,
         "train_micro_batch_size_per_gpu": 1,

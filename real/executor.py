@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -24,12 +27,10 @@ from torch.distributed import Store
 
 from rlhfsim.firing import Firing
 from rlhfsim.graph import Message, Stage, StageGraph
+from rlhfsim.records import Clock, Record, RecordFile
 from rlhfsim.schedule import Scheduler
 
-from .clock import Clock
 from .groups import Fields, Groups, Shapes, pack, packed_bytes, shapes_of, unpack
-from .meter import Measured
-from .spans import Record, RecordFile
 from .watch import Watch, describe
 
 FOREVER = timedelta(days=365)  # reading the log waits for other ranks' work; whether they live is for the watch to say
@@ -72,60 +73,51 @@ class LaneStore:
 
 
 @dataclass
-class _Arriving:
-    """A message on its way, or the fields of one that never left this rank (no handle)."""
-
-    fields: Fields = field(default_factory=dict)
-    handle: Any = None
-    buffer: Tensor | None = None
-    shapes: Shapes = field(default_factory=dict)
-
-    def wait(self, device: torch.device) -> Fields:
-        if self.handle is not None:
-            self.handle.wait()
-            self.fields, self.handle = unpack(self.buffer, self.shapes, device), None
-        return self.fields
-
-
-def run(graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups, clock: Clock, *,
-        results: LaneStore | None = None, watch: Watch | None = None, file: RecordFile | None = None) -> list[Record]:
-    """Run so many iterations; every rank calls it, with the same graph. Returns what this rank's firings took.
+class Executor:
+    """Runs so many iterations; every rank makes one and calls `run`, with the same graph.
 
     store: holds the log, under names that no other run uses (a PrefixStore). results: where stages find what they do
     not get as messages. file: takes each record as it is made. An exception of `work` is reported to `watch`, which
     ends all ranks; without one it is raised.
     """
-    store.set_timeout(FOREVER)
-    executor = _Executor(graph, rank, work, iterations, store, groups, clock, results or LaneStore(), watch, file)
-    try:
-        executor.run()
-    except BaseException as error:
-        if watch is None:
-            raise
-        import traceback
 
-        traceback.print_exc()
-        watch.fail(error)
-    return executor.records
+    graph: StageGraph
+    rank: int
+    work: Work
+    iterations: int
+    store: Store
+    groups: Groups
+    clock: Clock
+    results: LaneStore = field(default_factory=LaneStore)
+    watch: Watch | None = None
+    file: RecordFile | None = None
 
-
-class _Executor:
-    def __init__(self, graph: StageGraph, rank: int, work: Work, iterations: int, store: Store, groups: Groups,
-                 clock: Clock, results: LaneStore, watch: Watch | None, file: RecordFile | None) -> None:
-        self.graph, self.rank, self.work, self.store = graph, rank, work, store
-        self.groups, self.clock, self.results, self.watch, self.file = groups, clock, results, watch, file
-        self.scheduler = Scheduler(graph, iterations)
+    def __post_init__(self) -> None:
+        self.store.set_timeout(FOREVER)
+        self.scheduler = Scheduler(self.graph, self.iterations)
         self.records: list[Record] = []
         self._read = 0  # entries of the log
-        self._arriving: dict[tuple[Firing, str, int], _Arriving] = {}
+        self._arriving: dict[tuple[Firing, str, int], Callable[[], Fields]] = {}  # each waits for its message
         self._leaving: list[tuple[Any, Tensor]] = []  # sends and their buffers, which must live until they are done
         self._numbers: dict[tuple[int, int], int] = defaultdict(int)  # messages so far from rank to rank
         self._mine: dict[int, Fields] = {}  # results of the firing that has just ended here
-        self._longest_lag = max((lag for *_, lag in graph.edges(data="lag")), default=0)
-        self._sending = {u for u, _, carries in graph.edges(data="carries") if carries}
-        self._receiving = {v for _, v, carries in graph.edges(data="carries") if carries}
+        edges = list(self.graph.edges(data=True))
+        self._longest_lag = max((edge["lag"] for *_, edge in edges), default=0)
+        self._sending = {u for u, _, edge in edges if edge["carries"]}
+        self._receiving = {v for _, v, edge in edges if edge["carries"]}
 
-    def run(self) -> None:
+    def run(self) -> list[Record]:
+        """What this rank's firings took."""
+        try:
+            self._run()
+        except BaseException as error:
+            if self.watch is None:
+                raise
+            traceback.print_exc()
+            self.watch.fail(error)
+        return self.records
+
+    def _run(self) -> None:
         while self.scheduler.left:
             for f in self.scheduler.step():
                 if self.rank in self.graph.ranks(f):
@@ -136,8 +128,6 @@ class _Executor:
         self.store.add("finished", 1)
         while self.store.add("finished", 0) < self.groups.world_size:  # nobody leaves while others still need it
             time.sleep(0.005)
-
-    # -- a firing -----------------------------------------------------------------------------------------
 
     def _fire(self, f: Firing) -> None:
         stage, ranks, meter = self.graph.at(f.stage), self.graph.ranks(f), self.groups.meter
@@ -161,16 +151,17 @@ class _Executor:
         self._report(f, stage, ranks)
         if self.watch:
             self.watch.leave()
-        self._record(f, begin, data, start, end, measured)
+        self.records.append(Record(f, self.rank, begin, data, start, end, measured))
+        if self.file:
+            self.file.add(self.records[-1])
 
     def _received(self, f: Firing, stage: Stage) -> Inbox:
         found = {}
         for g, lane, _ in self.graph.receives(f):
             if stage.home(lane, f.place) == self.rank:
-                message = self._arriving.get((g, f.stage, lane))
-                if message is None:
+                if (g, f.stage, lane) not in self._arriving:
                     raise RuntimeError(f"{describe(f)}: lane {lane} of {describe(g)} was not sent to rank {self.rank}")
-                found[g, lane] = message.wait(self.groups.device)
+                found[g, lane] = self._arriving[g, f.stage, lane]()
                 self.results.put(g, lane, found[g, lane])
         return found
 
@@ -195,57 +186,54 @@ class _Executor:
         number = self.store.add("log", 1) - 1
         self.store.set(f"log/{number}", json.dumps([f, shapes]))
 
-    def _record(self, f: Firing, begin: int, data: int, start: int, end: int, measured: Measured) -> None:
-        record = Record(f, self.rank, begin, data, start, end, measured)
-        self.records.append(record)
-        if self.file:
-            self.file.add(record)
-
-    # -- the log ------------------------------------------------------------------------------------------
-
     def _replay(self) -> None:
         """Read the next entry: f has ended, and its results move under the name that the scheduler gives it."""
-        fields, shapes = json.loads(self.store.get(f"log/{self._read}"))
+        entry, shapes = json.loads(self.store.get(f"log/{self._read}"))
         self._read += 1
-        f = Firing(*fields)
-        name = self.scheduler.done(f)
-        if self.rank in self.graph.ranks(f):
+        f = Firing(*entry)
+        name, here = self.scheduler.done(f), self.rank in self.graph.ranks(f)
+        if here:
             for lane, made in self._mine.items():
                 self.results.put(name, lane, made)
         if f.stage in self._sending:
             for message in self.graph.sends(name, f.place):
-                self._move(message, shapes)
-        if self.rank in self.graph.ranks(f):
+                if self.rank in (message.source, message.destination):
+                    self._move(message, shapes[str(message.lane)])
+        if here:
             self._mine = {}
             if name != f and self.file:
                 self.file.named(f, name)
 
-    def _move(self, message: Message, shapes: dict[str, Shapes]) -> None:
+    def _move(self, message: Message, shapes: Shapes) -> None:
         source, destination = message.source, message.destination
-        if self.rank not in (source, destination):
-            return
         key = message.producer, message.consumer, message.lane
-        if missing := [name for name in message.fields if name not in shapes[str(message.lane)]]:
+        if missing := [name for name in message.fields if name not in shapes]:
             what = ", ".join(missing)
             raise RuntimeError(f"{describe(message.producer)} gave no {what}, which {message.consumer} needs")
+        shapes = {name: shapes[name] for name in message.fields}
+        own = {name: self._mine[message.lane][name] for name in shapes} if self.rank == source else {}
         if source == destination:
-            self._arriving[key] = _Arriving({name: self._mine[message.lane][name] for name in message.fields})
+            self._arriving[key] = lambda: own
             return
         number = self._numbers[source, destination]
         self._numbers[source, destination] += 1
-        wanted = {name: shapes[str(message.lane)][name] for name in message.fields}
-        if not (size := packed_bytes(wanted)):
-            self._arriving[key] = _Arriving(unpack(torch.empty(0, dtype=torch.uint8), wanted, self.groups.device))
+        if not (size := packed_bytes(shapes)):
+            self._arriving[key] = partial(unpack, torch.empty(0, dtype=torch.uint8), shapes, self.groups.device)
         elif self.rank == source:
-            buffer = pack({name: self._mine[message.lane][name] for name in message.fields})
             self._leaving = [(h, b) for h, b in self._leaving if not h.is_completed()]
-            self._leaving.append((dist.isend(buffer, destination, tag=number), buffer))
+            self._leaving.append((dist.isend(packed := pack(own), destination, tag=number), packed))
         else:
             buffer = torch.empty(size, dtype=torch.uint8)
-            self._arriving[key] = _Arriving({}, dist.irecv(buffer, source, tag=number), buffer, wanted)
+            handle = dist.irecv(buffer, source, tag=number)
+            self._arriving[key] = cache(partial(_received, handle, buffer, shapes, self.groups.device))
 
     def _forget_before(self, iteration: int) -> None:
         """Everything on a rank happens iteration by iteration: what lies here of earlier ones is not used any more."""
         self.results.forget_before(iteration)
         for key in [key for key in self._arriving if key[0].iteration < iteration]:
-            self._arriving.pop(key).wait(self.groups.device)
+            self._arriving.pop(key)()
+
+
+def _received(handle: Any, buffer: Tensor, shapes: Shapes, device: torch.device) -> Fields:
+    handle.wait()
+    return unpack(buffer, shapes, device)

@@ -8,7 +8,7 @@ and in whatever batch a sample is generated.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .models import Decoder
 
 PROMPT_TOKENS, NOISE, VALIDATION = 10, 11, 12  # streams of random numbers, apart from those of the lengths
 NOISE_TABLE = 1 << 20  # draws of noise, read from an offset per token: far cheaper than as many draws per token
-
-Forward = Callable[..., dict[str, Tensor]]
 
 
 @dataclass
@@ -55,17 +56,12 @@ class Cache:
         shape = (2, rows, heads, columns, width)
         # zeros: what is masked is multiplied by zero, and what happens to lie in memory may be no number
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.rows, self.columns = slice(0), 0
-        self.at: Tensor | None = None
+        self.use(slice(0))
 
-    def prefill(self, rows: slice) -> Cache:
-        """The next pass writes the first columns of these rows, and attends to nothing else."""
-        self.rows, self.at = rows, None
-        return self
-
-    def decode(self, positions: Tensor, columns: int) -> Cache:
-        """The next pass adds one token to each of the first rows, at its position, and attends to so many columns."""
-        self.rows, self.at, self.columns = slice(len(positions)), positions, columns
+    def use(self, rows: slice, at: Tensor | None = None, columns: int = 0) -> Cache:
+        """The next pass writes the first columns of these rows, and attends to nothing else; or, with `at`, it adds one
+        token to each row at its position, and attends to so many columns."""
+        self.rows, self.at, self.columns = rows, at, columns
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +88,7 @@ def _gumbel(device: torch.device, vocabulary: int) -> Tensor:
 
 
 class Generation:
-    """Responses to `requests` by `forward`, a decoder with hooks or without.
+    """Responses to `requests` by a decoder, with hooks or without.
 
     rows: sequences at a time. continuous: finished ones leave and waiting ones come in, at most `prefill_tokens` of
         prompts (or one prompt) per step; else a batch of `rows` runs until its longest has ended, and then the next.
@@ -101,8 +97,7 @@ class Generation:
 
     def __init__(
         self,
-        forward: Forward,
-        config: Any,
+        decoder: Decoder,
         requests: Sequence[Request],
         *,
         rows: int,
@@ -110,15 +105,15 @@ class Generation:
         prefill_tokens: int = 1 << 30,
         end: int | None = None,
         log_probs: bool = False,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.forward, self.end, self.continuous, self.prefill_tokens = forward, end, continuous, prefill_tokens
+        self.decoder, self.end, self.continuous, self.prefill_tokens = decoder, end, continuous, prefill_tokens
         self.log_probs, self.device = log_probs, torch.device(device)
         self.rows = max(1, min(rows, len(requests)))
         self.waiting, self.running = deque(requests), list[Request]()
         columns = max((len(r.prompt) for r in requests), default=1) + max((r.limit for r in requests), default=1)
-        self.cache = Cache(config, self.rows, columns, dtype, self.device)
+        dtype = next(decoder.parameters()).dtype
+        self.cache = Cache(decoder.body.config, self.rows, columns, dtype, self.device)
 
     @property
     def busy(self) -> bool:
@@ -132,26 +127,24 @@ class Generation:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One pass: the prompts of whoever comes in, or else one more token for all that run."""
-        admitted = self._admitted()
-        if admitted:
-            first = len(self.running)
+        """One pass: the prompts of whoever comes in, or else one more token for all that run.
+
+        Without work a pass of no sample: where weights are gathered from all ranks, every rank must make every pass.
+        """
+        if not self.busy:
+            nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self.decoder(nothing, nothing, last=nothing[0])
+        elif admitted := self._admitted():
             self.running += admitted
-            self._prefill(admitted, slice(first, first + len(admitted)))
+            self._prefill(admitted)
         else:
             self._decode()
         self._retire()
 
-    def idle(self) -> None:
-        """A pass without a sample: where weights are gathered from all ranks, every rank must make every pass."""
-        with torch.no_grad():
-            zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            self.forward(zero, zero, last=zero[0])
-
     def _admitted(self) -> list[Request]:
-        if not self.waiting or (self.running and not self.continuous):
-            return []
         admitted, tokens = list[Request](), 0
+        if self.running and not self.continuous:
+            return admitted
         while self.waiting and len(self.running) + len(admitted) < self.rows:
             tokens += len(self.waiting[0].prompt)
             if admitted and self.continuous and tokens > self.prefill_tokens:
@@ -159,18 +152,12 @@ class Generation:
             admitted.append(self.waiting.popleft())
         return admitted
 
-    def _prefill(self, admitted: list[Request], rows: slice) -> None:
-        lengths = [len(r.prompt) for r in admitted]
-        tokens = torch.zeros(len(admitted), max(lengths), dtype=torch.long)
-        for row, r in zip(tokens, admitted, strict=True):
-            row[: len(r.prompt)] = torch.from_numpy(r.prompt)
+    def _prefill(self, admitted: list[Request]) -> None:
+        rows, lengths = slice(len(self.running) - len(admitted), len(self.running)), [len(r.prompt) for r in admitted]
+        tokens = pad_sequence([torch.from_numpy(r.prompt) for r in admitted], batch_first=True)
         positions = torch.arange(max(lengths), device=self.device).expand(len(admitted), -1)
-        found = self.forward(
-            tokens.to(self.device),
-            positions,
-            cache=self.cache.prefill(rows),
-            last=torch.tensor(lengths, device=self.device) - 1,
-        )
+        last = torch.tensor(lengths, device=self.device) - 1
+        found = self.decoder(tokens.to(self.device), positions, last=last, cache=self.cache.use(rows))
         self._draw(found["logits"], admitted)
 
     def _decode(self) -> None:
@@ -180,13 +167,8 @@ class Generation:
         if min(at) < max(at):
             mask = (torch.arange(columns, device=self.device) <= positions[:, None])[:, None, None]
         tokens = torch.tensor([[r.tokens[-1]] for r in self.running], device=self.device)
-        found = self.forward(
-            tokens,
-            positions[:, None],
-            mask=mask,
-            cache=self.cache.decode(positions, columns),
-            last=torch.zeros(len(at), dtype=torch.long, device=self.device),
-        )
+        last, cache = torch.zeros_like(positions), self.cache.use(slice(len(at)), positions, columns)
+        found = self.decoder(tokens, positions[:, None], last=last, cache=cache, attention_mask=mask)
         self._draw(found["logits"], self.running)
 
     def _draw(self, logits: Tensor, requests: list[Request]) -> None:
@@ -203,11 +185,12 @@ class Generation:
         return len(r.tokens) >= r.limit or (self.end is not None and self.end in r.tokens)
 
     def _retire(self) -> None:
-        """Finished sequences leave one by one, or a static batch as a whole; the last row then fills the gap."""
+        """Finished sequences leave one by one, the last row filling the gap; a static batch leaves as a whole."""
         if not self.continuous:
             if all(map(self._ended, self.running)):
                 for r in self.running:  # what was drawn beyond the end only kept the batch in step
-                    self._cut(r)
+                    end = r.tokens.index(self.end) + 1 if self.end in r.tokens else r.limit
+                    del r.tokens[min(r.limit, end) :], r.log_probs[min(r.limit, end) :]
                 self.running.clear()
             return
         for row in reversed(range(len(self.running))):
@@ -217,22 +200,14 @@ class Generation:
                     self.running[row] = last
                     self.cache.move(len(self.running), row, last.length - 1)
 
-    def _cut(self, r: Request) -> None:
-        end = r.limit if self.end not in r.tokens else min(r.limit, r.tokens.index(self.end) + 1)
-        del r.tokens[end:], r.log_probs[end:]
-
 
 def run(generation: Generation, any_busy: Callable[[bool], bool] | None = None) -> None:
     """All steps. `any_busy` tells whether any rank that gathers weights with this one still has work."""
-    together = any_busy or (lambda mine: mine)
-    while together(generation.busy):
-        if generation.busy:
-            generation.step()
-        else:
-            generation.idle()
+    while any_busy(generation.busy) if any_busy else generation.busy:
+        generation.step()
 
 
 def counted(passes: int) -> Callable[[bool], bool]:
     """For `run`, where all ranks know beforehand how many passes the slowest of them makes."""
-    left: Iterator[bool] = iter([True] * passes + [False])
+    left = iter([True] * passes + [False])
     return lambda mine: next(left)

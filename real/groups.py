@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -12,17 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from rlhfsim.graph import StageGraph
-from rlhfsim.layout import Holding
+from torch.nn import functional as F
 
 from .meter import Meter
 
 Fields = dict[str, Tensor]
 Shapes = dict[str, list[Any]]  # field -> [type, *shape]
+Samples = dict[int, Fields]
 
 _NUMBERS = 10**7  # more than the parameters and modules of all engines of one group
-_ALIGNED = 8  # bytes; every field of a packed message starts at a multiple, so that any type can view it
 
 
 def shapes_of(fields: Fields) -> Shapes:
@@ -32,46 +30,31 @@ def shapes_of(fields: Fields) -> Shapes:
 
 def pack(fields: Fields) -> Tensor:
     """All fields one after the other, as bytes in host memory."""
-    parts = []
-    for x in fields.values():
-        raw = x.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        parts.append(torch.nn.functional.pad(raw, (0, -len(raw) % _ALIGNED)))
+    parts = [x.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for x in fields.values()]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def packed_bytes(shapes: Shapes) -> int:
-    return sum(size + -size % _ALIGNED for size in (_bytes(shape) for shape in shapes.values()))
+    return sum(map(_bytes, shapes.values()))
 
 
 def unpack(packed: Tensor, shapes: Shapes, device: torch.device) -> Fields:
-    """The fields of a packed message (views of it, where it lies on that device)."""
-    fields, start = {}, 0
-    for name, shape in shapes.items():
-        size = _bytes(shape)
-        raw = packed[start : start + size].view(getattr(torch, shape[0]))
-        fields[name], start = raw.reshape(shape[1:]).to(device), start + size + -size % _ALIGNED
-    return fields
+    """The fields of a packed message, apart from it."""
+    parts = zip(shapes.items(), packed.split([_bytes(shape) for shape in shapes.values()]), strict=True)
+    return {
+        name: part.clone().view(getattr(torch, kind)).reshape(shape).to(device)
+        for (name, (kind, *shape)), part in parts
+    }
 
 
 def _bytes(shape: list[Any]) -> int:
     return prod(shape[1:]) * getattr(torch, shape[0]).itemsize
 
 
-def rank_sets(graph: StageGraph, holdings: dict[str, Holding]) -> set[tuple[int, ...]]:
-    """Every set of ranks that any stage or model copy communicates in."""
-    sets = {stage.ranks_of(place) for stage in graph.stages() for place in range(stage.places)}
-    sets |= {stage.ranks for stage in graph.stages()} | {held.ranks for held in holdings.values()}
-    for held in holdings.values():
-        sets |= {held.ranks[k : k + held.replica] for k in range(0, len(held.ranks), held.replica)}
-        sets |= {held.ranks[k :: held.replica] for k in range(held.replica)}
-    return sets
-
-
 class Groups:
     """One process group for each distinct set of ranks. Every rank must make it with the same sets, at the same time.
 
-    A set is named by its ranks in any order; results come in the order of the ranks that the caller names. `Fields`
-    travel through host memory on any device: they are small beside weights.
+    A set is named by its ranks in any order.
     """
 
     def __init__(self, rank: int, sets: Iterable[Iterable[int]], meter: Meter) -> None:
@@ -79,12 +62,11 @@ class Groups:
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(sorted(s)) for s in sets})}
         # DeepSpeed's next parameter and module, apart for each group: unique in a process, alike on a group's ranks.
         self._numbers = {ranks: (k * _NUMBERS, k * _NUMBERS) for k, ranks in enumerate(self._groups, start=1)}
+        self._sharded_linear = F.linear  # what ZeRO-3 computes linear layers by
 
     def of(self, ranks: Iterable[int]) -> dist.ProcessGroup:
         """The group of exactly these ranks; KeyError where none was made."""
         return self._groups[tuple(sorted(ranks))]
-
-    # -- collectives of tensors that every rank knows the shape of ----------------------------------------
 
     def all_reduce(self, tensor: Tensor, ranks: Iterable[int], op: Any = dist.ReduceOp.SUM) -> Tensor:
         """In place."""
@@ -98,52 +80,17 @@ class Groups:
             dist.broadcast(tensor, src=source, group=group)
         return tensor
 
-    def all_gather(self, tensor: Tensor, ranks: Iterable[int]) -> list[Tensor]:
-        """Everyone's tensor, in the order of `ranks`."""
-        ranks = tuple(ranks)
-        found = [torch.empty_like(tensor) for _ in ranks]
-        with self._counted("all_gather", ranks, *found) as group:
-            dist.all_gather(found, tensor.contiguous(), group=group)
-        in_group = dict(zip(sorted(ranks), found, strict=True))
-        return [in_group[rank] for rank in ranks]
+    def exchange(self, samples: Samples, ranks: Iterable[int]) -> Samples:
+        """Everyone's samples, on the host: they are small beside weights."""
+        own = {s: {name: x.cpu().clone() for name, x in fields.items()} for s, fields in samples.items()}
+        found: list[Samples] = [{} for _ in ranks]
+        with self._counted("all_gather", ranks, *(x for fields in own.values() for x in fields.values())) as group:
+            dist.all_gather_object(found, own, group=group)
+        return {s: fields for part in found for s, fields in part.items()}
 
     def meet(self, ranks: Iterable[int]) -> None:
         """Wait until all have come. Not counted: it belongs to no firing's work."""
         dist.all_reduce(torch.zeros(1), group=self.of(ranks))
-
-    # -- fields, whose shapes only their owner knows ------------------------------------------------------
-
-    def broadcast_fields(self, fields: Fields | None, source: int, ranks: Iterable[int]) -> Fields:
-        """The fields that rank `source` gives, on every rank."""
-        ranks = tuple(ranks)
-        if self.rank == source:
-            assert fields is not None
-            header, body = _header(fields), pack(fields)
-        sizes = torch.tensor([len(header), len(body)] if self.rank == source else [0, 0])
-        self.broadcast(sizes, source, ranks)
-        whole = torch.cat((header, body)) if self.rank == source else torch.empty(int(sizes.sum()), dtype=torch.uint8)
-        self.broadcast(whole, source, ranks)
-        return fields if self.rank == source and fields is not None else self._parsed(whole, int(sizes[0]))
-
-    def gather_fields(self, fields: Fields, destination: int, ranks: Iterable[int]) -> list[Fields] | None:
-        """Everyone's fields in the order of `ranks` on rank `destination`, None elsewhere."""
-        ranks = tuple(ranks)
-        header, body = _header(fields), pack(fields)
-        sizes = self.all_gather(torch.tensor([len(header), len(body)]), ranks)
-        wholes = {rank: torch.empty(int(size.sum()), dtype=torch.uint8)
-                  for rank, size in zip(ranks, sizes, strict=True)}
-        with self._counted("gather", ranks, torch.cat((header, body))) as group:
-            if self.rank != destination:
-                dist.send(torch.cat((header, body)), destination, group=group)
-                return None
-            for work in [dist.irecv(w, rank, group=group) for rank, w in wholes.items() if rank != destination]:
-                work.wait()
-        return [fields if rank == destination else self._parsed(wholes[rank], int(size[0]))
-                for rank, size in zip(ranks, sizes, strict=True)]
-
-    def _parsed(self, whole: Tensor, header_bytes: int) -> Fields:
-        shapes = json.loads(bytes(whole[:header_bytes].tolist()))
-        return unpack(whole[header_bytes:], shapes, self.device)
 
     @contextmanager
     def _counted(self, name: str, ranks: Iterable[int], *moved: Tensor) -> Iterator[dist.ProcessGroup]:
@@ -151,11 +98,11 @@ class Groups:
         with self.meter.collective(name, key, sum(x.nbytes for x in moved)):
             yield self._groups[key]
 
-    # -- DeepSpeed ----------------------------------------------------------------------------------------
-
     @contextmanager
-    def deepspeed(self, ranks: Iterable[int]) -> Iterator[None]:
+    def deepspeed(self, ranks: Iterable[int], *, sharded: bool) -> Iterator[None]:
         """Inside, DeepSpeed's world is these ranks, numbered from 0 in ascending order; its collectives are counted.
+
+        sharded: for an engine at ZeRO stage 3.
 
         Enclose everything that DeepSpeed does for an engine: `zero.Init`, `initialize`, forward, backward, `step`,
         `GatheredParameters`. No `mpu` is needed; give `zero.Init` the group by name (`data_parallel_group`), since it
@@ -166,8 +113,10 @@ class Groups:
         `_create_fp16_partitions_with_defragmentation`), and at the first steps broadcasts of the parameter trace from
         world rank 0 (runtime/zero/utils.py, `assert_ints_same_as_other_ranks`). Ranks without the engine would have to
         join in. What is compared there are numbers that each process counts up over all its engines, so they differ
-        between ranks that hold different models. Replaced while the block runs are the backend that all of
-        `deepspeed.comm` goes through, the remembered clone of the world group, and those two counters.
+        between ranks that hold different models. And a ZeRO-3 engine replaces `torch.nn.functional.linear` for good and
+        for all models of the process (partition_parameters.py: "This will persist unless manually reset").
+        Replaced while the block runs are the backend that all of `deepspeed.comm` goes through, the remembered clone of
+        the world group, those two counters, and `linear`.
         """
         import deepspeed.comm.comm as comm
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -179,28 +128,22 @@ class Groups:
             comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         key = tuple(sorted(ranks))
         modules = inspect.signature(DeepSpeedZeRoOffload._register_deepspeed_module).parameters["count"].default
-        before = comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0]
+        before, linear = (comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0]), F.linear
         comm.cdb, groups._WORLD_GROUP = EngineWorld(comm.cdb, key, self._groups[key], self.meter), self._groups[key]
         Init.param_id, modules[0] = self._numbers[key]
+        F.linear = self._sharded_linear if sharded else linear
         try:
             yield
         finally:
             self._numbers[key] = Init.param_id, modules[0]
+            if sharded:
+                self._sharded_linear = F.linear
+            F.linear = linear
             comm.cdb, groups._WORLD_GROUP, Init.param_id, modules[0] = before
 
 
-def _header(fields: Fields) -> Tensor:
-    text = json.dumps(shapes_of(fields)).encode()
-    text += b" " * (-len(text) % _ALIGNED)
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
 # Methods of deepspeed.comm.torch.TorchBackend that all ranks of a group call together.
-_COLLECTIVES = frozenset((
-    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce",
-    "all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "broadcast", "broadcast_object_list",
-    "gather", "inference_all_reduce", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-    "scatter"))
+_COLLECTIVE = re.compile("all_|barrier|broadcast|gather|inference_all_|monitored_barrier|reduce|scatter")
 _ENDS = ("src", "dst")
 _GROUP_POSITION = 2  # where deepspeed.comm passes the group by position (all_reduce and its relatives)
 
@@ -229,13 +172,14 @@ class EngineWorld:
     def __getattr__(self, name: str) -> Any:
         """Asked for once per name: what is found is kept."""
         method = getattr(self._backend, name)
-        if name in _COLLECTIVES:
+        if _COLLECTIVE.match(name):
             method = self._confined(name, method)
         self.__dict__[name] = method
         return method
 
-    def _within(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """The method with this group where none is named, and ranks of the world for its ends."""
+    def _confined(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, counted, with this group where none is named, and ranks of the world for its ends."""
+        counted = re.sub("(_into)?_tensor", "", name)
 
         def called(*args: Any, **kwargs: Any) -> Any:
             if len(args) > _GROUP_POSITION:
@@ -243,17 +187,11 @@ class EngineWorld:
             else:
                 kwargs["group"] = kwargs.get("group") or self._group
             kwargs |= {end: self._ranks[kwargs[end]] for end in _ENDS if kwargs.get(end) is not None}
-            return method(*args, **kwargs)
+            with self._meter.collective(counted, self._ranks, _moved_bytes((*args, *kwargs.values()))) as entered:
+                result = method(*args, **kwargs)
+            return _Awaited(result, counted, self._ranks, self._meter, entered) if hasattr(result, "wait") else result
+
         return called
-
-    def _confined(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        within = self._within(method)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with self._meter.collective(name, self._ranks, _moved_bytes((*args, *kwargs.values()))) as called:
-                result = within(*args, **kwargs)
-            return result if not hasattr(result, "wait") else _Awaited(result, name, self._ranks, self._meter, called)
-        return counted
 
 
 class _Awaited:
@@ -272,10 +210,6 @@ class _Awaited:
 
 def _moved_bytes(arguments: Iterable[Any]) -> int:
     """Of a collective's whole result or input, whichever is larger."""
-    sizes = [0]
-    for x in arguments:
-        if isinstance(x, Tensor):
-            sizes.append(x.nbytes)
-        elif isinstance(x, list) and all(isinstance(t, Tensor) for t in x):
-            sizes.append(sum(t.nbytes for t in x))
-    return max(sizes)
+    tensors = [[x] if isinstance(x, Tensor) else x for x in arguments if isinstance(x, Tensor | list)]
+    sizes = [sum(t.nbytes for t in some) for some in tensors if all(isinstance(t, Tensor) for t in some)]
+    return max(sizes, default=0)

@@ -10,24 +10,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# When this rank called a collective, and from when to when it was held up by it, in nanoseconds.
-Call = tuple[int, int, int]
-
-
-@dataclass
-class Measured:
-    """Of one firing on one rank: calls by group of ranks, bytes in collectives, seconds by section, peak bytes."""
-
-    calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
-    collective_bytes: int = 0
-    detail: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
+from rlhfsim.records import Measured
 
 
 class Meter:
@@ -41,12 +29,13 @@ class Meter:
     def begin(self) -> None:
         self._calls: dict[tuple[int, ...], list[tuple[Any, Any, Any]]] = defaultdict(list)
         self._sections: list[tuple[str, Any, Any]] = []
-        self._bytes = 0
+        self.sent_bytes: dict[str, list[int]] = defaultdict(list)  # of each collective, by name
         self.synchronize()
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            _reset_peak()
+            with suppress(OSError):  # the peak is then the one of the whole run
+                Path("/proc/self/clear_refs").write_text("5")
         self._base_event, self._base = self.stamp(), time.monotonic_ns()
 
     def synchronize(self) -> None:
@@ -56,13 +45,15 @@ class Meter:
 
     def end(self) -> Measured:
         self.synchronize()
-        calls = {ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found]
-                 for ranks, found in self._calls.items()}
+        calls = {
+            ranks: [(self._at(a), self._at(b), self._at(c)) for a, b, c in found]
+            for ranks, found in self._calls.items()
+        }
         detail: dict[str, float] = defaultdict(float)
         for name, start, stop in self._sections:
             detail[name] += (self._at(stop) - self._at(start)) / 1e9
         peak = torch.cuda.max_memory_allocated(self.device) if self._cuda else _peak()
-        return Measured(calls, self._bytes, dict(detail), peak)
+        return Measured(calls, sum(map(sum, self.sent_bytes.values())), dict(detail), peak)
 
     def stamp(self) -> Any:
         """This instant: of the host, or of the stream."""
@@ -96,15 +87,11 @@ class Meter:
         finally:
             self.inside = ""
             self._calls[ranks].append((entered if called is None else called, entered, self.stamp()))
-            self._bytes += sent_bytes
+            if called is None:
+                self.sent_bytes[name].append(sent_bytes)
 
 
 # Peak resident memory of this process: proc(5), /proc/pid/status (VmHWM) and clear_refs (5 resets it).
-
-
-def _reset_peak() -> None:
-    with suppress(OSError):  # the peak is then the one of the whole run
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:

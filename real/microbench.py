@@ -10,18 +10,13 @@ discarded; each row has the median of the others, and the range that holds the m
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,10 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama as llama
 
+from rlhfsim import bench as bench_file
+from rlhfsim.bench import Row
 from rlhfsim.layout import Holding
 from rlhfsim.spec.model_spec import ModelSpec, load_model
 from rlhfsim.spec.scenario import Algorithm, ModelUse, WeightSync
@@ -42,31 +39,17 @@ from .engines import Engine, WholeCopy
 from .groups import Groups
 from .meter import Meter
 
-VERSION = 1
-# Weights take turns, so that they lie in caches or memory as those of a whole model do: of width / 64 layers (as
-# tiny-2x128 to small-8x512, and twice as many as Llama-2-7B) with 12 width^2 parameters each; at most so many bytes.
-WIDTH_PER_LAYER, LAYER_SQUARES, ROTATED_BYTES = 64, 12, 1 << 30
+# Weights and KV caches take turns, so that they lie in caches or memory as those of a whole model do: of width / 64
+# layers (as tiny-2x128 to small-8x512, and twice as many as Llama-2-7B). Between two uses of a weight go 18 width^2
+# numbers a layer: 12 of other matrices, and half as much again of embeddings, KV cache and activations. At most so many
+# bytes.
+WIDTH_PER_LAYER, LAYER_SQUARES, ROTATED_BYTES = 64, 18, 1 << 30
 WINDOW_SECONDS = 100e-6  # calls quicker than this are timed several at a time
+LONGEST_SECONDS = 0.3  # of a call for which a still larger one is measured
 DISCARDED = 2  # passes and steps before those that count
 LOG_SOFTMAX_BYTES, ADAM_BYTES = 14, 28  # as rlhfsim.costs.operators charges for a logit and a parameter
-MEASURED = ("seconds", "low", "high", "repeats")
-
-Row = dict[str, Any]
-
-
-class Counter(Meter):
-    """A meter that also tells collectives apart: payload bytes of each call, by name."""
-
-    def begin(self) -> None:
-        super().begin()
-        self.bytes_by_name: dict[str, list[int]] = defaultdict(list)
-
-    @contextmanager
-    def collective(self, name: str, ranks: tuple[int, ...], sent_bytes: int = 0, called: Any = None) -> Iterator[Any]:
-        if called is None:
-            self.bytes_by_name[name.removesuffix("_tensor").removesuffix("_into")].append(sent_bytes)
-        with super().collective(name, ranks, sent_bytes, called) as entered:
-            yield entered
+Pairs = list[tuple[int, int]]
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 
 
 class Bench:
@@ -82,8 +65,7 @@ class Bench:
         everyone, leaders = tuple(range(self.ranks)), tuple(range(0, self.ranks, self.per_node))
         inside = [everyone[:n] for n in (2, 4, 8, 16) if n < self.per_node] + [everyone[: self.per_node]]
         self.sets = [s for s in inside if len(s) > 1] + ([leaders] if len(leaders) > 1 else [])
-        self.counter = Counter(device)
-        self.groups = Groups(self.rank, [*self.sets, everyone, *((r,) for r in everyone)], self.counter)
+        self.groups = Groups(self.rank, [*self.sets, everyone, *((r,) for r in everyone)], Meter(device))
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
@@ -93,11 +75,14 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def timed(self, table: str, row: Row, run: Callable[..., object], *args: Any, ranks: tuple[int, ...] = ()) -> None:
-        """One row: `run(*args)`. ranks: those that run it together, equally often; without any, each on its own."""
+    def timed(self, table: str, row: Row, run: Callable[..., object], *args: Any, ranks: tuple[int, ...] = ()) -> float:
+        """One row: `run(*args)`. ranks: those that run it together, equally often; without any, each on its own.
+
+        Returns the seconds of one call, 0 on the ranks that do not make it.
+        """
         dist.barrier()
         if ranks and self.rank not in ranks:
-            return
+            return 0.0
         run(*args)
         start = self.clock()
         run(*args)
@@ -112,57 +97,37 @@ class Bench:
                 run(*args)
             found.append((self.clock() - start) / inner)
         self.add(table, row, found)
+        return once
 
     def add(self, table: str, row: Row, seconds: list[float]) -> None:
         low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)).tolist()
         self.rows[table].append(row | {"seconds": middle, "low": low, "high": high, "repeats": len(seconds)})
 
     def gathered(self) -> dict[str, list[Row]]:
-        """Medians over the ranks that have a row (they agree on what it is), with the ranks' full range."""
         everyone: list[Any] = [None] * self.ranks
         dist.all_gather_object(everyone, dict(self.rows))
-        same: dict[tuple[str, str], list[Row]] = defaultdict(list)
-        for name, row in ((name, row) for tables in everyone for name, rows in tables.items() for row in rows):
-            same[name, json.dumps({k: v for k, v in row.items() if k not in MEASURED})].append(row)
-        found: dict[str, list[Row]] = defaultdict(list)
-        for (name, _), rows in same.items():
-            found[name].append(
-                rows[0]
-                | {
-                    "seconds": float(np.median([r["seconds"] for r in rows])),
-                    "low": min(r["low"] for r in rows),
-                    "high": max(r["high"] for r in rows),
-                }
-            )
-        return found
+        return bench_file.merged(everyone)
 
-    # -- kernels ------------------------------------------------------------------------------------------
-
-    def gemm(self, shapes: list[tuple[int, int]], tokens: list[int]) -> None:
+    def gemm(self, shapes: Pairs, tokens: list[int]) -> None:
         """Linear layers (n outputs, k inputs), and their weight gradients, for so many tokens m."""
         for n, k in shapes:
             model = LAYER_SQUARES * min(n, k) ** 3 // WIDTH_PER_LAYER
             copies = max(1, min(model // (n * k), ROTATED_BYTES // (n * k * self.dtype.itemsize)))
             weights = cycle([self.random(n, k) for _ in range(copies)])
-            row = {"weights_bytes": copies * n * k * self.dtype.itemsize}
+            row = {"weights_bytes": copies * n * k * self.dtype.itemsize * 12 // LAYER_SQUARES}
             for m in tokens:
                 x, dy = self.random(m, k), self.random(m, n)
-                self.timed("gemm", row | {"m": m, "n": n, "k": k}, _in_turn, x, weights)
+                self.timed("gemm", row | {"m": m, "n": n, "k": k}, lambda: F.linear(x, next(weights)))
                 if m > 8:  # the tokens are summed over
-                    self.timed("weight_gradient", row | {"m": n, "n": k, "k": m}, _gradient, dy, x, weights)
+                    over_tokens = row | {"m": n, "n": k, "k": m}
+                    self.timed("weight_gradient", over_tokens, lambda: torch.matmul(dy.t(), x, out=next(weights)))
 
-    def attention(
-        self, heads: list[tuple[int, int, int]], prefill: list[tuple[int, int]], decode: list[tuple[int, int]]
-    ) -> None:
+    def attention(self, heads: list[tuple[int, int, int]], prefill: Pairs, decode: Pairs) -> None:
         """(heads, kv_heads, head_dim); (batch, tokens of each sequence): whole ones, or in the cache that is read."""
         for h, kv, d in heads:
             shape = {"heads": h, "kv_heads": kv, "head_dim": d}
-            module = llama.LlamaAttention(
-                models.config_of(
-                    load_model("tiny-4x256").model_copy(update={"heads": h, "kv_heads": kv, "head_dim": d})
-                ),
-                0,
-            )
+            config = models.config_of(load_model("tiny-4x256").model_copy(update=shape))
+            module = llama.LlamaAttention(config, 0)
             for batch, tokens in prefill:
                 q, k, v = (self.random(batch, tokens, x, d).transpose(1, 2).requires_grad_() for x in (h, kv, kv))
                 row = shape | {"batch": batch, "tokens": tokens}
@@ -171,11 +136,19 @@ class Bench:
                 out, _ = models.attention(module, q, k, v, None)
                 self.timed("prefill_backward", row, torch.autograd.grad, out, (q, k, v), torch.ones_like(out), True)
             for batch, tokens in decode:
-                cache = generate.Cache(module.config, batch, tokens, self.dtype, self.device)
-                cache.decode(torch.full((batch,), tokens - 1, device=self.device), tokens)
+                size = 2 * batch * tokens * kv * d * self.dtype.itemsize
+                between = LAYER_SQUARES * (h * d) ** 3 // WIDTH_PER_LAYER * self.dtype.itemsize
+                layers = config.num_hidden_layers = max(1, min(-(-between // size), ROTATED_BYTES // size))
+                cache = generate.Cache(config, batch, tokens, self.dtype, self.device)
+                cache.use(slice(batch), torch.full((batch,), tokens - 1, device=self.device), tokens)
                 q, k, v = (self.random(batch, x, 1, d) for x in (h, kv, kv))
+                row, layer = shape | {"batch": batch, "tokens": tokens}, cycle(range(layers))
+
+                def attend() -> object:
+                    return models.attention(module, q, *cache.update(k, v, next(layer)), None)
+
                 with torch.no_grad():
-                    self.timed("decode", shape | {"batch": batch, "tokens": tokens}, _decode, module, cache, q, k, v)
+                    self.timed("decode", row, attend)
 
     @torch.no_grad()
     def memory(self, widths: list[int], tokens: list[int], vocabulary: int) -> None:
@@ -192,10 +165,15 @@ class Bench:
                 self.stream("residual_add", 3 * whole, torch.add, x, y)
                 self.stream("rms_norm", 2 * whole, norm, x)
                 self.stream("rope", 4 * whole, llama.apply_rotary_pos_emb, heads, heads, angle, angle)
-                self.stream("gated_activation", 3 * whole, _gated, x, y)
+                self.stream("gated_activation", 3 * whole, lambda: F.silu(x) * y)
                 self.stream("embedding", 2 * whole, F.embedding, ids, table)
             logits, targets = self.random(m, vocabulary), torch.randint(vocabulary, (m, 1), device=self.device)
-            self.stream("cross_entropy", LOG_SOFTMAX_BYTES * m * vocabulary, _log_probs, logits, targets)
+
+            def log_probs() -> Tensor:  # as `LanguageHead` takes them
+                exact = logits.float()
+                return exact.gather(-1, targets) - exact.logsumexp(-1, keepdim=True)
+
+            self.stream("cross_entropy", LOG_SOFTMAX_BYTES * m * vocabulary, log_probs)
 
     def stream(self, kernel: str, moved: int, run: Callable[..., object], *args: Any) -> None:
         self.timed("memory", {"kernel": kernel, "bytes": moved}, run, *args)
@@ -206,40 +184,30 @@ class Bench:
             weights.grad = torch.ones_like(weights)
             self.stream("optimizer", ADAM_BYTES * count, torch.optim.Adam([weights], lr=1e-5).step)
 
-    # -- models -------------------------------------------------------------------------------------------
-
-    def passes(self, shape: ModelSpec, batches: list[tuple[int, int]], backend: str, zero_stage: int) -> None:
+    def passes(self, shape: ModelSpec, batches: Pairs, backend: str, zero_stage: int) -> None:
         """Scoring, forward, backward and update of a model on all ranks; in plain torch each rank has its own model."""
         ranks = tuple(range(self.ranks)) if backend == "deepspeed" else (self.rank,)
-        use = ModelUse(
-            spec=shape.name,
-            shape=shape,
-            precision=self.precision,
-            zero_stage=zero_stage,
-            recompute="none",
-            backend=backend,
-        )
+        use = self._use(shape, zero_stage=zero_stage, recompute="none", backend=backend)
         module = models.build("actor", use, 0, lm=True, value=False, train=True)
         engine = Engine(Holding("actor", use, "train", ranks), module, self.groups, Algorithm())
-        row = {
-            "model": shape.name,
-            "shape": _numbers(shape),
-            "backend": backend,
-            "zero_stage": zero_stage,
-            "ranks": len(ranks),
-        }
+        row = _about(shape) | {"backend": backend, "zero_stage": zero_stage, "ranks": len(ranks)}
         with engine.session():
             for batch, tokens in batches:
-                self._phases(
-                    engine,
-                    row | {"batch": batch, "tokens": tokens},
-                    torch.randint(shape.vocabulary, (batch, tokens), device=self.device),
-                )
+                ids = torch.randint(shape.vocabulary, (batch, tokens), device=self.device)
+                self._phases(engine, row | {"batch": batch, "tokens": tokens}, ids)
         if engine.sharded:  # what the hybrid engine does before it generates
             whole = WholeCopy(engine, WeightSync().bucket_bytes)
-            self._repeated({"gather": lambda: _entered(whole)}, row | {"batch": 1, "tokens": 1})
+
+            def gather() -> None:
+                with whole.session():
+                    pass
+
+            self._repeated({"gather": gather}, row | {"batch": 1, "tokens": 1})
         if engine.deepspeed:
-            engine.engine.destroy()
+            engine.callable.destroy()
+
+    def _use(self, shape: ModelSpec, **more: Any) -> ModelUse:
+        return ModelUse(spec=shape.name, shape=shape, precision=self.precision, **more)
 
     def _phases(self, engine: Engine, row: Row, ids: Tensor) -> None:
         """In the order of PPO: forward passes alone come before each update (DeepSpeed takes longer for the first)."""
@@ -252,18 +220,13 @@ class Bench:
 
         def forward() -> None:
             nonlocal loss
-            loss = (engine.engine if engine.deepspeed else engine.module)(ids, positions)["log_probs"].mean()
+            loss = engine.callable(ids, positions)["log_probs"].mean()
 
-        self._repeated(
-            {
-                "score": score,
-                "score_again": score,
-                "forward": forward,
-                "backward": lambda: engine.backward(loss, True),
-                "step": engine.step,
-            },
-            row,
-        )
+        def backward() -> None:
+            engine.backward(loss, True)
+
+        runs = {"score": score, "score_again": score, "forward": forward, "backward": backward, "step": engine.step}
+        self._repeated(runs, row)
 
     def _repeated(self, runs: dict[str, Callable[[], object]], row: Row) -> None:
         """All runs in turn, again and again; a row for each, with the collectives of its last time."""
@@ -271,68 +234,65 @@ class Bench:
         for k in range(DISCARDED + (2 if self.quick else 10)):
             for phase, run in runs.items():
                 dist.barrier()
-                self.counter.begin()
+                self.groups.meter.begin()
                 start = self.clock()
                 run()
                 if k >= DISCARDED:
                     found[phase].append(self.clock() - start)
-                moved[phase] = {op: [len(b), sum(b)] for op, b in self.counter.bytes_by_name.items()}
+                moved[phase] = {op: [len(b), sum(b)] for op, b in self.groups.meter.sent_bytes.items()}
         for phase, seconds in found.items():
             self.add("passes", row | {"phase": phase, "collectives": moved[phase]}, seconds)
 
     @torch.no_grad()
     def decode_steps(self, shape: ModelSpec, rows: list[int], prompt: int, steps: int) -> None:
         """Steps of the generation loop, with equally long sequences: each after the first adds a token to all."""
-        use = ModelUse(spec=shape.name, shape=shape, precision=self.precision)
-        module = models.build("actor", use, 0, lm=True, value=False, train=False).to(self.device)
+        module = models.build("actor", self._use(shape), 0, lm=True, value=False, train=False).to(self.device)
         for count in rows:
             requests = [generate.request((0, 0), s, s, prompt, steps, shape.vocabulary) for s in range(count)]
-            loop = generate.Generation(
-                module,
-                module.body.config,
-                requests,
-                rows=count,
-                continuous=False,
-                log_probs=True,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            options = {"rows": count, "continuous": False, "log_probs": True, "device": self.device}
+            loop = generate.Generation(module, requests, **options)
             found = []
             dist.barrier()
             while loop.busy:
                 start = self.clock()
                 loop.step()
                 found.append(self.clock() - start)
-            row = {"model": shape.name, "shape": _numbers(shape), "rows": count}
-            self.add("decode_step", row | {"tokens": prompt + (steps + 1) / 2}, found[DISCARDED:])
-
-    # -- links --------------------------------------------------------------------------------------------
+            row = _about(shape) | {"rows": count, "tokens": prompt + (steps + 1) / 2}
+            self.add("decode_step", row, found[DISCARDED:])
 
     def collectives(self, sizes: list[int]) -> None:
-        """`bytes`: a rank's whole buffer. `nodes`: on how many machines the ranks are."""
-        for ranks in self.sets:
-            n, nodes = len(ranks), 1 + (max(ranks) - min(ranks)) // self.per_node
-            for size in sizes:
-                part = torch.zeros(size // 4 // n, device=self.device)
-                whole = torch.zeros(len(part) * n, device=self.device)
-                row = {"ranks": n, "nodes": nodes, "bytes": whole.nbytes}
-                for op, run, args in (
-                    ("all_gather", dist.all_gather_into_tensor, (whole, part)),
-                    ("reduce_scatter", dist.reduce_scatter_tensor, (part, whole)),
-                    ("all_reduce", dist.all_reduce, (whole,)),
-                    ("broadcast", dist.broadcast, (whole, ranks[0])),
-                ):
-                    run = partial(run, group=self.groups.of(ranks))
-                    self.timed("collectives", row | {"op": op}, run, *args, ranks=ranks)
-                if n == 2:
-                    self.timed(
-                        "collectives", row | {"op": "send", "calls": 2}, self._there_and_back, whole, ranks, ranks=ranks
-                    )
+        """`bytes`: a rank's whole buffer, as large as the link makes bearable. `nodes`: on how many machines they are.
 
-    def _there_and_back(self, whole: Tensor, ranks: tuple[int, ...]) -> None:
+        op `send`: there and back, two calls.
+        """
+        for ranks in self.sets:
+            nodes = 1 + (max(ranks) - min(ranks)) // self.per_node
+            for op in (*COLLECTIVES, "send") if len(ranks) == 2 else COLLECTIVES:
+                for size in sizes:
+                    part = torch.zeros(size // 4 // len(ranks), device=self.device)
+                    whole = torch.zeros(len(part) * len(ranks), device=self.device)
+                    row = {"ranks": len(ranks), "nodes": nodes, "bytes": whole.nbytes, "op": op}
+                    row |= {"calls": 2} if op == "send" else {}
+                    run = self._collective(op, whole, part, ranks)
+                    once = torch.tensor(self.timed("collectives", row, run, ranks=ranks))
+                    dist.all_reduce(once, dist.ReduceOp.MAX)
+                    if once > LONGEST_SECONDS:
+                        break
+
+    def _collective(self, op: str, whole: Tensor, part: Tensor, ranks: tuple[int, ...]) -> Callable[[], object]:
+        calls: dict[str, Callable[..., object]] = {
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
+            "all_reduce": partial(dist.all_reduce, whole),
+            "broadcast": partial(dist.broadcast, whole, ranks[0]),
+            "send": partial(self._there_and_back, whole, ranks),
+        }
+        return partial(calls[op], group=self.groups.of(ranks))
+
+    def _there_and_back(self, whole: Tensor, ranks: tuple[int, ...], group: dist.ProcessGroup) -> None:
         first = self.rank == ranks[0]
         for away in (True, False):
-            (dist.send if first == away else dist.recv)(whole, ranks[first], group=self.groups.of(ranks))
+            (dist.send if first == away else dist.recv)(whole, ranks[first], group=group)
 
     def copies(self, sizes: list[int]) -> None:
         """Between host and device memory, pinned; on a CPU there is only the host's memory."""
@@ -345,52 +305,27 @@ class Bench:
             self.stream("copy", 2 * size, torch.zeros_like(b).copy_, b)
 
 
-def _entered(whole: WholeCopy) -> None:
-    with whole.session():
-        pass
-
-
-def _in_turn(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
-    return F.linear(x, next(weights))
-
-
-def _gradient(dy: Tensor, x: Tensor, gradients: Iterator[Tensor]) -> Tensor:
-    return torch.matmul(dy.t(), x, out=next(gradients))
-
-
-def _decode(module: nn.Module, cache: generate.Cache, q: Tensor, k: Tensor, v: Tensor) -> object:
-    return models.attention(module, q, *cache.update(k, v, 0), None)
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """As `Decoder` takes them."""
-    logits = logits.float()
-    return logits.gather(-1, targets) - logits.logsumexp(-1, keepdim=True)
-
-
-def _numbers(shape: ModelSpec) -> dict[str, Any]:
+def _about(shape: ModelSpec) -> Row:
     """A shape without its texts."""
-    return {k: v for k, v in shape.model_dump(exclude_defaults=True).items() if isinstance(v, bool | int)}
+    known = shape.model_dump(exclude_defaults=True)
+    return {"model": shape.name, "shape": {k: v for k, v in known.items() if isinstance(v, bool | int)}}
 
 
 def measure(bench: Bench, links_only: bool = False) -> None:
     cuda, quick = bench.device.type == "cuda", bench.quick
-    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26))])
+    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26, 27))])
     if links_only:
         return
     widths = [128, 256] if quick else [1024, 2048, 4096] if cuda else [128, 256, 512]
-    tokens = [1, 8, 64, 256, 1024, 4096, 16384] if cuda else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    tokens = [2, 8, 64, 256, 1024, 4096, 16384] if cuda else [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     tokens = [8, 64, 256] if quick else tokens
     shapes = [(n, k) for w in widths for n, k in ((3 * w, w), (w, w), (11 * w // 4, w), (w, 11 * w // 4))]
     bench.gemm(shapes[::2] if quick else [*shapes, (1024, widths[0]), (1024, widths[-1])], tokens)
     heads = [(4, 4, 32)] if quick else [(16, 16, 128), (32, 8, 128)] if cuda else [(4, 4, 32), (4, 4, 64), (8, 8, 64)]
     longer = 16 if cuda else 1
     batches = [(1, 16), (4, 32)] if quick else [(b, t * longer) for b in (1, 4, 16) for t in (16, 64, 128, 256)]
-    bench.attention(heads, batches, batches if quick else [*batches, (2, 64), (8, 64), (32, 64)])
+    decoding = [(b, t * longer) for b in (1, 2, 4, 8, 16, 32) for t in (64, 128, 256)]
+    bench.attention(heads, batches, batches if quick else decoding)
     bench.memory(widths, tokens[:2] if quick else tokens[1::2], 1024)
     bench.optimizer([10**4, 10**6] if quick else [10**4, 10**5, 10**6, 4 * 10**6, 16 * 10**6])
     bench.copies([1 << 20] if quick else [1 << 16, 1 << 20, 1 << 24, 1 << 26])
@@ -401,57 +336,7 @@ def measure(bench: Bench, links_only: bool = False) -> None:
         bench.passes(shape, [(2, 16)] if quick else [(1, 32), (4, 64), (4, 128)], "torch", 0)
         for stage in (0, 3) if quick else (0, 1, 2, 3):
             bench.passes(shape, [(2, 16)] if quick else [(4, 64)], "deepspeed", stage)
-        bench.decode_steps(shape, [2, 4] if quick else [1, 4, 16, 32], 16 if quick else 64, 6 if quick else 32)
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What it was measured on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {
-        "device": device.type,
-        "name": _cpu_info("model name") or platform.processor(),
-        "cores": os.cpu_count(),
-        "multiprocessors": 1,
-        "memory_bytes": memory,
-        "host_memory_bytes": memory,
-        "system": platform.platform(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "transformers", "deepspeed")},
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "name": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-        }
-    return found
-
-
-def clocks(device: torch.device) -> str | None:
-    """Clocks, power and temperature of the GPUs, or the CPU's clock; None where they cannot be read."""
-    if device.type == "cpu":
-        return _cpu_info("cpu MHz")
-    query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-    try:
-        return subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _cpu_info(name: str) -> str | None:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
+        bench.decode_steps(shape, [2, 4] if quick else [2, 4, 8, 16, 32], 16 if quick else 64, 6 if quick else 32)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -464,10 +349,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.out.parent.is_dir() or options.out.is_dir():
         print(f"real.microbench: --out: {str(options.out)!r} is no file in a folder that exists", file=sys.stderr)
         return 2
-    device = torch.device("cpu")
+    device, gpu = torch.device("cpu"), None
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        gpu = torch.cuda.get_device_properties(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(1)
@@ -475,27 +361,20 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511")):
         os.environ.setdefault(name, value)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    started, before, bench = time.time(), clocks(device), Bench(device, options.quick)
+    started, before, bench = time.time(), bench_file.clocks(device.type), Bench(device, options.quick)
     measure(bench, options.links_only)
     tables = bench.gathered()
     if bench.rank == 0:
-        seconds = round(time.time() - started, 1)
-        found = {
-            "kind": "rlhfsim microbench",
-            "version": VERSION,
-            "machine": machine(device),
-            "clocks": [before, clocks(device)],
+        about = {
+            "clocks": [before, bench_file.clocks(device.type)],
             "precision": bench.precision,
             "ranks": bench.ranks,
             "ranks_per_node": bench.per_node,
             "quick": options.quick,
             "nic_bytes_per_second": options.nic_bytes_per_second,
-            "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)),
-            "seconds": seconds,
-            "tables": tables,
         }
-        options.out.write_text(json.dumps(found, indent=1))
-        print(f"{sum(map(len, tables.values()))} rows in {seconds} s: {options.out}")
+        seconds = bench_file.write(options.out, tables, about, bench_file.machine(gpu), started)
+        print(f"{sum(map(len, tables.values()))} rows in {seconds:.1f} s: {options.out}")
     dist.destroy_process_group()
     return 0
 

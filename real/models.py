@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.initialization import no_init_weights
 
 from rlhfsim.errors import InputError
-from rlhfsim.spec.model_spec import ModelSpec
+from rlhfsim.spec.model_spec import ModelSpec, hf_config
 from rlhfsim.spec.scenario import ModelUse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,105 +30,39 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_DEVIATION = 0.02
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
-
-
 def config_of(spec: ModelSpec) -> transformers.PreTrainedConfig:
-    """The configuration with which transformers builds this shape.
+    """The configuration with which transformers builds this shape: no dropout, no capped logits, no special tokens.
 
-    Raises InputError for a family that is not built here.
+    (A family ignores what it has not.) Raises InputError for a family that is not built here.
     """
-    llama_like = {
-        "hidden_size": spec.hidden,
-        "intermediate_size": spec.ffn,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "attention_bias": spec.qkv_bias,
-        "mlp_bias": spec.mlp_bias,
-    }
-    own: dict[str, dict[str, Any]] = {
-        "llama": llama_like,
-        "mistral": llama_like | {"sliding_window": None},
-        "qwen2": llama_like | {"use_sliding_window": False},
-        "qwen3": llama_like | {"use_sliding_window": False},
-        "gemma": llama_like,
-        "gemma2": llama_like | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
-        "opt": {
-            "hidden_size": spec.hidden,
-            "ffn_dim": spec.ffn,
-            "num_hidden_layers": spec.layers,
-            "num_attention_heads": spec.heads,
-            "word_embed_proj_dim": spec.embedding_width,
-            "dropout": 0.0,
-            "do_layer_norm_before": spec.final_norm,
-            "enable_bias": spec.qkv_bias,
-            "activation_function": "relu" if spec.relu else "gelu",
-        },
-        "gpt2": {
-            "n_embd": spec.hidden,
-            "n_inner": spec.ffn,
-            "n_layer": spec.layers,
-            "n_head": spec.heads,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-        },
-        "gpt_neox": {
-            "hidden_size": spec.hidden,
-            "intermediate_size": spec.ffn,
-            "num_hidden_layers": spec.layers,
-            "num_attention_heads": spec.heads,
-            "attention_bias": spec.qkv_bias,
-        },
-    }
-    if spec.family not in own:
-        raise InputError(
-            f"real runs build no {spec.family!r} (allowed: {', '.join(own)})", field="family", where=spec.name
-        )
-    return transformers.AutoConfig.for_model(
-        spec.family,
-        **own[spec.family],
-        vocab_size=spec.vocabulary,
-        max_position_embeddings=spec.max_positions,
-        tie_word_embeddings=spec.tied_embeddings,
-        attention_dropout=0.0,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    no_dropout = dict.fromkeys(("attention_dropout", "dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    plain = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"))
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return transformers.AutoConfig.for_model(**hf_config(spec), **no_dropout, **plain, **tokens)
 
 
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    segments: Sequence[int] | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention without a mask, or with a boolean one; `segments` are lengths of samples in one row."""
-    grouped = query.shape[1] != key.shape[1]
+    """Causal attention without a mask, or with a boolean one.
+
+    options: `scaling`; `segments`, lengths of samples that lie in one row. What else transformers says is not used.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+        causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        scale = options.get("scaling")
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
-    if segments is None:
+    if (segments := options.get("segments")) is None:
         found = attend(query, key, value)
     else:
-        parts = zip(*(x.split(list(segments), dim=2) for x in (query, key, value)), strict=True)
+        parts = zip(*(x.split(segments, dim=2) for x in (query, key, value)), strict=True)
         found = torch.cat([attend(*part) for part in parts], dim=2)
     return found.transpose(1, 2).contiguous(), None
 
 
 transformers.AttentionInterface.register("samples", attention)
-
-
-# --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
 class LoraLinear(nn.Module):
@@ -158,9 +92,6 @@ def merged(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in adapted:
             layer.merged = None
-
-
-# --- the module ------------------------------------------------------------------------------------------------------
 
 
 class LanguageHead(nn.Linear):
@@ -200,31 +131,17 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.body.get_input_embeddings().weight
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        *,
-        segments: Sequence[int] | None = None,
-        cache: Any = None,
-        mask: Tensor | None = None,
-        last: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, *, last: Tensor | None = None, **options: Any
     ) -> dict[str, Tensor]:
-        """tokens, positions: (rows, columns).
+        """tokens, positions: (rows, columns). options: of the body (`cache`, `attention_mask`) and of `attention`.
 
         With `last` (a column per row): logits after it, (rows, vocabulary). Else, flat over all tokens: `log_probs` of
         each token after those before it (the first of a row or segment has none: ignore it), and `state_values`, the
         value head's at each token.
         """
-        hidden = self.body(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            cache=cache,
-            use_cache=cache is not None,
-            segments=segments,
-        ).last_hidden_state
+        read = self.body(input_ids=tokens, position_ids=positions, use_cache="cache" in options, **options)
+        hidden = read.last_hidden_state
         if last is not None:
-            assert self.lm_head is not None
             return {"logits": self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), last])}
         hidden, found = hidden.flatten(0, 1), {}
         if self.lm_head is not None:
@@ -241,9 +158,9 @@ def build(role: str, use: ModelUse, seed: int, *, lm: bool, value: bool, train: 
     """
     with no_init_weights():
         module = Decoder(use, lm=lm, value=value)
-    fill(module, {"reference": "actor"}.get(role, role), seed)
     if use.lora_rank:
-        _adapt(module, use, role, seed)
+        _adapt(module, use, role)
+    fill(module, {"reference": "actor"}.get(role, role), seed)
     module.to(DTYPES[use.precision])
     trained = set(trained_names(module, use)) if train else set()
     for name, parameter in module.named_parameters():
@@ -255,47 +172,37 @@ def build(role: str, use: ModelUse, seed: int, *, lm: bool, value: bool, train: 
 
 
 def fill(module: nn.Module, role: str, seed: int) -> None:
-    """Random matrices, biases of zero, norms of one, each keyed by its name alone."""
+    """Random matrices, biases of zero, norms of one, each keyed by its name alone; LoRA's factors as in its paper."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
+            key = f"{seed}/{role}/{name.replace('.base.', '.')}"  # with LoRA and without it the same weight
+            noise = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            if name.endswith(".a"):
+                bound = 1 / math.sqrt(parameter.shape[1])
+                parameter.uniform_(-bound, bound, generator=noise)
+            elif name.endswith(("bias", ".b")):
                 parameter.zero_()
             elif parameter.ndim < 2:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, INITIAL_DEVIATION, generator=_generator(seed, role, name))
+                parameter.normal_(0.0, INITIAL_DEVIATION, generator=noise)
 
 
-def _generator(seed: int, role: str, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{role}/{name}".encode()))
-
-
-def _adapt(module: Decoder, use: ModelUse, role: str, seed: int) -> None:
-    """LoRA at every linear module of the layers; the second factor starts at zero, as in the LoRA paper."""
+def _adapt(module: Decoder, use: ModelUse, role: str) -> None:
+    """LoRA at every linear module of the layers."""
     layers = layers_of(module)
-    chosen = [
-        (parent, name, child)
-        for parent in layers.modules()
-        if not isinstance(parent, LoraLinear)
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    if not chosen:
+    linear = {name: child for name, child in layers.named_modules() if isinstance(child, nn.Linear)}
+    if not linear:
         message = f"{use.shape.family} has no linear modules that LoRA could adapt"
         raise InputError(message, field=f"models.{role}.lora_rank")
-    for parent, name, child in chosen:
-        setattr(parent, name, LoraLinear(child, use.lora_rank))
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith(".a"):
-                bound = 1 / math.sqrt(parameter.shape[1])
-                parameter.uniform_(-bound, bound, generator=_generator(seed, role, name))
+    for name, child in linear.items():
+        parent, _, own = name.rpartition(".")
+        setattr(layers.get_submodule(parent), own, LoraLinear(child, use.lora_rank))
 
 
 def layers_of(module: Decoder) -> nn.ModuleList:
     """The list of layers, wherever the family keeps it."""
-    found = [m for m in module.body.modules() if isinstance(m, nn.ModuleList)]
-    return max(found, key=len)
+    return max((m for m in module.body.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def trained_names(module: Decoder, use: ModelUse) -> list[str]:

@@ -8,7 +8,7 @@ what is before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ Sample = dict[str, Tensor]
 
 PROMPT, RESPONSE = 1, 2  # in a mask; 0 is padding
 OF_RESPONSE = ("log_probs", "ref_log_probs", "values", "rewards")
-
-
-# --- samples, messages, batches --------------------------------------------------------------------------------------
 
 
 def packed(samples: Sequence[Sample], fields: Sequence[str]) -> dict[str, Tensor]:
@@ -37,18 +34,14 @@ def trimmed(sample: Sample) -> Sample:
     return {name: x if x.ndim == 0 else x[: response if name in OF_RESPONSE else tokens] for name, x in sample.items()}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples as a decoder takes them (`inputs`); response tokens, sample after sample, and ends as flat indices."""
+class Batch(NamedTuple):
+    """Samples as a decoder takes them (`inputs`). As flat indices, sample after sample: response tokens, the token
+    before each (where its value is judged), and ends."""
 
     inputs: dict[str, Tensor | list[int]]
     responses: Tensor
+    before: Tensor
     ends: Tensor
-
-    @property
-    def before(self) -> Tensor:
-        """The token before each of the response's: where its value is judged."""
-        return self.responses - 1
 
 
 def batch(samples: Sequence[Sample], padded_to: int | None, device: torch.device | str = "cpu") -> Batch:
@@ -68,10 +61,8 @@ def batch(samples: Sequence[Sample], padded_to: int | None, device: torch.device
     if not padded_to:
         inputs["segments"] = lengths
     ends = torch.tensor([start + n - 1 for start, n in zip(starts, lengths, strict=True)])
-    return Batch(inputs, torch.cat(responses).to(device), ends.to(device))
-
-
-# --- rewards and advantages ------------------------------------------------------------------------------------------
+    at = torch.cat(responses).to(device)
+    return Batch(inputs, at, at - 1, ends.to(device))
 
 
 def share_of_even_tokens(sample: Sample) -> Tensor:
@@ -108,9 +99,6 @@ def with_advantages(samples: Sequence[Sample], discount: float, gae_lambda: floa
         s | {"advantages": a[: len(s["values"])], "returns": r[: len(s["values"])]}
         for s, a, r in zip(samples, found, returns, strict=True)
     ]
-
-
-# --- losses, as sums over tokens -------------------------------------------------------------------------------------
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -22,8 +22,9 @@ from rlhfsim import memory
 from rlhfsim import timeline as timelines
 from rlhfsim.errors import InputError
 from rlhfsim.graph import StageGraph
-from rlhfsim.layout import Holding, graph_of, holdings_of
+from rlhfsim.layout import Holding, check_real, graph_of, holdings_of, rank_sets, sync_rank_sets
 from rlhfsim.model import Head
+from rlhfsim.records import RecordFile, read, record_path, timeline
 from rlhfsim.spec.loader import load_scenario
 from rlhfsim.spec.scenario import Scenario
 
@@ -68,8 +69,6 @@ class Job:
         return self.options.out.with_name(self.options.out.name + ".ranks")
 
     def save(self, reason: str = "") -> timelines.Timeline:
-        from .spans import read, timeline
-
         info = _info(self.scenario, self.device) | ({"failure": reason} if reason else {})
         options, ranks = self.options, self.place.ranks
         found = timeline(
@@ -122,6 +121,7 @@ def prepare(arguments: list[str] | None, place: Place) -> Job:
     """Raises InputError for what cannot run here."""
     options = _parser().parse_args(arguments)
     scenario = load_scenario(options.scenario, options.overrides)
+    check_real(scenario)
     graph, notes = graph_of(scenario)
     holdings = holdings_of(scenario, graph)
     _check_options(options)
@@ -213,26 +213,16 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
     import torch.distributed as dist
 
     from .clock import align
-    from .executor import LaneStore
-    from .executor import run as execute
-    from .groups import Groups, rank_sets
+    from .executor import Executor, LaneStore
+    from .groups import Groups
     from .meter import Meter
-    from .spans import RecordFile, record_path
     from .watch import Watch
 
     options, place = job.options, job.place
     job.records.mkdir(exist_ok=True)
     record_path(job.records, place.rank).unlink(missing_ok=True)
-    meter = Meter(job.device)
-    watch = Watch(
-        dist.PrefixStore("watch", store),
-        place.rank,
-        place.ranks,
-        meter,
-        timeout_seconds=options.timeout,
-        silence_seconds=options.silence,
-        save=job.save,
-    )
+    meter, limits = Meter(job.device), {"timeout_seconds": options.timeout, "silence_seconds": options.silence}
+    watch = Watch(dist.PrefixStore("watch", store), place.rank, place.ranks, meter, save=job.save, **limits)
     if heed_sigterm:
         watch.heed_sigterm()
     watch.start()
@@ -246,7 +236,7 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
                 world_size=place.ranks,
                 timeout=timedelta(seconds=GROUP_SECONDS),
             )
-        from .stages import Stages, sync_rank_sets  # with transformers and DeepSpeed, which take seconds
+        from .stages import Stages  # with transformers and DeepSpeed, which take seconds
 
         clock, results = align(place.rank, place.ranks), LaneStore()
         sets = rank_sets(job.graph, job.holdings)
@@ -256,7 +246,7 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
     except BaseException as error:
         watch.fail(error)
         raise
-    execute(
+    Executor(
         job.graph,
         place.rank,
         work,
@@ -267,7 +257,7 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
         results=results,
         watch=watch,
         file=RecordFile(job.records, place.rank, clock),
-    )
+    ).run()
     watch.close()
     if place.rank:
         return None

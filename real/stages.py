@@ -1,17 +1,19 @@
 """What the stages of a graph do on a rank: generate, score, train, move weights, store.
 
 Everything is addressed by sample: a lane's samples are `rlhfsim.batch.samples_of`, a rank takes its contiguous share of
-a place's samples, and what is drawn for a sample depends on nothing but its number. Lanes that lie on fewer ranks than
-work on them are handed out within the place first, and their results brought home afterwards.
+a place's samples, and what is drawn for a sample depends on nothing but its number. Where lanes lie on fewer ranks than
+work on them, the ranks of a place exchange samples first, and results afterwards.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,46 +21,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhfsim.batch import per_replica, samples_of
-from rlhfsim.errors import InputError
+from rlhfsim.batch import Split, kept_together
 from rlhfsim.graph import Firing, Stage, StageGraph
 from rlhfsim.layout import Holding, algorithm_of
 from rlhfsim.spec.lengths import draw_lengths
 from rlhfsim.spec.loader import length_dir
-from rlhfsim.spec.scenario import ROLES, ModelUse, Scenario
+from rlhfsim.spec.scenario import Scenario
 
 from . import generate, models, ppo
-from .engines import Engine, WholeCopy
+from .engines import Engine, WholeCopy, fill, flat
 from .executor import Inbox, LaneStore, base_name
 from .groups import Fields, Groups
 from .ppo import Sample
 
-Numbered = list[tuple[int, Sample]]
+Holdings = dict[str, Holding]
+Samples = dict[int, Sample]
 
 END_OF_SEQUENCE = 0  # the token that ends a sampled response
-
-
-def check(scenario: Scenario) -> None:
-    """Raises InputError for what a simulated scenario may have and a real run may not."""
-    generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
-    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
-    for role in ROLES:
-        use: ModelUse = getattr(scenario.models, role)
-        if (split := use.ranks_per_replica) > 1:
-            message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
-            raise InputError(message, field=f"models.{role}.tensor_parallel")
-        if (tokens := use.shape.vocabulary) != vocabulary:
-            message = f"has {tokens} tokens, the actor {vocabulary}; in a real run all models read the same tokens"
-            raise InputError(message, field=f"models.{role}.spec")
-        if longest > (positions := use.shape.max_positions):
-            message = f"{use.spec} has {positions} positions, prompt and response up to {longest} tokens"
-            raise InputError(message, field=f"models.{role}.spec")
-    if (split := generation.tensor_parallel) > 1:
-        message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
-        raise InputError(message, field="generation.tensor_parallel")
-    if (routing := generation.routing) != "static":
-        message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
-        raise InputError(message, field="generation.routing")
+NOBODY = -1  # a sample of no weight, where a rank has none and must take part
 
 
 class Stages:
@@ -68,15 +48,8 @@ class Stages:
     """
 
     def __init__(
-        self,
-        scenario: Scenario,
-        graph: StageGraph,
-        holdings: dict[str, Holding],
-        rank: int,
-        groups: Groups,
-        store: LaneStore,
+        self, scenario: Scenario, graph: StageGraph, holdings: Holdings, rank: int, groups: Groups, store: LaneStore
     ) -> None:
-        check(scenario)
         if groups.device.type == "cpu":  # where half precision is slower than single, and nothing is won by it
             single = {"precision": "fp32"}
             holdings = {name: replace(held, use=held.use.model_copy(update=single)) for name, held in holdings.items()}
@@ -84,20 +57,15 @@ class Stages:
         self.rank, self.groups, self.store = rank, groups, store
         self.algorithm, self.steps = scenario.algorithm, algorithm_of(scenario)
         self.samples, self.seed = scenario.workload.samples, scenario.simulation.seed
-        self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks and self._runs(n)}
-        self._whole: dict[str, WholeCopy] = {}
+        together = kept_together(graph, self.samples, scenario.workload.responses_per_prompt)
+        self.split = Split(graph, self.samples, together)
+        self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks}
+        self._copy = cache(lambda name: WholeCopy(self.engines[name], scenario.weight_sync.bucket_bytes))
         self._lengths = cache(lambda iteration: draw_lengths(scenario.workload, self.seed, iteration, length_dir()))
-        self._kinds: dict[str, Callable[[Firing, Stage], dict[int, Fields] | None]] = {
-            "generate": self._generate,
-            "score": self._score,
-            "train": self._train,
-            "sync": self._sync,
-            "store": self._store,
-        }
 
     def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None:
-        """(What the inbox holds lies in the store as well.)"""
-        return self._kinds[stage.kind](f, stage) if stage.kind in self._kinds else None
+        """(What the inbox holds lies in the store as well.) A swap has no work."""
+        return None if stage.kind == "swap" else getattr(self, f"_{stage.kind}")(f, stage)
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """All parameters of a model copy, whole, on the host; all ranks of the copy call it."""
@@ -105,11 +73,6 @@ class Stages:
         with engine.session():
             names = [n for n, _ in engine.module.named_parameters()]
             return {n: w.cpu().clone() for bucket in engine.buckets(names, 1e9) for n, w in bucket}
-
-    # -- models -------------------------------------------------------------------------------------------
-
-    def _runs(self, name: str) -> bool:
-        return not (name == "reward" and self.algorithm.reward == "function")
 
     def _heads(self, name: str) -> dict[str, bool]:
         actor = name.removeprefix("shadow_") in ("actor", "reference")
@@ -120,47 +83,25 @@ class Stages:
         module = models.build(role, held.use, self.seed, train=held.purpose == "train", **self._heads(held.name))
         return Engine(held, module, self.groups, self.algorithm)
 
-    # -- a firing's samples -------------------------------------------------------------------------------
-
-    def _shares(self, f: Firing, stage: Stage, samples: int) -> list[list[int]]:
-        """The samples of each rank of the place."""
-        return [share.tolist() for share in per_replica(samples_of(self.graph, f, samples), stage.size)]
-
-    def _lane(self, lane: int) -> range:
-        return range(lane * self.samples // self.graph.lanes, (lane + 1) * self.samples // self.graph.lanes)
-
-    def _of_lane(self, f: Firing, lane: int) -> list[int]:
-        """The samples of a firing that lie in a lane."""
-        return [s for s in samples_of(self.graph, f, self.samples).tolist() if s in self._lane(lane)]
-
-    def _at_home(self, f: Firing, stage: Stage) -> bool:
-        """Whether every rank's share lies on it."""
-        shares = self._shares(f, stage, self.samples)
-        homes = {s: stage.home(lane, f.place) for lane in stage.lanes_of(f.place) for s in self._lane(lane)}
-        return all(homes[s] == rank for rank, own in zip(stage.ranks_of(f.place), shares, strict=True) for s in own)
-
-    def _mine(self, f: Firing, stage: Stage) -> Numbered:
+    def _mine(self, f: Firing, stage: Stage) -> Samples:
         """This rank's share with all that is known of it. Raises KeyError where a lane's data have not come."""
-        place, known, at_home = stage.ranks_of(f.place), dict[int, Sample](), self._at_home(f, stage)
+        known: Samples = {}
         for lane in stage.lanes_of(f.place):
-            home, wanted, found = stage.home(lane, f.place), self._of_lane(f, lane), dict[int, Sample]()
-            if home == self.rank:
-                found = self._known(f.iteration, lane, wanted)
-            if not at_home and wanted:
-                fields = ppo.packed(list(found.values()), list(found[wanted[0]])) if home == self.rank else None
-                found = _unpacked(self.groups.broadcast_fields(fields, home, place), wanted)
-            known |= found
-        return [(s, ppo.trimmed(known[s])) for s in self._shares(f, stage, self.samples)[place.index(self.rank)]]
+            if stage.home(lane, f.place) == self.rank:
+                known |= self._known(f.iteration, lane, self.split.of_lane(f, lane))
+        if not self.split.at_home(f):
+            known = self.groups.exchange(known, stage.ranks_of(f.place))
+        return {s: ppo.trimmed(known[s]) for s in self.split.share(f, self.rank)}
 
-    def _known(self, iteration: int, lane: int, wanted: Sequence[int]) -> dict[int, Sample]:
+    def _known(self, iteration: int, lane: int, wanted: Sequence[int]) -> Samples:
         """Everything that lies here of some samples of a lane; later stages replace what earlier ones said."""
-        known: dict[int, Sample] = {s: {} for s in wanted}
+        known: Samples = {s: {} for s in wanted}
         for stage in self.graph.stages():
             if stage.kind not in ("generate", "score") or lane not in stage.serves:
                 continue
             for chunk, fields in self.store.chunks(iteration, stage.name, lane).items():
                 place = next(iter(stage.places_for(range(lane, lane + 1), chunk)))
-                ids = self._of_lane(Firing(iteration, stage.name, chunk, max(place, 0)), lane)
+                ids = self.split.of_lane(Firing(iteration, stage.name, chunk, max(place, 0)), lane)
                 for s, sample in _unpacked(fields, ids).items():
                     known.get(s, {}).update(sample)
         for s, sample in known.items():
@@ -168,32 +109,25 @@ class Stages:
                 raise KeyError(f"sample {s} of iteration {iteration} is not on rank {self.rank}")
         return known
 
-    def _home(self, f: Firing, stage: Stage, results: dict[int, Sample], names: Sequence[str]) -> dict[int, Fields]:
+    def _home(self, f: Firing, stage: Stage, results: Samples, names: Sequence[str]) -> dict[int, Fields]:
         """Results by lane, on the ranks where the lanes are at home."""
-        place, found = stage.ranks_of(f.place), {}
-        at_home, shares = self._at_home(f, stage), self._shares(f, stage, self.samples)
-        for lane in stage.lanes_of(f.place):
-            home, wanted = stage.home(lane, f.place), self._of_lane(f, lane)
-            if not at_home:
-                mine = [s for s in wanted if s in results]
-                parts = self.groups.gather_fields(ppo.packed([results[s] for s in mine], names), home, place)
-                for share, part in zip(shares, parts or [], strict=bool(parts)):
-                    results |= _unpacked(part, [s for s in wanted if s in share])
-            if home == self.rank:
-                found[lane] = ppo.packed([results[s] for s in wanted], names)
-        return found
+        if not self.split.at_home(f):
+            results = self.groups.exchange(results, stage.ranks_of(f.place))
+        return {
+            lane: ppo.packed([results[s] for s in self.split.of_lane(f, lane)], names)
+            for lane in stage.lanes_of(f.place)
+            if stage.home(lane, f.place) == self.rank
+        }
 
     def _carried(self, stage: Stage) -> set[str]:
         """The fields that some stage wants of this one as messages."""
         return {name for *_, carries in self.graph.out_edges(stage.name, data="carries") for name in carries}
 
-    # -- generate -----------------------------------------------------------------------------------------
-
     def _generate(self, f: Firing, stage: Stage) -> dict[int, Fields] | None:
         chosen, validation = self.scenario.generation, stage.name == "testing"
         samples = self.scenario.periodic.validation_prompts if validation else self.samples
-        place, shares = stage.ranks_of(f.place), self._shares(f, stage, samples)
-        requests = [self._request(f.iteration, s, validation, samples) for s in shares[place.index(self.rank)]]
+        share = replace(self.split, samples=samples).share(f, self.rank)
+        requests = [self._request(f.iteration, s, validation, samples) for s in share]
         sampled = self.scenario.workload.responses == "sampled"
         fields = ("tokens", "mask", *({"log_probs"} & self._carried(stage)))
         engine = self.engines[stage.model]
@@ -204,17 +138,15 @@ class Stages:
                 stack.enter_context(models.merged(module))
             work = generate.Generation(
                 module,
-                module.body.config,
                 requests,
                 continuous=chosen.continuous,
                 rows=chosen.max_sequences if chosen.continuous else chosen.batch_samples or len(requests),
                 prefill_tokens=chosen.prefill_tokens,
                 end=END_OF_SEQUENCE if sampled else None,
                 log_probs="log_probs" in fields,
-                dtype=models.DTYPES[engine.use.precision],
                 device=self.groups.device,
             )
-            generate.run(work, self._in_step(work, place, sampled) if together else None)
+            generate.run(work, self._in_step(work, stage.ranks_of(f.place), sampled) if together else None)
         if validation:
             return None
         return self._home(f, stage, {r.sample: _sample(r) for r in requests}, fields)
@@ -229,12 +161,7 @@ class Stages:
 
     def _decoder(self, engine: Engine, together: bool) -> AbstractContextManager[nn.Module]:
         """The module that decodes: the engine's own, or under ZeRO-3 a whole copy for this call."""
-        if together or not engine.sharded:
-            return engine.session()
-        name = engine.holding.name
-        if name not in self._whole:
-            self._whole[name] = WholeCopy(engine, self.scenario.weight_sync.bucket_bytes)
-        return self._whole[name].session()
+        return engine.session() if together or not engine.sharded else self._copy(engine.holding.name).session()
 
     def _in_step(self, work: generate.Generation, place: Sequence[int], sampled: bool) -> Callable[[bool], bool]:
         """Every rank makes as many passes as the slowest: agreed on beforehand where lengths are forced."""
@@ -248,12 +175,10 @@ class Stages:
 
         return any_busy
 
-    # -- score --------------------------------------------------------------------------------------------
-
     def _score(self, f: Firing, stage: Stage) -> dict[int, Fields]:
         fields: Sequence[str] = self.steps.step(base_name(stage.name)).fields
-        samples = dict(self._mine(f, stage))
-        if self._runs(stage.model):
+        samples = self._mine(f, stage)
+        if stage.model in self.holdings:
             results = self._judged(f, stage, samples, fields)
         else:
             results = {s: {"score": ppo.share_of_even_tokens(sample)} for s, sample in samples.items()}
@@ -265,43 +190,38 @@ class Stages:
         return self._home(f, stage, results, fields)
 
     @torch.no_grad()
-    def _judged(self, f: Firing, stage: Stage, samples: dict[int, Sample], fields: Sequence[str]) -> dict[int, Sample]:
-        engine, results = self.engines[stage.model], {s: Sample() for s in samples}
+    def _judged(self, f: Firing, stage: Stage, samples: Samples, fields: Sequence[str]) -> Samples:
+        engine, results = self.engines[stage.model], defaultdict[int, Sample](dict)
         with engine.session() as module:
-            for some in self._micro_batches(f, stage, list(samples.items()), engine.use.score_micro_batch_samples):
+            for some in self._micro_batches(f, samples, engine.use.score_micro_batch_samples):
                 batch = self._batch([sample for _, sample in some])
                 out = module(**batch.inputs)
                 sizes = [int((sample["mask"] == ppo.RESPONSE).sum()) for _, sample in some]
+                judged = {"score": ("state_values", batch.ends), "values": ("state_values", batch.before)}
                 for name in fields:
-                    if name == "score":
-                        parts: Sequence[Tensor] = out["state_values"][batch.ends].cpu().unbind()
-                    else:
-                        values = name == "values"
-                        found = out["state_values"][batch.before] if values else out["log_probs"][batch.responses]
-                        parts = found.cpu().split(sizes)
-                    for (s, _), part in zip(some, parts, strict=True):
-                        if s in results:
-                            results[s][name] = part
+                    head, at = judged.get(name, ("log_probs", batch.responses))
+                    found = out[head][at].cpu()
+                    for (s, _), part in zip(some, found.split(sizes) if name != "score" else found, strict=True):
+                        results[s][name] = part
+        results.pop(NOBODY, None)
         return results
 
-    def _micro_batches(self, f: Firing, stage: Stage, mine: Numbered, size: int) -> Iterator[Numbered]:
+    def _micro_batches(self, f: Firing, mine: Samples, size: int) -> Iterator[list[tuple[int, Sample]]]:
         """As many on every rank, since ranks meet in each; without samples of its own a rank takes one of no weight."""
-        count = max(1, *(-(-len(own) // size) for own in self._shares(f, stage, self.samples)))
+        count, waiting = max(1, *(-(-len(own) // size) for own in self.split.shares(f).values())), iter(mine.items())
         nothing = {"tokens": torch.zeros(2, dtype=torch.long), "mask": torch.tensor([ppo.PROMPT, ppo.RESPONSE])}
-        for k in range(count):
-            yield mine[k * size : (k + 1) * size] or [(-1, nothing)]
+        for _ in range(count):
+            yield list(islice(waiting, size)) or [(NOBODY, nothing)]
 
     def _batch(self, samples: Sequence[Sample]) -> ppo.Batch:
         workload = self.scenario.workload
         longest = workload.prompt_tokens.longest + workload.response_tokens.longest
         return ppo.batch(samples, longest if workload.padded else None, self.groups.device)
 
-    # -- train --------------------------------------------------------------------------------------------
-
     def _train(self, f: Firing, stage: Stage) -> None:
         """One update on a mini-batch: a mean over all its response tokens, however they are split."""
         engine, chosen = self.engines[stage.model], self.algorithm
-        mine = dict(self._mine(f, stage))
+        mine = self._mine(f, stage)
         for s, sample in mine.items():
             if "rewards" not in sample:
                 mine[s] = sample | {"rewards": ppo.shaped_rewards(sample, chosen.kl_coefficient)}
@@ -310,26 +230,24 @@ class Stages:
         tokens = torch.tensor(float(sum(len(s["rewards"]) for s in ready.values())), device=self.groups.device)
         if stage.size > 1:
             self.groups.all_reduce(tokens, stage.ranks_of(f.place))
-        micro_batches = list(self._micro_batches(f, stage, list(ready.items()), engine.use.micro_batch_samples))
+        micro_batches = list(self._micro_batches(f, ready, engine.use.micro_batch_samples))
         with engine.session():
-            engine.training(True)
+            engine.callable.train()
             for k, some in enumerate(micro_batches):
                 loss = self._loss(engine, [sample for _, sample in some], stage.model)
                 engine.backward(loss / tokens, last=k == len(micro_batches) - 1)
             with self.groups.meter.section("optimizer"):
                 engine.step()
-            engine.training(False)
+            engine.callable.eval()
 
     def _loss(self, engine: Engine, samples: Sequence[Sample], model: str) -> Tensor:
         """The sum over response tokens; of a sample of no weight, zero that depends on all parameters."""
         batch, chosen = self._batch(samples), self.algorithm
-        out = (engine.engine if engine.deepspeed else engine.module)(**batch.inputs)
+        out = engine.callable(**batch.inputs)
         if "rewards" not in samples[0]:
             return sum(x.sum() for x in out.values()) * 0.0
-        of = {
-            name: torch.cat([s[name] for s in samples]).to(self.groups.device)
-            for name in ("log_probs", "values", "advantages", "returns")
-        }
+        names = ("log_probs", "values", "advantages", "returns")
+        of = {name: torch.cat([s[name] for s in samples]).to(self.groups.device) for name in names}
         value = policy = torch.zeros((), device=self.groups.device)
         if "state_values" in out:
             values = out["state_values"][batch.before]
@@ -339,11 +257,8 @@ class Stages:
             policy = ppo.policy_loss(log_probs, of["log_probs"], of["advantages"], chosen.clip_ratio)
         return value if model == "critic" else policy + chosen.value_coefficient * value
 
-    # -- weights move -------------------------------------------------------------------------------------
-
     def _sync(self, f: Firing, stage: Stage) -> None:
         """New weights into the other copy, in buckets: in place on the same ranks, else from the first that trains."""
-        assert stage.target is not None
         chosen = self.scenario.weight_sync
         source, target = self.holdings[stage.model], self.holdings[stage.target]
         engine, copy = self.engines.get(stage.model), self.engines.get(stage.target)
@@ -352,39 +267,31 @@ class Stages:
                 if held is not None:
                     stack.enter_context(held.session())
             if source.ranks[0] in target.ranks:  # all are: strategies place a copy on the same ranks or on others
-                assert engine is not None and copy is not None
                 written = dict(copy.module.named_parameters())
                 for bucket in engine.buckets(self._moved(engine, stage.target), chosen.bucket_bytes):
                     for name, weight in bucket:
                         written[name].copy_(weight)
-            elif engine is not None:
-                for bucket in engine.buckets(self._moved(engine, stage.target), chosen.bucket_bytes):
-                    self._pass_on(torch.cat([w.reshape(-1) for _, w in bucket]), source, target, chosen.method)
-            elif copy is not None:
-                for bucket in copy.buckets(self._moved(copy, stage.target), chosen.bucket_bytes, write=True):
-                    flat = torch.cat([w.reshape(-1) for _, w in bucket])
-                    self._pass_on(flat, source, target, chosen.method)
-                    for (_, weight), part in zip(bucket, flat.split([w.numel() for _, w in bucket]), strict=True):
-                        weight.copy_(part.view_as(weight))
+            elif (held := engine or copy) is not None:
+                names, write = self._moved(held, stage.target), held is copy
+                for bucket in held.buckets(names, chosen.bucket_bytes, write=write):
+                    weights = [weight for _, weight in bucket]
+                    passed = flat(weights)
+                    self._pass_on(passed, source, target, chosen.method)
+                    if write:
+                        fill(weights, passed)
 
     def _moved(self, engine: Engine, target: str) -> list[str]:
         """What trains, as far as the copy has it; both ends list it in the same order."""
         names = models.trained_names(engine.module, engine.use)
         return [n for n in names if self._heads(target)["value"] or not n.startswith("value_head")]
 
-    def _pass_on(self, flat: Tensor, source: Holding, target: Holding, method: str) -> None:
+    def _pass_on(self, weights: Tensor, source: Holding, target: Holding, method: str) -> None:
         """From the first rank of `source` to every rank of `target`: once to all, or to one after the other."""
-        first, ranks = source.ranks[0], (source.ranks[0], *target.ranks)
-        if self.rank not in ranks:
-            return
-        if method == "broadcast":
-            self.groups.broadcast(flat, first, ranks)
-            return
-        for other in target.ranks:
-            if self.rank in (first, other):
-                self.groups.broadcast(flat, first, (first, other))
-
-    # -- storage ------------------------------------------------------------------------------------------
+        first = source.ranks[0]
+        apart = [(first, other) for other in target.ranks]
+        for ranks in [(first, *target.ranks)] if method == "broadcast" else apart:
+            if self.rank in ranks:
+                self.groups.broadcast(weights, first, ranks)
 
     def _store(self, f: Firing, stage: Stage) -> None:
         """A checkpoint of all that trains here, dropped at once: what counts is the time that it takes."""
@@ -394,24 +301,13 @@ class Stages:
                     engine.write(Path(folder))
 
 
-def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str) -> set[tuple[int, ...]]:
-    """Ranks between which weights move from copy to copy; process groups are needed for them."""
-    sets: set[tuple[int, ...]] = set()
-    for stage in graph.stages():
-        if stage.kind == "sync" and stage.target is not None:
-            first, others = holdings[stage.model].ranks[0], holdings[stage.target].ranks
-            if first not in others:
-                sets |= {(first, *others)} if method == "broadcast" else {(first, other) for other in others}
-    return sets
-
-
 def _sample(r: generate.Request) -> Sample:
     mask = torch.tensor([ppo.PROMPT] * len(r.prompt) + [ppo.RESPONSE] * len(r.tokens))
     found = {"tokens": torch.tensor([*r.prompt.tolist(), *r.tokens]), "mask": mask}
     return found | ({"log_probs": torch.tensor(r.log_probs)} if r.log_probs else {})
 
 
-def _unpacked(fields: dict[str, Tensor], ids: Sequence[int]) -> dict[int, Sample]:
+def _unpacked(fields: dict[str, Tensor], ids: Sequence[int]) -> Samples:
     """The samples of a message, on the host: their arithmetic is small and goes sample by sample."""
     on_host = {name: rows.cpu() for name, rows in fields.items()}
     return {s: {name: rows[i] for name, rows in on_host.items()} for i, s in enumerate(ids)} if fields else {}

@@ -23,6 +23,7 @@ from rlhfsim.firing import Firing
 from .meter import Meter
 
 FAILED = 1  # exit code
+CLOSE = b"\0"  # no signal has this number
 # What gloo says on the survivors when a peer has died; who that was, its watcher knows better.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -38,27 +39,30 @@ class Watch(threading.Thread):
     (its process is gone, stopped, or holds the interpreter). save: called on one rank before all end, with the reason.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int, meter: Meter, *, timeout_seconds: float = 600.0,
-                 silence_seconds: float = 20.0, save: Callable[[str], None] = lambda reason: None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        ranks: int,
+        meter: Meter,
+        *,
+        timeout_seconds: float = 600.0,
+        silence_seconds: float = 20.0,
+        save: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.ranks, self.meter, self.save = store.clone(), rank, ranks, meter, save
         self._own = store  # of the main thread: a store's client does one thing at a time
         self.timeout_seconds, self.silence_seconds = timeout_seconds, silence_seconds
         self._beat_seconds = min(0.5, silence_seconds / 8)
         self._doing, self._since = "its setup", None  # type: str, float | None
-        self._closing = threading.Event()
-        self._terminated: socket.socket | None = None
-
-    # -- called by the main thread ------------------------------------------------------------------------
+        self._wake, self._woken = socket.socketpair()  # the thread waits for its next beat here
+        self._wake.setblocking(False)
 
     def heed_sigterm(self) -> None:
         """Wait for the reason when the launcher ends the ranks because one of them failed (main thread only)."""
-        self._terminated, end = socket.socketpair()
-        self._terminated.setblocking(False)
-        end.setblocking(False)
-        self._end = end
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # runs when the main thread is not blocked; this comes at once:
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
 
     def enter(self, f: Firing) -> None:
         """From now on this rank is at work on f."""
@@ -78,56 +82,46 @@ class Watch(threading.Thread):
         self.join()
 
     def close(self) -> None:
-        self._closing.set()
+        self._wake.send(CLOSE)
         self.join()
-
-    # -- the thread ---------------------------------------------------------------------------------------
 
     def run(self) -> None:
         try:
             self._watch()
         except Exception as error:
             # The process that keeps the store has ended; nothing can be asked any more.
-            self._end_process(f"rank {self.rank} lost the store while in {self._doing} ({type(error).__name__}): the "
-                              "launcher, or the rank that keeps it, has ended", alone=True)
+            lost = f"rank {self.rank} lost the store while in {self._doing} ({type(error).__name__})"
+            self._end_process(f"{lost}: the launcher, or the rank that keeps it, has ended", alone=True)
 
     def _watch(self) -> None:
-        beat, last, changed, told_to_end = 0, b"", time.monotonic(), None
+        beat, last, changed, told_to_end = 0, "", time.monotonic(), None
         other = (self.rank + 1) % self.ranks
-        while not self._closing.is_set():
+        while True:
             self.store.set(f"alive/{self.rank}", str(beat := beat + 1))
-            if self.store.check(["failure"]):
-                self._end_process(self.store.get("failure").decode())
+            if failure := self._said("failure"):
+                self._end_process(failure)
             now, since = time.monotonic(), self._since
-            if self.ranks > 1:
-                seen = self.store.get(f"alive/{other}") if self.store.check([f"alive/{other}"]) else b""
-                if seen != last:
-                    last, changed = seen, now
-                elif now - changed > self.silence_seconds and seen != b"closed":
-                    doing = self._doing_of(other)
-                    self._post(self.store, f"rank {other} has died or does not answer; it was in {doing}")
+            if (seen := self._said(f"alive/{other}")) != last:
+                last, changed = seen, now
+            elif now - changed > self.silence_seconds and seen != "closed":
+                doing = self._said(f"doing/{other}", "its setup")
+                self._post(self.store, f"rank {other} has died or does not answer; it was in {doing}")
             # One that waits inside a collective leaves it to the rank that keeps the others waiting to speak first.
             grace = 4 * self._beat_seconds if self.meter.inside else 0.0
             if since is not None and now - since > self.timeout_seconds + grace:
-                inside = f", inside {self.meter.inside}" if self.meter.inside else ""
-                self._post(self.store, f"rank {self.rank} has been in {self._doing} for {now - since:.1f} s{inside} "
-                           f"(at most {self.timeout_seconds:g} s are allowed)")
-            if self._told_to_end(self._beat_seconds):
-                told_to_end = now
+                where = self._doing + (f", inside {self.meter.inside}," if self.meter.inside else "")
+                allowed = f"at most {self.timeout_seconds:g} s are allowed"
+                self._post(self.store, f"rank {self.rank} has been in {where} for {now - since:.1f} s ({allowed})")
+            woken = self._woken.recv(64) if select.select([self._woken], [], [], self._beat_seconds)[0] else b""
+            if CLOSE in woken:
+                break
+            told_to_end = now if signal.SIGTERM in woken else told_to_end
             if told_to_end is not None and now - told_to_end > 2 * self.silence_seconds:
                 self._post(self.store, f"rank {self.rank} was told to end (SIGTERM) in {self._doing}")
         self.store.set(f"alive/{self.rank}", "closed")
 
-    def _told_to_end(self, seconds: float) -> bool:
-        """Wait for the next beat; whether SIGTERM came meanwhile (a handler would run in the main thread, which may be
-        blocked)."""
-        self._closing.wait(seconds)
-        if self._terminated is None or not select.select([self._terminated], [], [], 0)[0]:
-            return False
-        return signal.SIGTERM in self._terminated.recv(64)
-
-    def _doing_of(self, rank: int) -> str:
-        return self.store.get(f"doing/{rank}").decode() if self.store.check([f"doing/{rank}"]) else "its setup"
+    def _said(self, key: str, otherwise: str = "") -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else otherwise
 
     @staticmethod
     def _post(store: Store, reason: str) -> None:

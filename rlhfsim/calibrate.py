@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -28,13 +29,13 @@ from .errors import InputError
 from .fitting import (
     Data,
     errors,
-    fit_collective,
     fit_decode,
     fit_gemm,
     fit_memory,
     fit_prefill,
     fit_prefill_backward,
     fit_weight_gradient,
+    measured_collective,
     number,
     split,
     write_kernels,
@@ -203,6 +204,8 @@ def calibrate(bench_paths: Sequence[str | Path], runs: Sequence[tuple[str, str]]
         timeline.read(recorded)  # complains before any work is done
         fitted_on[Path(recorded).name] = digest(Path(recorded))
     kernels, link, nic = _kernels(name, benches, tables)
+    if any(bench.machine.get("device") == "cpu" for bench in benches.values()):
+        kernels = _as_in_models(kernels, _cluster(name, benches, tables, kernels, link, nic, []), tables, link)
     cluster = _cluster(name, benches, tables, kernels, link, nic, list(fitted_on.values()))
     fits = {
         curve: fit.model_dump(exclude={"source", "measured", "note"})
@@ -284,6 +287,34 @@ def _kernels(name: str, benches: Mapping[str, Bench], tables: Tables) -> tuple[d
     return record, link, nic
 
 
+# Shares of the bandwidth that products and attention over the cache have alone; see `_as_in_models`.
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def _as_in_models(kernels: dict[str, Any], cluster: dict[str, Any], tables: Tables, link: float) -> dict[str, Any]:
+    """The curves with the bandwidths under which passes and decode steps of the benches fit best.
+
+    On a CPU all that streams by in a model (other weights, activations, the interpreter) competes for the caches, and
+    products and attention read their weights and keys slower than alone.
+    """
+
+    def scaled(gemm: float, decode: float) -> dict[str, Any]:
+        slower = {p: _slower(curve, gemm) for p, curve in kernels["gemm"].items()}
+        return kernels | {"gemm": slower, "decode": _slower(kernels["decode"], decode)}
+
+    def misfit(shares: tuple[float, float]) -> float:
+        host = _Host(scaled(*shares), cluster, tables, link)
+        host.overheads()
+        fits = [host.fits.get(name) for name in ("passes.forward", "passes.backward", "decode_step")]
+        return float(sum(fit["mean_error"] for fit in fits if fit))
+
+    return scaled(*min(product(SHARES, SHARES), key=misfit))
+
+
+def _slower(curve: dict[str, Any], share: float) -> dict[str, Any]:
+    return curve | {"memory_efficiency": number(share * curve["memory_efficiency"])}
+
+
 def _collectives(rows: list[Row]) -> tuple[dict[str, dict[int, dict[str, Any]]], float]:
     """Curves by operation and ranks, and the fastest link's rate.
 
@@ -297,7 +328,7 @@ def _collectives(rows: list[Row]) -> tuple[dict[str, dict[int, dict[str, Any]]],
     curves: dict[str, dict[int, dict[str, Any]]] = {}
     for op, ranks in dict.fromkeys((r["op"], int(r["ranks"])) for r in rows):
         data = _data(_of(rows, op=op, ranks=ranks), ["link", "bytes"], ["link", "bytes"])
-        curves.setdefault(op, {})[ranks] = fit_collective(data, op, ranks, data.column("link"), "bench", fastest=1.5)
+        curves.setdefault(op, {})[ranks] = measured_collective(data, op, ranks, data.column("link"), "bench")
     return curves, max(r["link"] for r in rows)
 
 
@@ -336,11 +367,7 @@ class _Host:
             layer, step, sequence = self._solve(
                 "decode_step", self.steps, terms, lambda r: self._decode(r) + found["eager_pass_seconds"]
             )
-            found |= {
-                "decode_layer_seconds": layer,
-                "decode_step_seconds": step,
-                "decode_sequence_seconds": sequence,
-            }
+            found |= {"decode_layer_seconds": layer, "decode_step_seconds": step, "decode_sequence_seconds": sequence}
         if engines := self._deepspeed():
             found["deepspeed"] = engines
         return found
@@ -412,9 +439,8 @@ class _Host:
     def _engine(self, row: Row) -> float:
         """What the engine's phase takes without DeepSpeed's own host time; an update is Adam on this rank's share."""
         moved, stage = row["collectives"], int(row["zero_stage"])
-        if row["phase"] == "gather":  # layer by layer, as costs.generation has it
-            sizes = sum(size for _, size in moved.values())
-            return self._moving(row, {"all_gather": [self._shape(row).layers, sizes]}) if sizes else 0.0
+        if row["phase"] == "gather":
+            return self._moving(row, moved)
         if row["phase"] != "step":
             return float((self._base(row) or row)["seconds"]) + self._moving(row, moved)
         whole = {op: calls for op, calls in moved.items() if op == "all_gather" and stage in (1, 2)}
@@ -606,7 +632,7 @@ def _predicted(scenario: str, cluster: Path) -> tuple[dict[str, float], float]:
     own = load_scenario(scenario).cluster
     calibrated: dict[str, Any] = {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}
     if own.nodes > 1:
-        calibrated["network"] = {"nic_bytes_per_second": own.network.nic_bytes_per_second}
+        calibrated["network"] = {"nic_bytes_per_second": own.network.nic_bytes_per_second.value}
     run = simulate(prepare(load_scenario(scenario, {"cluster": calibrated})))
     return metrics.stage_seconds(run), metrics.step_seconds(run)
 

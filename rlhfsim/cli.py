@@ -188,13 +188,14 @@ def trace(timelines: tuple[str, ...], out: str) -> None:
 @cli.command("plot")
 @click.argument("timelines", nargs=-1, required=True)
 @click.option("-o", "--out", type=str, default="timeline.png", show_default=True)
-def plot(timelines: tuple[str, ...], out: str) -> None:
-    """Timeline files side by side as one figure (PNG or SVG)."""
+@click.option("--iteration", type=click.IntRange(min=0), help="Show this one only, each timeline's from 0 s on.")
+def plot(timelines: tuple[str, ...], out: str, iteration: int | None) -> None:
+    """Timeline files, simulated and real ones, one above the other on one time axis (PNG or SVG)."""
     from . import timeline as reader
     from .plot import gantt
 
     _drawable(out)
-    gantt({name: reader.read(path) for name, path in _named(timelines).items()}, out)
+    gantt({name: reader.read(path) for name, path in _named(timelines).items()}, out, iteration=iteration)
 
 
 @cli.command("validate")

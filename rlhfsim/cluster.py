@@ -45,6 +45,7 @@ class Curve(NamedTuple):
     latency_seconds: float
     efficiency: float
     exponent: float
+    measured: tuple[tuple[float, float], ...] = ()  # see CollectiveCurve; instead of the formula
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _nearest(measured: Iterable[int], number: int) -> int:
 
 def _by_op(measured: Mapping[Collective, Mapping[int, CollectiveCurve]]) -> dict[Op, dict[int, Curve]]:
     return {
-        op: {n: Curve(c.alpha_seconds, c.efficiency, c.exponent) for n, c in curves.items()}
+        op: {n: Curve(c.alpha_seconds, c.efficiency, c.exponent, c.measured) for n, c in curves.items()}
         for op, curves in measured.items()
     }
 
@@ -276,10 +277,13 @@ class ClusterTopology:
             op = "all_reduce"
         if copy:
             curve = self.collectives.curve(op, 1)
-            return Route(self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent)
+            return Route(
+                self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent, curve.measured
+            )
         usage, nodes = self._usage(op, members)
         latency = max(self._latency(op, n, k) for n, k in set(zip(sizes.tolist(), nodes.tolist(), strict=True)))
-        return Route(self._named(usage), latency, self._exponent(op, int(sizes.max()), int(nodes.max())))
+        exponent, measured = self._shape(op, int(sizes.max()), int(nodes.max()))
+        return Route(self._named(usage), latency, exponent, measured)
 
     def _host_memory_route(self, groups: Groups) -> Route:
         """Every rank's bytes on its node's memory, at the nominal rate. No link between devices, yet others wait."""
@@ -288,11 +292,13 @@ class ClusterTopology:
         ranks = np.array([rank for group in groups for rank in group])
         return Route(self._named(self._assemble(ranks, pcie=None, switch=None, memory=np.ones(len(ranks)))), 0.0, 1.0)
 
-    def _exponent(self, op: Op, ranks: int, nodes: int) -> float:
+    def _shape(self, op: Op, ranks: int, nodes: int) -> tuple[float, tuple[tuple[float, float], ...]]:
+        """Exponent and measured points of a curve."""
         if nodes == 1:
-            return self.collectives.curve(op, ranks).exponent
+            curve = self.collectives.curve(op, ranks)
+            return curve.exponent, curve.measured
         across = self.collectives.across_curve(op, nodes)
-        return across.exponent if across else self.collectives.network_exponent
+        return (across.exponent, across.measured) if across else (self.collectives.network_exponent, ())
 
     def _can_read_peers(self, groups: list[tuple[int, ...]]) -> bool:
         """Whether an engine's own all-reduce works: each group in one node with NVLink, and a curve for it."""

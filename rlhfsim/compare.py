@@ -164,7 +164,7 @@ def settings(setup: Setup) -> dict[str, Any]:
     for role in ("actor", "critic"):
         if any(s.model == role and s.kind == "train" for s in graph.stages()):
             used[f"models.{role}.micro_batch_samples"] = getattr(scenario.models, role).micro_batch_samples
-    for role in ("actor", "critic", "reference", "reward"):
+    for role in scenario.roles:
         if any(s.model.endswith(role) and s.kind == "score" for s in graph.stages()):
             used[f"models.{role}.score_micro_batch_samples"] = getattr(scenario.models, role).score_micro_batch_samples
     used |= {f"strategy.{name}": value for name, value in scenario.strategy.options.items()}

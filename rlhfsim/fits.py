@@ -136,7 +136,7 @@ class Memory:
     def during(self, stage: Stage, rank: int, tokens: tuple[int, int] | None = None) -> Bytes:
         """Bytes on a rank while `stage` runs there; tokens: prompt and response length (default: the longest)."""
         prompt, response = tokens or self.longest
-        if stage.kind in ("swap", "store"):
+        if not self._needs_memory(stage):
             return self.resting(rank)
         if stage.kind == "sync":
             return self._while_syncing(stage, rank)
@@ -146,6 +146,10 @@ class Memory:
         use = self.holdings[stage.model].use
         micro = use.micro_batch_samples if stage.kind == "train" else use.score_micro_batch_samples
         return resting + self._passing(stage, rank, min(micro, self.samples_per_replica(stage)), prompt + response)
+
+    def _needs_memory(self, stage: Stage) -> bool:
+        """Not a hand-over, a checkpoint, or a reward that a function computes."""
+        return stage.kind not in ("swap", "store") and stage.model in self.holdings
 
     def _passing(self, stage: Stage, rank: int, samples: int, sequence: int) -> Bytes:
         """What scoring or training micro-batches of so many samples adds."""
@@ -267,7 +271,7 @@ class Memory:
         for rank in self.rank_kinds:
             yield Instant(rank, "resting", self.resting(rank))
             for stage in self.graph.stages():
-                if rank in stage.ranks and stage.kind not in ("swap", "store"):
+                if rank in stage.ranks and self._needs_memory(stage):
                     yield Instant(rank, stage.name, self.during(stage, rank, tokens))
 
     # -- the answer ---------------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ class Memory:
         """By `models.<role>.micro_batch_samples` (and `score_...`): the largest that fits at maximum lengths."""
         found: dict[str, int] = {}
         for stage in self.graph.stages():
-            if stage.kind not in ("score", "train"):
+            if stage.kind not in ("score", "train") or stage.model not in self.holdings:
                 continue
             role = stage.model.removeprefix("shadow_")
             key = f"models.{role}." + ("micro_batch_samples" if stage.kind == "train" else "score_micro_batch_samples")

@@ -24,8 +24,10 @@ from .costs.kernels import (
     Rates,
     attention_decode_time,
     attention_prefill_time,
+    bus_factor,
     collective_seconds,
     gemm_time,
+    interpolated_seconds,
     memory_time,
 )
 from .errors import InputError
@@ -291,6 +293,30 @@ def fit_collective(
     start = [quickest, 0.7 if slowest > 40e9 else 0.2, 0.8]
     x = solve(predict, data, start, [0.5, 0.005, 0.3], [max(200.0, quickest), fastest, 8])
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data, note)}
+
+
+def measured_collective(data: Data, op: str, ranks: int, link: float | np.ndarray, source: str) -> dict[str, Any]:
+    """A curve through the measured points themselves, rising with the size; times of equal wire time are averaged.
+
+    link: bytes per second, of all rows or of each. The stated errors are those of each inner point, predicted from the
+    others.
+    """
+    from scipy.optimize import isotonic_regression
+
+    seconds = data.column("seconds")
+    wire = data.column("bytes") * bus_factor(cast(Collective, op), ranks) / link
+    order = np.argsort(wire)
+    rising = np.exp(isotonic_regression(np.log(seconds[order])).x)
+    points = [
+        (number(float(w)), number(float(rising[np.isclose(wire[order], w)].mean()))) for w in np.unique(wire.round(15))
+    ]
+    inner = range(1, len(points) - 1)
+    predicted = [float(interpolated_seconds(points[:i] + points[i + 1 :], np.array(points[i][0]))) for i in inner]
+    fit: dict[str, Any] = {"source": source, "rows": len(points), "note": "points, each predicted from the others"}
+    if predicted:
+        fit |= errors(np.array(predicted), np.array([points[i][1] for i in inner]))
+    curve = {"alpha_seconds": points[0][1], "efficiency": 1.0, "exponent": 1.0}
+    return curve | {"measured": [list(point) for point in points], "fit": fit}
 
 
 def _longest_fixed(data: Data) -> float:

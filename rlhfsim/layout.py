@@ -82,6 +82,8 @@ def devices_of(scenario: Scenario) -> Devices:
     cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
     owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
     together = {stage: use.ranks_per_replica for stage, use in owners.items() if use.zero_stage < 3}
+    if "reward" not in scenario.roles:  # every rank computes the function for its own samples
+        together["reward"] = 1
     own_engine = generation.engine == "engine"
     if own_engine or (generation.engine == "hybrid" and models.actor.zero_stage < 3):
         together["gen"] = generation.tensor_parallel
@@ -91,7 +93,7 @@ def devices_of(scenario: Scenario) -> Devices:
         "critic": models.critic.ranks_per_replica,
         "shadow_critic": models.critic.ranks_per_replica,
         "reference": models.reference.ranks_per_replica,
-        "reward": models.reward.ranks_per_replica,
+        "reward": together.get("reward", 1),
     }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
 
@@ -214,7 +216,7 @@ def _with_slots(
 
 
 def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
-    """Every copy of a model that the graph uses, by name (`actor`, `shadow_actor`, ...).
+    """Every copy of a model that the graph uses, by name (`actor`, `shadow_actor`, ...); of a function there is none.
 
     Raises InputError where ranks that work together are no whole number of replicas.
     """
@@ -224,6 +226,8 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         if stage.kind in IDLE_KINDS or stage.model in found:
             continue
         role = stage.model.removeprefix("shadow_")
+        if role not in scenario.roles:
+            continue
         use: ModelUse = getattr(models, role)
         purpose: Purpose = "train" if stage.model in training else "frozen"
         if stage.model == "shadow_actor":
@@ -244,9 +248,53 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
         )
         found[stage.model] = Holding(stage.model, use, purpose, ranks)
     for stage in graph.stages():
-        if stage.kind not in IDLE_KINDS:
+        if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
     return found
+
+
+def check_real(scenario: Scenario) -> None:
+    """Raises InputError for what a simulated scenario may have and a real run may not."""
+    generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
+    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    for role in scenario.roles:
+        use: ModelUse = getattr(scenario.models, role)
+        if (split := use.ranks_per_replica) > 1:
+            message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
+            raise InputError(message, field=f"models.{role}.tensor_parallel")
+        if (tokens := use.shape.vocabulary) != vocabulary:
+            message = f"has {tokens} tokens, the actor {vocabulary}; in a real run all models read the same tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+        if longest > (positions := use.shape.max_positions):
+            message = f"{use.spec} has {positions} positions, prompt and response up to {longest} tokens"
+            raise InputError(message, field=f"models.{role}.spec")
+    if (split := generation.tensor_parallel) > 1:
+        message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
+        raise InputError(message, field="generation.tensor_parallel")
+    if (routing := generation.routing) != "static":
+        message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
+        raise InputError(message, field="generation.routing")
+
+
+def rank_sets(graph: StageGraph, holdings: dict[str, Holding]) -> set[tuple[int, ...]]:
+    """Every set of ranks that any stage or model copy communicates in."""
+    sets = {stage.ranks_of(place) for stage in graph.stages() for place in range(stage.places)}
+    sets |= {stage.ranks for stage in graph.stages()} | {held.ranks for held in holdings.values()}
+    for held in holdings.values():
+        sets |= {held.ranks[k : k + held.replica] for k in range(0, len(held.ranks), held.replica)}
+        sets |= {held.ranks[k :: held.replica] for k in range(held.replica)}
+    return sets
+
+
+def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str) -> set[tuple[int, ...]]:
+    """Ranks between which weights move from copy to copy: from the first that trains to all of the other copy."""
+    sets: set[tuple[int, ...]] = set()
+    for stage in graph.stages():
+        if stage.kind == "sync" and stage.target is not None:
+            first, others = holdings[stage.model].ranks[0], holdings[stage.target].ranks
+            if first not in others:
+                sets |= {(first, *others)} if method == "broadcast" else {(first, other) for other in others}
+    return sets
 
 
 def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:
@@ -265,6 +313,22 @@ def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, H
             f"generation.engine zero3_per_token: with models.actor.zero_stage {scenario.models.actor.zero_stage} every "
             "rank has whole weights and nothing is gathered while generating"
         )
+    return notes + _reward_notes(scenario, graph)
+
+
+def _reward_notes(scenario: Scenario, graph: StageGraph) -> list[str]:
+    chosen = scenario.algorithm
+    if chosen.reward == "model":
+        unused = chosen.reward_function_seconds or chosen.reward_function_workers
+        return ["algorithm.reward model: the settings of a reward function are not used"] if unused else []
+    notes = [
+        "algorithm.reward function: no reward model is held or run, whatever models.reward says; the function takes "
+        f"algorithm.reward_function_seconds {chosen.reward_function_seconds:g} s a sample"
+    ]
+    judges = {r for s in graph.stages() if s.model == "reward" for r in s.ranks}
+    others = {r for s in graph.stages() if s.model != "reward" for r in s.ranks}
+    if idle := judges - others:
+        notes.append(f"strategy.ranks: rank {rank_text(sorted(idle))} only has the reward function; its GPU idles")
     return notes
 
 
@@ -275,7 +339,7 @@ def _tensor_groups(
     for stage in graph.stages():
         if stage.kind == "generate":
             yield "generation.tensor_parallel", scenario.generation.tensor_parallel, stage.ranks
-        elif stage.kind not in IDLE_KINDS:
+        elif stage.kind not in IDLE_KINDS and stage.model in holdings:
             role = stage.model.removeprefix("shadow_")
             yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
 

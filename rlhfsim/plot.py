@@ -83,6 +83,7 @@ def _figure(path: str | Path, height_inches: float, width_inches: float = WIDTH_
 
 class _Row(NamedTuple):
     label: str
+    ranks: frozenset[int]
     spans: Sequence[Span]
 
 
@@ -149,7 +150,7 @@ def _rows(timeline: Timeline, limit: int) -> tuple[list[_Row], int]:
     rows = []
     for pool in pools.values():
         count = max(1, len(pool) * min(limit, len(groups)) // len(groups))
-        rows += [_Row(_row_label(group), group.spans) for group in evenly(pool, count)]
+        rows += [_Row(_row_label(group), frozenset(group.ranks), group.spans) for group in evenly(pool, count)]
     return rows, len(groups) - len(rows)
 
 
@@ -169,7 +170,7 @@ def _headline(label: str, timeline: Timeline, skipped: int) -> str:
         f"{human_seconds(step_seconds(timeline))} per step",
         f"{100 * idle_share(timeline):.0f} % idle",
         where,
-        timeline.source,
+        *([] if timeline.source in label else [timeline.source]),
     ]
     if skipped:
         parts.append(f"{skipped} further rows not shown")
@@ -210,7 +211,7 @@ def _draw_rows(
             bars.append((start, width))
             fills.append(colours[base_stage(span.firing.stage)])
             edges.append(0.5 if width > 6 * pixel else 0.0)
-            waits_before, communication_from, communication, waits_after = _shares(span)
+            waits_before, communication_from, communication, waits_after = _shares(span, row.ranks)
             hidden += [(start, waits_before), (start + span.seconds - waits_after, waits_after)]
             hatched.append((start + communication_from, communication))
             middle = start + width / 2
@@ -257,9 +258,13 @@ def _visible(bars: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return [bar for bar in bars if bar[1] > 0]
 
 
-def _shares(span: Span) -> tuple[float, float, float, float]:
-    """(waiting at the start, where communication begins, communication, waiting at the end), mean over replicas."""
+def _shares(span: Span, ranks: frozenset[int]) -> tuple[float, float, float, float]:
+    """(waiting at the start, where communication begins, communication, waiting at the end), mean over the replicas of
+    these ranks."""
     replicas = per_replica(span)
+    if len(replicas) > 1:
+        shown = {k * len(replicas) // len(span.ranks) for k, rank in enumerate(span.ranks) if rank in ranks}
+        replicas = [replicas[k] for k in sorted(shown)]
     compute, communication, peers, data, link = (sum(column) / len(replicas) for column in zip(*replicas, strict=True))
     return data, data + compute, communication, peers + link
 

@@ -38,6 +38,7 @@ class Scheduler:
         self._waiting: dict[Firing, list[Firing]] = defaultdict(list)  # unmet need -> who waits for it
         self._completed = {}  # stage of spread "first" -> how many have ended
         self.pauses: list[Firing] = []
+        self._stopped: set[Firing] = set()  # paused, and not yet going on
         per_iteration = len(graph.program())
         for stage in graph.stages():
             if stage.spread == "first":
@@ -55,7 +56,7 @@ class Scheduler:
         """Firings that start now. Call it when everything that happens at this instant has been reported."""
         starts: list[Firing] = []
         pauses: set[Firing] = set()
-        kept: set[int] = set()  # ranks that a stage out of turn waits for
+        kept: set[int] = set()  # ranks that a stage out of turn, or a firing that was stopped, waits for
         for f in sorted(self._ready, key=self._priority):
             stage = self.graph.at(f.stage)
             if f.place == ANY_PLACE:  # every free place takes the next number
@@ -66,7 +67,7 @@ class Scheduler:
                         self._offer(f)
             elif self._free(self.graph.ranks(f), kept):
                 self._take(f, f, starts)
-            elif stage.enters != "in_order":
+            elif stage.enters != "in_order" or f in self._stopped:
                 kept.update(self.graph.ranks(f))
                 if stage.enters == "interrupts":
                     running = {self._busy[rank] for rank in self.graph.ranks(f) if rank in self._busy}
@@ -108,9 +109,10 @@ class Scheduler:
         return f
 
     def paused(self, f: Firing) -> None:
-        """Report that f has stopped before its end. Its needs stay met: it starts again when its ranks are free."""
+        """Report that f has stopped before its end. It starts again as soon as what interrupts it is done."""
         for rank in self.graph.ranks(f):
             del self._busy[rank]
+        self._stopped.add(f)
         self._ready.append(f)
 
     def stuck(self) -> str:
@@ -143,11 +145,12 @@ class Scheduler:
                 return
         self._ready.append(f)
 
-    def _priority(self, f: Firing) -> tuple[bool, bool, Firing]:
-        return self.graph.at(f.stage).enters == "in_order", f.place == ANY_PLACE, f
+    def _priority(self, f: Firing) -> tuple[bool, bool, bool, Firing]:
+        return self.graph.at(f.stage).enters == "in_order", f not in self._stopped, f.place == ANY_PLACE, f
 
     def _take(self, offered: Firing, started: Firing, starts: list[Firing]) -> None:
         self._ready.remove(offered)
+        self._stopped.discard(started)
         for rank in self.graph.ranks(started):
             self._busy[rank] = started
         starts.append(started)

@@ -129,7 +129,7 @@ def model_flops_utilisation(setup: Setup, step_seconds: float) -> float:
     at_peak = sum(
         _stage_flops(setup, stage) / peaks[setup.holdings[stage.model].use.precision]
         for stage in setup.graph.stages()
-        if stage.kind in ("generate", "score", "train") and stage.every == 1
+        if stage.kind in ("generate", "score", "train") and stage.every == 1 and stage.model in setup.holdings
     )
     return at_peak / (cluster.gpus * step_seconds)
 

@@ -50,13 +50,14 @@ def write_trace(
     for label, timeline in timelines.items():
         per_node = int(timeline.info.get("ranks_per_node") or max(1, timeline.ranks))
         shown, skipped = _shown(timeline, ranks, max_tracks)
+        name = label if timeline.source in label else f"{label} ({timeline.source})"
         note = f", {skipped} more groups of ranks not shown" if skipped else ""
         process_of: dict[int, int] = {}
         for _, rank, _ in shown:
             node = rank // per_node
             if node not in process_of:
                 process_of[node] = next(processes)
-                events.append(_meta(process_of[node], 0, "process_name", {"name": f"{label}: node {node}{note}"}))
+                events.append(_meta(process_of[node], 0, "process_name", {"name": f"{name}: node {node}{note}"}))
                 events.append(_meta(process_of[node], 0, "process_sort_index", {"sort_index": process_of[node]}))
         tracks = [_Track(name, rank, process_of[rank // per_node], spans) for name, rank, spans in shown]
         for track in tracks:

@@ -30,7 +30,8 @@ from pydantic import Field, model_validator
 
 from . import metrics, timeline
 from .errors import InputError
-from .simulate import prepare, simulate
+from .order import violations
+from .simulate import Setup, prepare, simulate
 from .spec.base import Record
 from .spec.loader import load_scenario, scenario_from_dict
 from .spec.problems import validate as validated
@@ -158,9 +159,9 @@ def run_case(path: Path) -> list[Result]:
     document = read_yaml(path)
     case = validated(Case, document.data, document.where)
     scenario = _scenario(case, path.parent)
-    measured = _measured(case, path)
-    _check_role(case, scenario, path)
     setup = prepare(scenario)
+    measured = _measured(case, setup, path)
+    _check_role(case, scenario, path)
     draws = [simulate(setup, seed=scenario.simulation.seed + k) for k in range(scenario.simulation.draws)]
     predictions = [_quantities(t) for t in draws]
     results = []
@@ -201,11 +202,21 @@ def _scenario(case: Case, folder: Path) -> Scenario:
     return scenario_from_dict(data, folder)
 
 
-def _measured(case: Case, path: Path) -> dict[str, Measured]:
-    """From the timeline (medians over iterations, with their range), overridden by what the case states."""
+def _measured(case: Case, setup: Setup, path: Path) -> dict[str, Measured]:
+    """From the timeline (medians over iterations, with their range), overridden by what the case states.
+
+    Raises InputError for a timeline that did not keep the order of the scenario's graph: it measured something else.
+    """
     found: dict[str, Measured] = {}
     if case.timeline is not None:
         run = timeline.read(path.parent / case.timeline)
+        if wrong := violations(setup.graph, run):
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise InputError(
+                f"{case.timeline} breaks the order of the scenario's graph: {wrong[0]}{more}",
+                field="timeline",
+                where=str(path),
+            )
         intervals = metrics.step_intervals(run)
         found["step_seconds"] = Measured(value=metrics.step_seconds(run), low=min(intervals), high=max(intervals))
         found |= {

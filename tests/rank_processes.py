@@ -20,14 +20,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from real import spans
-from real.clock import Clock, align
-from real.executor import LaneStore, run
-from real.groups import Groups, rank_sets
+from real.clock import align
+from real.executor import Executor, LaneStore
+from real.groups import Groups
 from real.meter import Meter
 from real.watch import Watch
 from rlhfsim.firing import Firing
 from rlhfsim.graph import StageGraph
+from rlhfsim.layout import rank_sets
+from rlhfsim.records import Clock, RecordFile, read, timeline
 from rlhfsim.timeline import write
 
 Seen = list[tuple[Firing, Firing, int, dict[str, list[int]]]]  # consumer, producer, lane, fields
@@ -119,7 +120,8 @@ def perform(rank: int, ranks: int, store: dist.Store, job: Job) -> Seen:
     meter = Meter()
     groups, clock = Groups(rank, rank_sets(job.graph, {}), meter), align(rank, ranks, 5)
     work = Tell(job.graph, rank, groups, job.sleeps)
-    run(job.graph, rank, work, job.iterations, store, groups, clock, file=spans.RecordFile(job.folder, rank, clock))
+    file = RecordFile(job.folder, rank, clock)
+    Executor(job.graph, rank, work, job.iterations, store, groups, clock, file=file).run()
     return work.seen
 
 
@@ -183,7 +185,7 @@ def suffer(rank: int, ranks: int, port: int, graph: StageGraph, trouble: Trouble
     store, meter, records = _join(rank, ranks, port), Meter(), folder / "ranks"
 
     def save(reason: str) -> None:
-        found = spans.timeline(graph, spans.read(records, ranks), ranks, 3, info={"failure": reason})
+        found = timeline(graph, read(records, ranks), ranks, 3, info={"failure": reason})
         write(found, folder / "timeline.jsonl")
 
     watch = Watch(
@@ -191,17 +193,7 @@ def suffer(rank: int, ranks: int, port: int, graph: StageGraph, trouble: Trouble
     )
     watch.start()
     groups = Groups(rank, rank_sets(graph, {}), meter)
-    work, file = Tell(graph, rank, groups, Sleeps(), trouble), spans.RecordFile(records, rank, Clock())
-    run(
-        graph,
-        rank,
-        work,
-        3,
-        dist.PrefixStore("run", store),
-        groups,
-        Clock(),
-        results=LaneStore(),
-        watch=watch,
-        file=file,
-    )
+    work, file = Tell(graph, rank, groups, Sleeps(), trouble), RecordFile(records, rank, Clock())
+    log, results = dist.PrefixStore("run", store), LaneStore()
+    Executor(graph, rank, work, 3, log, groups, Clock(), results, watch, file).run()
     watch.close()

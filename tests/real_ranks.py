@@ -32,11 +32,11 @@ import deepspeed  # noqa: E402, F401
 from scenarios import scenario  # noqa: E402
 
 from real import executor, stages  # noqa: E402
-from real.clock import Clock  # noqa: E402
-from real.groups import Groups, rank_sets  # noqa: E402
+from real.groups import Groups  # noqa: E402
 from real.meter import Meter  # noqa: E402
 from rlhfsim.graph import StageGraph  # noqa: E402
-from rlhfsim.layout import graph_of, holdings_of  # noqa: E402
+from rlhfsim.layout import graph_of, holdings_of, rank_sets, sync_rank_sets  # noqa: E402
+from rlhfsim.records import Clock  # noqa: E402
 
 RANKS = 6
 JOB_SECONDS = 60.0
@@ -88,10 +88,10 @@ def _job(rank: int, store: Any, changes: dict[str, Any], iterations: int, broken
     with contextlib.ExitStack() as stack:
         if broken:
             graph = BREAKS[broken](graph, stack)
-        sets = rank_sets(graph, holdings) | stages.sync_rank_sets(graph, holdings, found.weight_sync.method)
+        sets = rank_sets(graph, holdings) | sync_rank_sets(graph, holdings, found.weight_sync.method)
         groups, results = Groups(rank, sets, Meter()), executor.LaneStore()
         work = stages.Stages(found, graph, holdings, rank, groups, results)
-        records = executor.run(graph, rank, work, iterations, store, groups, Clock(), results=results)
+        records = executor.Executor(graph, rank, work, iterations, store, groups, Clock(), results).run()
         trained = [n for n, held in holdings.items() if held.purpose == "train" and rank in held.ranks]
         mine = {n: work.weights(n) for n in trained}
         parts: list[Any] = [None] * RANKS

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from rlhfsim import timeline
 from rlhfsim.calibrate import Calibration, calibrate, read_bench, split_arguments, write
 from rlhfsim.cli import cli
-from rlhfsim.costs.kernels import load_kernels
+from rlhfsim.costs.kernels import CollectiveCurve, collective_seconds, load_kernels
 from rlhfsim.errors import InputError
 from rlhfsim.metrics import stage_seconds, step_seconds
 from rlhfsim.model import layer_gemms, parameters
@@ -240,7 +240,9 @@ def scenario(cluster: Path | str, model: str = "tiny-2x128", **changes: Any) -> 
 def test_curves_follow_a_known_machine(found: Calibration) -> None:
     """1 % of noise on every row; held-out rows are met, and rates and fixed times are the ones put in."""
     for name, fit in found.fits.items():
-        assert fit["mean_error"] < 0.06, f"{name}: {fit}"
+        # a collective's points are each predicted from their neighbours, up to 8 times away
+        points = name.split(".")[0] in ("collectives", "across_nodes")
+        assert fit["mean_error"] < (0.15 if points else 0.06), f"{name}: {fit}"
     for kernel, share in COPIES.items():
         curve = found.kernels["memory"][kernel]
         rate = curve["memory_efficiency"] * found.kernels["reference"]["memory_bytes_per_second"]
@@ -248,18 +250,22 @@ def test_curves_follow_a_known_machine(found: Calibration) -> None:
         assert curve["kernel_seconds"] == pytest.approx(3e-6, rel=0.1)
     gemm, reference = found.kernels["gemm"]["bf16"], found.kernels["reference"]
     assert gemm["compute_efficiency"] * reference["flops_per_second"]["bf16"] == pytest.approx(PEAK, rel=0.05)
+    assert gemm["memory_efficiency"] * reference["memory_bytes_per_second"] == pytest.approx(BANDWIDTH, rel=0.1)
     assert gemm["weight_gradient_ratio"] == pytest.approx(WEIGHT_GRADIENT, rel=0.05)
     assert found.kernels["prefill"]["backward_ratio"] == pytest.approx(ATTENTION_BACK, rel=0.05)
 
 
-@pytest.mark.parametrize(("table", "nodes", "rate"), [("collectives", 1, LINK), ("across_nodes", 2, 0.9 * NIC)])
-def test_links_and_latencies_of_collectives(found: Calibration, table: str, nodes: int, rate: float) -> None:
+@pytest.mark.parametrize(("table", "nodes"), [("collectives", 1), ("across_nodes", 2)])
+def test_collectives_of_any_size(found: Calibration, table: str, nodes: int) -> None:
+    """Small ones take the latency, large ones go at the rate, those between measured sizes lie on the chord."""
     nominal = found.kernels["reference"]["link_bytes_per_second"] if nodes == 1 else NIC
     assert set(found.kernels[table]) == {"all_gather", "reduce_scatter", "all_reduce", "broadcast", "send"}
-    for curves in found.kernels[table].values():
-        assert curves[2]["alpha_seconds"] == pytest.approx(LATENCY[nodes], rel=0.1)
-        assert curves[2]["efficiency"] * nominal == pytest.approx(rate, rel=0.05)
-        assert curves[2]["exponent"] == pytest.approx(1.0, abs=0.1)
+    for op, curves in found.kernels[table].items():
+        curve = CollectiveCurve.model_validate(curves[2])
+        for size, tolerance in ((64, 0.1), (3e4, 0.15), (3e6, 0.15), (1e9, 0.05)):
+            seconds = collective_seconds(curve, op, 2, size, nominal)
+            assert seconds == pytest.approx(Machine().collective(op, 2, size, nodes), rel=tolerance), (op, size)
+        assert collective_seconds(curve, op, 2, 0, nominal) == 0
 
 
 def test_host_times(found: Calibration) -> None:
@@ -322,7 +328,7 @@ def test_links_between_nodes_are_those_measured(found: Calibration, tmp_path: Pa
     machine, size = Machine(), WIDTH * parameters(MODELS[1], "lm")
     slower = sum(
         times * (machine.collective(op, 2, size, 2) - machine.collective(op, 2, size))
-        for op, times in (("reduce_scatter", 2), ("all_gather", 1))
+        for op, times in (("all_reduce", 2), ("all_gather", 1))
     )
     assert step[2] - step[1] == pytest.approx(slower, rel=0.1)
 

@@ -64,16 +64,30 @@ class TwinSequence:
         self.ready = False  # prompt computed: every step computes the token drawn last
 
 
-def twin(prompts: list[int], responses: list[int], max_sequences: int, budget: int, block: int, blocks: int):
+def twin(
+    prompts: list[int], responses: list[int], max_sequences: int, budget: int, block: int, blocks: int,
+    whole: bool, padded: bool,
+):  # fmt: skip
     """vLLM's policy step by step, request by request. -> (steps, step at which each ends, preemptions, recomputed)."""
     waiting = [TwinSequence(i, p, r) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
     running: list[TwinSequence] = []
     free, preemptions, recomputed, steps, ended = blocks, 0, 0, [], {}
     while waiting or running:
         left, preempted, decoding, pieces, drawing = budget, [], [], [], []
+        while whole and waiting and len(running) < max_sequences:
+            sequence = waiting[0]
+            length = sequence.prompt + sequence.drawn
+            needed = (length + block - 1) // block
+            if needed > free or (pieces and length > left):
+                break
+            running.append(waiting.pop(0))
+            free -= needed
+            sequence.blocks = needed
+            pieces.append((sequence, 0, length))
+            left -= length
         for sequence in list(running):
-            if sequence not in running:
-                continue  # preempted for an older one
+            if sequence not in running or (whole and pieces):
+                continue  # preempted for an older one, or waiting for the prompts
             if not sequence.ready:
                 count = min(left, sequence.prompt + sequence.drawn - sequence.computed)
                 if count:
@@ -97,7 +111,7 @@ def twin(prompts: list[int], responses: list[int], max_sequences: int, budget: i
                 sequence.blocks += 1
             decoding.append(sequence)
             left -= 1
-        while waiting and left and not preempted and len(running) < max_sequences:
+        while waiting and left and not preempted and not whole and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
             needed = (length + block - 1) // block
@@ -111,7 +125,8 @@ def twin(prompts: list[int], responses: list[int], max_sequences: int, budget: i
             pieces.append((sequence, 0, count))
             left -= count
         preemptions += len(preempted)
-        context = sum(s.computed + 1 for s in decoding)
+        contexts = [s.computed + 1 for s in decoding]
+        context = len(decoding) * max(contexts, default=0) if padded else sum(contexts)
         admitted = len(running)
         for sequence in decoding:
             sequence.computed += 1
@@ -151,6 +166,8 @@ workloads = st.fixed_dictionaries(
         "budget": st.integers(1, 64),
         "block": st.sampled_from([1, 4, 16]),
         "spare": st.integers(0, 60),
+        "whole": st.booleans(),
+        "padded": st.booleans(),
     }
 )
 
@@ -172,16 +189,19 @@ def both(workload: dict) -> tuple[Runs, tuple]:
     limit, budget = min(workload["max_sequences"], workload["budget"]), workload["budget"]
     runs = continuous_runs(
         np.array(prompts), np.array(responses), max_sequences=limit, step_tokens=budget, block_tokens=block,
-        kv_blocks=blocks,
+        kv_blocks=blocks, chunked_prefill=not workload["whole"], padded=workload["padded"],
     )  # fmt: skip
-    return runs, twin(prompts, responses, limit, budget, block, blocks)
+    return runs, twin(prompts, responses, limit, budget, block, blocks, workload["whole"], workload["padded"])
 
 
-PREEMPTING = {"samples": [(5, 60)] * 6, "max_sequences": 6, "budget": 32, "block": 4, "spare": 8}
+PREEMPTING = {
+    "samples": [(5, 60)] * 6, "max_sequences": 6, "budget": 32, "block": 4, "spare": 8, "whole": False, "padded": False,
+}  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
 @example(PREEMPTING)
+@example(PREEMPTING | {"whole": True, "padded": True})
 @given(workloads)
 def test_every_step_is_that_of_the_twin(workload: dict) -> None:
     runs, (steps, ended, preemptions, recomputed) = both(workload)

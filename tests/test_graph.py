@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 
 import networkx as nx
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfsim.algorithms import ppo
-from rlhfsim.batch import even, per_replica, samples_of
+from rlhfsim.batch import even, kept_together, per_replica, samples_of
 from rlhfsim.graph import ANY_PLACE, Firing, Stage, StageGraph
-from rlhfsim.strategies import Devices, colocated, disaggregated
+from rlhfsim.strategies import Devices, colocated, disaggregated, interleaved
 
 
 def firings(graph: StageGraph, iteration: int = 0) -> list[Firing]:
@@ -200,12 +201,84 @@ def reachable(graph: StageGraph, f: Firing) -> set[Firing]:
 
 def test_shares() -> None:
     graph = colocated.build(ppo.build(minibatches=3), Devices(tuple(range(4)), 4, {"gen": 1}), calls=2)
-    assert [samples_of(graph, Firing(0, "gen", c, 1), 24).tolist() for c in (0, 1)] == [[6, 7, 8], [9, 10, 11]]
-    assert samples_of(graph, Firing(0, "update_actor", 1, 0), 24).tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
+    assert [samples_of(graph, Firing(0, "gen", c, 1), 24).tolist() for c in (0, 1)] == [[2, 6, 10], [14, 18, 22]]
+    assert samples_of(graph, Firing(0, "update_actor", 1, 0), 24).tolist() == [8, 12, 10, 14, 9, 13, 11, 15]
     shares = per_replica(samples_of(graph, Firing(0, "ref", 0, 0), 24), 4)  # a call takes the first half of each lane
-    assert [ids.tolist() for ids in shares] == [[0, 1, 2], [6, 7, 8], [12, 13, 14], [18, 19, 20]]
+    assert [ids.tolist() for ids in shares] == [[0, 4, 8], [2, 6, 10], [1, 5, 9], [3, 7, 11]]
     assert even(graph, 24)
     assert not even(graph, 12)  # 3 samples a rank do not divide into 2 calls
+    assert [samples_of(graph, Firing(0, "gen", c, 1), 48, together=2).tolist() for c in (0, 1)] == [
+        [4, 5, 12, 13, 20, 21],
+        [28, 29, 36, 37, 44, 45],
+    ]
+    assert kept_together(graph, 48, 2) == 2
+    assert kept_together(graph, 24, 2) == 1  # six samples of a rank do not divide into 2 calls of whole prompts
+
+
+@given(st.integers(1, 6), st.integers(1, 64), st.integers(0, 3))
+def test_samples_that_do_not_divide_spread_evenly_over_places(log_places: int, samples: int, per_place: int) -> None:
+    """With 2^n lanes, places of 2^m lanes get the same number of samples, or one more."""
+    places = 2**log_places
+    graph = StageGraph(lanes=places * 2**per_place)
+    graph.stage("s", "score", "m", range(graph.lanes), size=2**per_place)
+    counts = [len(samples_of(graph, Firing(0, "s", 0, place), samples)) for place in range(places)]
+    assert sum(counts) == samples and max(counts) - min(counts) <= 1
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[StageGraph], int, int, int]:
+    """Graphs of different strategies, ranks and lanes with the same mini-batches; samples, how many stay together."""
+    minibatches = draw(st.integers(1, 5))
+    algorithm = ppo.build(minibatches=minibatches, epochs=draw(st.integers(1, 2)))
+    counts = draw(st.lists(st.integers(2, 12), min_size=2, max_size=4))
+    graphs = [colocated.build(algorithm, Devices(tuple(range(n)), 4), calls=draw(st.integers(1, 3))) for n in counts]
+    pair = Devices(tuple(range(draw(st.integers(2, 8)))), 4)
+    graphs += [
+        interleaved.build(algorithm, pair, concat=draw(st.booleans())),
+        disaggregated.build(algorithm, Devices(tuple(range(8)), 8), batches=draw(st.integers(1, 6))),
+    ]
+    return graphs, minibatches, draw(st.integers(minibatches, 60)), draw(st.integers(1, 4))
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches())
+def test_a_mini_batch_holds_the_same_samples_in_every_placement(
+    given: tuple[list[StageGraph], int, int, int],
+) -> None:
+    """Whatever the lanes, ranks and chunks, and whether they divide the samples; also as the replicas share them."""
+    graphs, minibatches, samples, together = given
+    for graph in graphs:
+        for update in ("update_actor", "update_critic"):
+            stage = graph.at(update)
+            for chunk in range(stage.firings):
+                ids = samples_of(graph, Firing(0, update, chunk, 0), samples, together=together)
+                j = chunk % minibatches
+                wanted = list(range(j * samples // minibatches, (j + 1) * samples // minibatches))
+                assert sorted(ids.tolist()) == wanted
+                shares = per_replica(ids, stage.size)
+                assert sorted(i for share in shares for i in share.tolist()) == wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(strategy_graphs(), st.integers(1, 4), st.integers(1, 3))
+def test_lanes_keep_their_samples_and_prompts(graph: StageGraph, prompts: int, responses: int) -> None:
+    """In all stages and chunks a sample is in the same lane, and so are all responses to its prompt."""
+    samples = prompts * responses * graph.lanes * math.lcm(*(s.chunks for s in graph.stages()))
+    together = kept_together(graph, samples, responses)
+    assert together == responses
+    lane_of: dict[int, set[int]] = defaultdict(set)
+    for f in firings(graph):
+        stage = graph.at(f.stage)
+        lanes, per_lane = stage.lanes_of(f.place), samples // graph.lanes // stage.chunks
+        for lane in lanes:
+            ids = samples_of(graph, f, samples, together=together, lanes=range(lane, lane + 1)).tolist()
+            assert len(ids) == per_lane
+            for i in ids:
+                lane_of[i // responses].add(lane)
+        whole = samples_of(graph, f, samples, together=together).tolist()
+        assert len(whole) == len(set(whole)) == per_lane * len(lanes)
+    assert all(len(lanes) == 1 for lanes in lane_of.values())
+    assert sorted(lane_of) == list(range(samples // responses))
 
 
 # ---------------------------------------------------------------- order

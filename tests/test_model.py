@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlhfsim import model
 from rlhfsim.errors import InputError
 from rlhfsim.spec import data
-from rlhfsim.spec.model_spec import ModelSpec, from_hf_config, load_model, model_names
+from rlhfsim.spec.model_spec import ModelSpec, from_hf_config, hf_config, load_model, model_names
 
 SHIPPED = model_names()
 
@@ -179,6 +179,14 @@ def test_what_transformers_saves_can_be_read(model_type: str, tmp_path: Path) ->
 def test_shipped_shapes_equal_transformers(name: str) -> None:
     spec = load_model(name)
     assert model.parameters(spec) == count_in_transformers(hf_config_of(spec), "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_of_a_shape_gives_that_shape(name: str, tmp_path: Path) -> None:
+    spec = load_model(name)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(spec)))
+    texts = {"name", "description", "source", "sources", "published_parameters"}
+    assert from_hf_config(tmp_path).model_dump(exclude=texts) == spec.model_dump(exclude=texts)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

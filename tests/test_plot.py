@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from timelines import colocated, disaggregated, span
 
 from rlhfsim import plot
 from rlhfsim.errors import InputError
-from rlhfsim.timeline import Timeline, check
+from rlhfsim.firing import Firing
+from rlhfsim.timeline import Span, Timeline, check
 
 GIB = 2**30
 CURVES = [
@@ -121,6 +123,27 @@ def test_gantt_says_what_it_shows(tmp_path: Path) -> None:
         "end of an iteration",
     ):
         assert text in svg, text
+
+
+def test_a_simulated_and_a_real_timeline_share_axis_and_colours(tmp_path: Path, drawn: list[Any]) -> None:
+    """Panels say which is which, once; a stage has one colour in both."""
+    real = replace(disaggregated(), source="real")
+    plot.gantt({"simulated": disaggregated(), "run-3": real}, tmp_path / "g.png")
+    first, second = drawn[0].axes
+    assert first.get_xlim() == second.get_xlim()
+    above, below = (axes.get_title(loc="left") for axes in (first, second))
+    assert above.startswith("simulated") and above.count("simulated") == 1 and not above.endswith("simulated")
+    assert below.startswith("run-3") and below.endswith(", real")
+    one, other = ([bars.get_facecolor().tolist() for bars in axes.collections] for axes in (first, second))
+    assert one == other and len({tuple(c) for c in one[0]}) > 0
+    assert_legible(drawn[0])
+
+
+def test_a_row_shows_the_parts_of_its_own_ranks(tmp_path: Path) -> None:
+    """Two replicas, the second waits for the first: a row has its own replica's parts, a row of both their mean."""
+    both = Span(Firing(0, "gen", 0, 0), "generate", "actor", (4, 5, 6, 7), 0.0, 4.0, (3.0, 1.0), (1.0, 1.0), (0.0, 2.0))
+    shares = {ranks: plot._shares(both, frozenset(ranks)) for ranks in ((4,), (6, 7), (4, 5, 6, 7))}
+    assert shares == {(4,): (0, 3, 1, 0), (6, 7): (0, 1, 1, 2), (4, 5, 6, 7): (0, 2, 1, 1)}
 
 
 def test_gantt_draws_all_panels_on_one_axis_to_scale(tmp_path: Path, drawn: list[Any]) -> None:

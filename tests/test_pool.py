@@ -29,17 +29,31 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1
 
 
 @settings(max_examples=150, deadline=None)
-@example([(5, 60)] * 6, [3] * 30, 6, 32, 8)
-@given(lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60))
+@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False)
+@given(lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60), st.booleans(), st.booleans())
 def test_an_engine_in_pieces_does_what_it_does_at_once(
-    samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int
+    samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int, chunked: bool, padded: bool
 ) -> None:
     """Also with a small cache, where sequences are put back: stopped after any steps and copied, it loses nothing."""
     blocks = max(-(-(p + r - 1) // 4) for p, r in samples) + spare // 4
-    generation = Generation(engine="engine", max_sequences=limit, prefill_tokens=budget, block_tokens=4)
+    generation = Generation(
+        engine="engine",
+        max_sequences=limit,
+        prefill_tokens=budget,
+        block_tokens=4,
+        chunked_prefill=chunked,
+        kv_cache="preallocated" if padded else "paged",
+    )
     prompts, responses = (np.array(x) for x in zip(*samples, strict=True))
     whole = continuous_runs(
-        prompts, responses, max_sequences=limit, step_tokens=budget, block_tokens=4, kv_blocks=blocks
+        prompts,
+        responses,
+        max_sequences=limit,
+        step_tokens=budget,
+        block_tokens=4,
+        kv_blocks=blocks,
+        chunked_prefill=chunked,
+        padded=padded,
     )
     engine = Engine(generation, blocks)
     engine.submit([Sample(k, k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))

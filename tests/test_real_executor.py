@@ -16,10 +16,12 @@ import pytest
 from conftest import SCORES, simulate
 from scenarios import scenario
 
+from rlhfsim import records
 from rlhfsim.algorithms import ppo
 from rlhfsim.firing import Firing
-from rlhfsim.graph import ANY_PLACE, StageGraph
+from rlhfsim.graph import StageGraph
 from rlhfsim.layout import graph_of
+from rlhfsim.order import violations
 from rlhfsim.schedule import check
 from rlhfsim.strategies import Devices, colocated, disaggregated, interleaved
 from rlhfsim.timeline import Timeline, read
@@ -31,7 +33,6 @@ import rank_processes
 import torch
 from rank_processes import Job, Ranks, Sleeps, Trouble, made
 
-from real import spans
 from real.groups import pack, packed_bytes, shapes_of, unpack
 from real.run import main
 
@@ -82,29 +83,7 @@ def performed(
 ) -> tuple[Timeline, list[rank_processes.Seen]]:
     """The merged timeline of all ranks, and what each saw."""
     seen = ranks.call(rank_processes.perform, Job(graph, iterations, folder, sleeps))
-    return spans.timeline(graph, spans.read(folder, 8), 8, iterations), seen
-
-
-def unmet(graph: StageGraph, timeline: Timeline) -> list[str]:
-    """Every span that starts before something that it needs has ended; what is missing altogether, too.
-
-    Chunks of a stage of spread "first" are numbered as they end. A span may wait for its data within itself.
-    """
-    ends, wrong = {}, []
-    for stage in graph.stages():
-        found = timeline.of(stage=stage.name)
-        if stage.spread == "first":
-            for number, span in enumerate(sorted(found, key=lambda s: s.end_seconds)):
-                ends[Firing(number // stage.firings, stage.name, number % stage.firings, ANY_PLACE)] = span.end_seconds
-        else:
-            ends |= {s.firing: s.end_seconds for s in found}
-    error = timeline.info.get("clock_error_seconds", 0.0)
-    for span in timeline.spans:
-        f = span.firing._replace(place=ANY_PLACE) if graph.at(span.firing.stage).spread == "first" else span.firing
-        for need in graph.needs(f):
-            if need not in ends or ends[need] > span.start_seconds + error + 1e-9:
-                wrong.append(f"{span.firing} at {span.start_seconds} needs {need}, which ends at {ends.get(need)}")
-    return wrong
+    return records.timeline(graph, records.read(folder, 8), 8, iterations), seen
 
 
 def orders(timeline: Timeline) -> dict[int, list[Firing]]:
@@ -125,7 +104,7 @@ def test_real_ranks_do_what_the_simulator_says(ranks: Ranks, tmp_path: Path, nam
     timeline, seen = performed(ranks, graph, tmp_path)
     simulated = simulate(graph, lambda f: 1.0, 3)
     check_timeline(timeline)
-    assert unmet(graph, simulated) == unmet(graph, timeline) == []
+    assert violations(graph, simulated) == violations(graph, timeline) == []
     assert Counter(s.firing for s in timeline.spans) == Counter(s.firing for s in simulated.spans)
     assert orders(timeline) == orders(simulated)
     for rank, found in enumerate(seen):
@@ -152,7 +131,7 @@ def test_the_first_free_replica_takes_the_next_batch(ranks: Ranks, tmp_path: Pat
     graph = check(FIRST)
     timeline, seen = performed(ranks, graph, tmp_path, Sleeps(0.001, gen_by_place={0: 0.08, 1: 0.01}))
     check_timeline(timeline)
-    assert unmet(graph, timeline) == []
+    assert violations(graph, timeline) == []
     turns = Counter(s.firing.place for s in timeline.of(stage="gen"))
     assert turns.total() == 18 and turns[1] >= 2 * turns[0]
     offered = Counter((f.iteration, f.chunk) for f in (s.firing for s in timeline.of(stage="gen")))
@@ -172,7 +151,7 @@ def test_a_full_channel_holds_the_producer_back(ranks: Ranks, tmp_path: Path) ->
         graph = check(disaggregated.build(ppo.build(), EIGHT, batches=6, capacity=capacity))
         (folder := tmp_path / str(capacity)).mkdir()
         timeline, _ = performed(ranks, graph, folder, Sleeps(0.001, {"ref": 0.06}), iterations=1)
-        assert unmet(graph, timeline) == []
+        assert violations(graph, timeline) == []
         second = next(s for s in timeline.of(stage="ref") if s.firing.chunk == 1)
         ahead[capacity] = sum(s.end_seconds < second.start_seconds for s in timeline.of(stage="gen"))
     assert ahead[6] == 6 and ahead[1] <= 3  # one in work, one on the channel, one that could not be handed over
@@ -184,10 +163,10 @@ def test_a_missing_edge_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
     broken = disaggregated.build(ppo.build(), EIGHT, batches=2)
     broken.remove_edge("reward", "update_actor")
     timeline, _ = performed(ranks, broken, tmp_path, Sleeps(0.001, {"reward": 0.05}))
-    assert unmet(broken, timeline) == []
+    assert violations(broken, timeline) == []
     assert any(
-        "stage='update_actor'" in text and "needs Firing(iteration=0, stage='reward'" in text
-        for text in unmet(whole, timeline)
+        text.startswith("update_actor") and "before the end of reward (iteration 0" in text
+        for text in violations(whole, timeline)
     )
 
 
@@ -198,7 +177,7 @@ def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
     """One rank starts the training step's all-reduce 50 ms after the others: they wait for it, it waits for nobody."""
     graph = check(colocated.build(ppo.build(), FOUR))
     ranks.call(rank_processes.perform, Job(graph, 2, tmp_path, Sleeps(0.0, {"gen": 0.02})))
-    found = spans.read(tmp_path, 8)
+    found = records.read(tmp_path, 8)
     f = Firing(1, "update_actor", 0, 0)
     for rank, record in found.records[f].items():  # as if rank 2 had come late
         ((key, [(called, entered, left)]),) = record.measured.calls.items()
@@ -206,7 +185,7 @@ def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
         times = (called + late, entered + late, left + late) if rank == 2 else (called, entered, left + late)
         measured = replace(record.measured, calls={key: [times]})
         found.records[f][rank] = replace(record, end=record.end + late, measured=measured)
-    timeline = spans.timeline(graph, found, 8, 2)
+    timeline = records.timeline(graph, found, 8, 2)
     span = next(s for s in timeline.spans if s.firing == f)
     assert all(0.049 < span.peer_seconds[rank] < 0.08 for rank in (0, 1, 3))
     assert span.peer_seconds[2] < 0.02 and span.compute_seconds[2] > 0.049
@@ -220,14 +199,15 @@ def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
 def test_warm_up_is_left_out(ranks: Ranks, tmp_path: Path) -> None:
     graph = check(STATIC["disaggregated"])
     ranks.call(rank_processes.perform, Job(graph, 3, tmp_path))
-    timeline = check_timeline(spans.timeline(graph, spans.read(tmp_path, 8), 8, 2, warmup=1))
+    timeline = check_timeline(records.timeline(graph, records.read(tmp_path, 8), 8, 2, warmup=1))
     assert {s.firing.iteration for s in timeline.spans} == {0, 1}
     assert min(s.start_seconds for s in timeline.spans) == 0.0
 
 
 def clocks_apart(rank: int, count: int, store: object) -> tuple[int, int]:
     """This rank's clock runs `rank` seconds ahead, on a machine of its own."""
-    from real.clock import Clock, align
+    from real.clock import align
+    from rlhfsim.records import Clock
 
     read = Clock.read
     Clock.read = staticmethod(lambda: read() + rank * 10**9)
@@ -248,7 +228,7 @@ def test_spans_of_shifted_clocks_are_put_in_order(ranks: Ranks, tmp_path: Path) 
     """Rank 1's clock is 5 s behind: with its offset the records make the same timeline."""
     graph = check(STATIC["interleaved async alone"])
     before, _ = performed(ranks, graph, tmp_path)
-    path = spans.record_path(tmp_path, 1)
+    path = records.record_path(tmp_path, 1)
     header, *lines = path.read_text().splitlines()
     shifted = [json.loads(line) for line in lines]
     for line in shifted:
@@ -256,7 +236,7 @@ def test_spans_of_shifted_clocks_are_put_in_order(ranks: Ranks, tmp_path: Path) 
         line["calls"] = [[group, [[t - 5 * 10**9 for t in call] for call in calls]] for group, calls in line["calls"]]
     header = json.dumps(json.loads(header) | {"offset_ns": 5 * 10**9, "error_ns": 1000})
     path.write_text("\n".join([header, *map(json.dumps, shifted)]) + "\n")
-    after = spans.timeline(graph, spans.read(tmp_path, 8), 8, 3)
+    after = records.timeline(graph, records.read(tmp_path, 8), 8, 3)
     assert after.info["clock_error_seconds"] == 2e-6
     assert [s.firing for s in after.spans] == [s.firing for s in before.spans]
     assert [s.end_seconds for s in after.spans] == pytest.approx([s.end_seconds for s in before.spans])
@@ -277,28 +257,25 @@ def test_fields_survive_packing() -> None:
         assert x.dtype == fields[name].dtype and torch.equal(x, fields[name])
 
 
-def fields_around(rank: int, count: int, store: object) -> list[object]:
-    """Ragged fields broadcast and gathered in a group whose ranks are named out of order."""
+def samples_around(rank: int, count: int, store: object) -> dict[int, dict[str, list[float]]]:
+    """Ragged samples of ranks that are named out of order."""
     from real.groups import Groups
     from real.meter import Meter
 
     members = (5, 1, 3)
     groups = Groups(rank, [members], Meter())
     if rank not in members:
-        return []
-    mine = {"x": torch.full((rank, 2), float(rank)), "n": torch.tensor([rank])}
-    sent = groups.broadcast_fields(mine if rank == 3 else None, 3, members)
-    gathered = groups.gather_fields(mine, 5, members)
-    everyone = [int(x) for x in groups.all_gather(torch.tensor([rank]), members)]
-    return [sent["x"].tolist(), None if gathered is None else [g["x"].tolist() for g in gathered], everyone]
+        return {}
+    batch = torch.full((2, rank), float(rank))  # of which a sample is a part
+    found = groups.exchange({10 * rank: {"x": batch[0], "n": torch.tensor(rank)}} if rank != 1 else {}, members)
+    assert groups.meter.end().collective_bytes == (4 * rank + 8 if rank != 1 else 0)
+    return {s: {name: x.tolist() for name, x in fields.items()} for s, fields in found.items()}
 
 
-def test_ragged_fields_in_a_group(ranks: Ranks) -> None:
-    found = ranks.call(fields_around)
-    for rank in (5, 1, 3):
-        sent, gathered, everyone = found[rank]
-        assert sent == [[3.0, 3.0]] * 3 and everyone == [5, 1, 3]
-        assert gathered == ([[[float(r)] * 2] * r for r in (5, 1, 3)] if rank == 5 else None)
+def test_ragged_samples_in_a_group(ranks: Ranks) -> None:
+    found = ranks.call(samples_around)
+    everyone = {30: {"x": [3.0] * 3, "n": 3}, 50: {"x": [5.0] * 5, "n": 5}}
+    assert found == [everyone if rank in (1, 3, 5) else {} for rank in range(8)]
 
 
 # ---------------------------------------------------------------- harm
@@ -360,6 +337,7 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
     from real.meter import Meter
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    linear = torch.nn.functional.linear
     groups, engines, sums = Groups(rank, DOMAINS, Meter()), {}, {}
     for stage in range(4):
         for domain in DOMAINS:
@@ -371,7 +349,7 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
                 "gradient_clipping": 1.0,
                 "zero_allow_untested_optimizer": True,
             }
-            with groups.deepspeed(domain):
+            with groups.deepspeed(domain, sharded=stage == 3):
                 partitioned = deepspeed.zero.Init(
                     data_parallel_group=groups.of(domain), config_dict_or_path=config, enabled=stage == 3
                 )
@@ -382,13 +360,14 @@ def deepspeed_engines(rank: int, count: int, store: object) -> dict[tuple[int, t
                 engines[stage, domain] = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     for step in range(3):
         for (stage, domain), engine in engines.items():
-            with groups.deepspeed(domain):
+            with groups.deepspeed(domain, sharded=stage == 3):
                 data = torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + domain.index(rank)))
                 engine.backward(engine(data).pow(2).mean())
                 engine.step()
                 with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
                     sums[stage, domain] = sum(float(p.double().abs().sum()) for p in engine.module.parameters())
     assert (groups.meter.end().collective_bytes > 0) == any(len(d) > 1 for _, d in engines)
+    assert torch.nn.functional.linear is linear, "what ZeRO-3 replaces stays in its engines' sessions"
     return sums
 
 
@@ -436,7 +415,7 @@ class Stages:
         time.sleep(0.002)
         if stage.kind == "train":
             self.groups.all_reduce(torch.ones(2), stage.ranks)
-stages.Stages, stages.sync_rank_sets = Stages, lambda graph, holdings, method: set()
+stages.Stages = Stages
 sys.modules["real.stages"] = stages
 from real.run import main
 sys.exit(main())

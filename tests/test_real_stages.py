@@ -31,10 +31,9 @@ from reference_ppo import Reference
 from scenarios import scenario
 
 from real import executor, generate, groups, meter, models, ppo, stages
-from rlhfsim.batch import samples_of
 from rlhfsim.errors import InputError
 from rlhfsim.firing import Firing
-from rlhfsim.layout import graph_of, holdings_of
+from rlhfsim.layout import check_real, graph_of, holdings_of, rank_sets
 from rlhfsim.model import parameters
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import ModelUse, Scenario
@@ -174,11 +173,10 @@ def expected(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
 
 
 def mini_batches(found: Scenario) -> list[list[int]]:
-    """By the graph: the samples of each optimizer step."""
-    graph, _ = graph_of(found)
-    stage = graph.at("update_actor")
-    firings = [Firing(0, stage.name, chunk, 0) for chunk in range(stage.firings)]
-    return [samples_of(graph, f, found.workload.samples).tolist() for f in firings]
+    """The samples of each optimizer step, by their numbers and nothing else."""
+    samples, chosen = found.workload.samples, found.algorithm
+    cuts = [k * samples // chosen.minibatches for k in range(chosen.minibatches + 1)]
+    return [list(range(a, b)) for a, b in pairwise(cuts)] * chosen.epochs
 
 
 def weights_of(reference: Reference) -> dict[str, dict[str, Any]]:
@@ -218,6 +216,14 @@ def test_variants_train_to_their_reference(results: dict[str, Any], name: str) -
     assert difference(results[name]["weights"], OTHERS[name]["changes"]) < TOLERANCE
 
 
+def test_mini_batches_train_to_the_same_weights_with_any_number_of_lanes(results: dict[str, Any]) -> None:
+    """Four lanes, or one lane whose batches are smaller than a mini-batch: each optimizer step has its samples."""
+    names = [name for name in OTHERS if name.startswith("two_minibatches")]
+    assert {graph_of(made(OTHERS[name]["changes"]))[0].lanes for name in names} == {1, 4}
+    for name in names:
+        assert difference(results[name]["weights"], BASE | {"algorithm.minibatches": 2}) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_stale_weights_and_early_reuse_show(results: dict[str, Any], name: str) -> None:
     assert difference(results[name]["weights"], BASE) > 100 * TOLERANCE
@@ -239,7 +245,7 @@ def in_program_order(changes: dict[str, Any], lost: str = "") -> stages.Stages:
     found = made(changes)
     graph, _ = graph_of(found)
     holdings, store = holdings_of(found, graph), executor.LaneStore()
-    alone = groups.Groups(0, groups.rank_sets(graph, holdings), meter.Meter())
+    alone = groups.Groups(0, rank_sets(graph, holdings), meter.Meter())
     work = stages.Stages(found, graph, holdings, 0, alone, store)
     for iteration in range(ITERATIONS):
         for f in (f._replace(iteration=iteration) for f in graph.program()):
@@ -274,7 +280,7 @@ def test_a_lost_result_is_an_error_that_names_it(one_rank: None) -> None:
 )
 def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
-        stages.check(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
+        check_real(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
     assert error.value.field == field
 
 
@@ -337,7 +343,7 @@ def test_responses_do_not_depend_on_the_batch() -> None:
     for rows, continuous in ((12, False), (5, False), (4, True)):
         requests = [generate.request((0, 0), i, i, int(p), int(n), 1024) for i, (p, n) in enumerate(lengths)]
         work = generate.Generation(
-            decoder, decoder.body.config, requests, rows=rows, continuous=continuous, prefill_tokens=40, log_probs=True
+            decoder, requests, rows=rows, continuous=continuous, prefill_tokens=40, log_probs=True
         )
         passes, foretold = 0, work.forward_passes
         while work.busy:

@@ -506,15 +506,13 @@ SIX = ("shadow_actor", "reference", "shadow_critic", "reward", "actor", "critic"
 
 def test_models_may_share_ranks_on_either_side() -> None:
     """Training on rank 0, everything else on rank 1: two streams, joined by the channels and the weights."""
-    ranks = dict.fromkeys(SIX, [1]) | {"actor": [0], "critic": [0]}
+    ranks = {model: [0 if model in ("actor", "critic") else 1] for model in SIX}
     algorithm = ppo.build(minibatches=4)
     timeline = simulate(disaggregated.build(algorithm, EIGHT, batches=4, capacity=4, ranks=ranks), fixed, 2)
     first = [s for s in timeline.spans if s.firing.iteration == 0]
-    trained = [s for s in first if s.kind == "train"]
-    assert {s.ranks for s in trained} == {(0,)} and {s.ranks for s in first if s.kind in ("generate", "score")} == {
-        (1,)
-    }
-    assert trained[0].start_seconds < max(s.end_seconds for s in first if s.kind == "generate")  # streams through
+    trained, rest = ([s for s in first if (s.kind == "train") == own and s.kind != "sync"] for own in (True, False))
+    assert {s.ranks for s in trained} == {(0,)} and {s.ranks for s in rest} == {(1,)}
+    assert trained[0].start_seconds < max(s.end_seconds for s in rest)  # it streams through
 
 
 @pytest.mark.parametrize(

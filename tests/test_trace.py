@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,24 @@ def names(events: list[dict[str, Any]], what: str) -> list[str]:
 
 def test_one_process_a_node_and_one_thread_a_group(tmp_path: Path) -> None:
     events = events_of(tmp_path / "t.json", {"a": disaggregated(), "b": colocated()})
-    assert names(events, "process_name") == ["a: node 0", "a: node 1", "a: node 2", "b: node 0"]
+    assert names(events, "process_name") == [
+        *(f"a (simulated): node {k}" for k in range(3)),
+        "b (simulated): node 0",
+    ]
     assert names(events, "thread_name") == ["rank 0", "rank 1", "ranks 2-3", "rank 4", "rank 5", "ranks 0-5"]
     assert {event["pid"] for event in events} == {1, 2, 3, 4}
+
+
+def test_a_simulated_and_a_real_timeline_lie_side_by_side(tmp_path: Path) -> None:
+    """A process each, named by its source, the same tracks and categories (by which a viewer colours), from 0 on."""
+    real = replace(colocated(), source="real")
+    events = events_of(tmp_path / "t.json", {"simulated": colocated(), "run-3": real})
+    assert names(events, "process_name") == ["simulated: node 0", "run-3 (real): node 0"]
+    one, other = ([e for e in by_kind(events, "X") if e["pid"] == pid] for pid in (1, 2))
+    assert [(e["ts"], e["dur"], e["tid"], e["name"], e["cat"]) for e in one] == [
+        (e["ts"], e["dur"], e["tid"], e["name"], e["cat"]) for e in other
+    ]
+    assert min(e["ts"] for e in one) == 0.0
 
 
 def test_a_span_is_a_complete_event_in_microseconds(tmp_path: Path) -> None:
@@ -94,7 +110,7 @@ def test_chosen_ranks_are_not_folded(tmp_path: Path) -> None:
 def test_too_many_groups_are_thinned_and_it_says_so(tmp_path: Path) -> None:
     events = events_of(tmp_path / "t.json", {"a": disaggregated()}, max_tracks=2)
     assert names(events, "thread_name") == ["rank 0", "ranks 2-3"]
-    assert names(events, "process_name")[0] == "a: node 0, 3 more groups of ranks not shown"
+    assert names(events, "process_name")[0] == "a (simulated): node 0, 3 more groups of ranks not shown"
 
 
 def test_same_timelines_same_bytes(tmp_path: Path) -> None:

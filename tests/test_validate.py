@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,24 @@ def test_a_simulated_timeline_is_predicted_exactly(tmp_path: Path) -> None:
     results = run_case(write_case(tmp_path, timeline="run.jsonl"))
     assert {r.quantity for r in results} == set(predicted())
     assert all(abs(r.error) < 1e-9 and r.ok for r in results)
+
+
+def test_a_timeline_that_breaks_its_graph_is_an_error(tmp_path: Path) -> None:
+    """Spans of another order measured another program, however well their lengths agree."""
+    run = simulate(prepare(scenario_from_dict(SCENARIO)))
+    (gen, *_), (ref, *_) = run.of(stage="gen", iteration=1), run.of(stage="ref", iteration=1)
+    early = replace(ref, start_seconds=gen.end_seconds - ref.seconds, end_seconds=gen.end_seconds)
+    spans = [early if s is ref else s for s in run.spans]
+    timeline.write(replace(run, spans=spans), tmp_path / "run.jsonl")
+    path = write_case(tmp_path, timeline="run.jsonl")
+    with pytest.raises(InputError, match=r"run\.jsonl breaks the order of the scenario's graph: .* \(iteration 1"):
+        run_case(path)
+    done = CliRunner().invoke(cli, ["validate", str(path)])
+    assert isinstance(done.exception, InputError)
+    elsewhere = SCENARIO | {"strategy": "disaggregated"}
+    timeline.write(run, tmp_path / "run.jsonl")
+    with pytest.raises(InputError, match="breaks the order"):
+        run_case(write_case(tmp_path, timeline="run.jsonl", scenario=elsewhere))
 
 
 def test_errors_and_excess(tmp_path: Path) -> None:

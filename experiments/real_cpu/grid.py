@@ -11,11 +11,13 @@ from typing import Any
 # Bytes per second from rank to rank, one direction; None: both ranks on one host.
 NETWORKS: dict[str, float | None] = {"host": None, "1gbit": 125e6, "100mbit": 12.5e6}
 
+ITERATIONS = 4  # as in scenario.yaml, where nothing else is said
 S, M, L = "tiny-2x128", "tiny-4x256", "small-8x512"
 TAIL = {"distribution": "lognormal", "mean_tokens": 32, "sigma": 0.8, "max_tokens": 128}
 SPLIT = {"actor": [0], "critic": [0], **{m: [1] for m in ("shadow_actor", "shadow_critic", "reference", "reward")}}
 CONTINUOUS = {"generation.max_sequences": 4}
-LARGE = {"workload.prompts": 8, "algorithm.minibatches": 1}
+MEDIUM = {"workload.prompts": 8}
+LARGE = {"workload.prompts": 4, "algorithm.minibatches": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,11 @@ class Config:
     id: str
     overrides: dict[str, Any] = field(default_factory=dict)
     calibration: bool = False
+
+    @property
+    def iterations(self) -> int:
+        """Of a run; the first is in no interval."""
+        return int(self.overrides.get("simulation.iterations", ITERATIONS))
 
     @property
     def network(self) -> str:
@@ -53,8 +60,7 @@ def config(
         overrides["workload.response_tokens"] = TAIL
     if engine == "engine":
         overrides |= CONTINUOUS
-    if model == L:
-        overrides |= LARGE
+    overrides |= {S: {}, M: MEDIUM, L: LARGE}[model]
     overrides |= {key.replace("__", "."): value for key, value in changes.items()}
     lengths = "tail" if tail else "fixed"
     parts = [strategy, engine, f"zero{zero}", model, lengths, *([name] if name else [])]
@@ -75,7 +81,7 @@ CONFIGS = [
     config("host", "colocated", "zero3_per_token", M, tail=True),
     config("host", "colocated", "hybrid", M),
     config("host", "colocated", "hybrid", M, tail=True),
-    config("host", "colocated", "hybrid", L, tail=True),
+    config("host", "colocated", "hybrid", L),
     config("host", "colocated", "hybrid", M, name="epochs", algorithm__epochs=2),
     config("host", "colocated", "engine", M, zero=0),
     config("host", "colocated", "engine", M, zero=2, tail=True),
@@ -90,12 +96,12 @@ CONFIGS = [
     config("host", "disaggregated", "engine", L, zero=2),
     config("host", "disaggregated", "engine", M, zero=2, name="batches4", strategy__batches=4),
     # two nodes
-    config("1gbit", "colocated", "zero3_per_token", M),
+    config("1gbit", "colocated", "zero3_per_token", M, name="short", workload__response_tokens=16),
     config("1gbit", "colocated", "hybrid", M),
     config("1gbit", "colocated", "engine", M, zero=2, tail=True),
     config("1gbit", "interleaved", "hybrid", M, tail=True),
     config("1gbit", "disaggregated", "engine", M, zero=2),
-    config("100mbit", "colocated", "zero3_per_token", S, name="long", **LONGER),
+    config("100mbit", "colocated", "zero3_per_token", S, name="long", simulation__iterations=2, **LONGER),
     config("100mbit", "colocated", "hybrid", S, name="long", **LONGER),
     config("100mbit", "colocated", "engine", S, zero=2, name="long", **LONGER),
     config("100mbit", "disaggregated", "engine", S, zero=2, name="long", **LONGER),

@@ -113,7 +113,7 @@ def _write_yaml(data: Any, path: Path) -> None:
 
 
 def report(cases: list[Path], folder: Path) -> str:
-    """report.md and predicted.png; returns the summary's lines."""
+    """report.md, predicted.png and results.json; returns the summary's lines."""
     results = [result for case in cases for result in run_case(case)]
     found = summary(results)
     figure(results, folder / "predicted.png")
@@ -138,6 +138,7 @@ def report(cases: list[Path], folder: Path) -> str:
     text = ["# Predicted against measured", "", *lines, "", "![predicted over measured](predicted.png)", ""]
     text += [*table, "", "Calibration runs are marked (c).", "", *stages, "", *speedups(steps), ""]
     (folder / "report.md").write_text("\n".join(text))
+    (folder / "results.json").write_text(json.dumps([r.as_json() for r in results], indent=1) + "\n")
     return "\n".join(lines)
 
 

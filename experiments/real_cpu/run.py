@@ -21,7 +21,6 @@ from pairs import Pair, limit, nodes, why_no_nodes
 from report import record, report
 
 HERE = Path(__file__).parent
-ITERATIONS = 4  # the first is in no interval
 
 
 def main() -> int:
@@ -96,7 +95,7 @@ def _run(config: Config, pair: Pair, path: Path) -> list[str]:
         str(HERE / "scenario.yaml"),
         *overrides(config),
         "--iterations",
-        str(ITERATIONS),
+        str(config.iterations),
         "--warmup",
         "0",
         "--out",
@@ -120,7 +119,7 @@ def overrides(config: Config) -> list[str]:
 def predict(out: Path) -> None:
     """Calibrate, write cases, report."""
     runs = {config: found for config in CONFIGS if (found := _runs(out, config))}
-    benches = [path for network in NETWORKS if (path := out / f"bench-{network}.json").exists()]
+    benches = sorted(out.glob("bench-*.json"))
     print(report(record(runs, benches, out / "recorded"), out / "recorded"))
 
 

@@ -10,6 +10,10 @@ recomputation; vllm/v1/core/sched/scheduler.py): decodes come first, then prompt
 step's token budget; when the KV blocks run out, the most recently admitted sequence is preempted, put back to the head
 of the queue and computed again; no prompt is admitted in a step that preempted. A prompt is admitted when blocks for
 all of it are free (vLLM's V1 engine asks only for those of its first chunk). Shared prompt prefixes are not cached.
+
+Without chunked prefill prompts go first and whole, in steps of their own in which nobody decodes, as in vLLM before V1
+(docs.vllm.ai, v0.6, "Performance and Tuning": the scheduler prioritises prefills by default, and does not batch them
+with decodes).
 """
 
 from __future__ import annotations
@@ -94,12 +98,18 @@ def continuous_runs(
     step_tokens: int,
     block_tokens: int = 16,
     kv_blocks: int | None = None,
+    chunked_prefill: bool = True,
+    padded: bool = False,
 ) -> Runs:
     """Continuous batching with a paged KV cache of `kv_blocks` (None: unlimited), samples admitted in order.
 
-    step_tokens: at most so many tokens in a step. Raises DoesNotFit when a sequence alone exceeds the cache.
+    step_tokens: at most so many tokens in a step (without chunked prefill: of prompts, and one prompt always).
+    padded: every decoding sequence attends to as many tokens as the longest (a cache of rows and columns).
+    Raises DoesNotFit when a sequence alone exceeds the cache.
     """
-    return _Scheduler(prompt_tokens, response_tokens, max_sequences, step_tokens, block_tokens, kv_blocks).run()
+    return _Scheduler(
+        prompt_tokens, response_tokens, max_sequences, step_tokens, block_tokens, kv_blocks, chunked_prefill, padded
+    ).run()
 
 
 class _Builder:
@@ -137,10 +147,10 @@ class _Scheduler:
 
     def __init__(
         self, prompt: np.ndarray, response: np.ndarray, max_sequences: int, step_tokens: int, block: int,
-        blocks: int | None,
+        blocks: int | None, chunked_prefill: bool, padded: bool,
     ) -> None:  # fmt: skip
         self.prompt, self.response = prompt.tolist(), response.tolist()
-        self.block = block
+        self.block, self.chunked, self.padded = block, chunked_prefill, padded
         # The last token is drawn and never computed, so it needs no room.
         need = self._needed_blocks(self.prompt, self.response, blocks)
         self.final_blocks = need
@@ -148,7 +158,7 @@ class _Scheduler:
         self.total = self.free
         # vLLM refuses a step budget below the number of sequences: every one must be able to decode.
         self.max_sequences, self.step_tokens = min(max_sequences, step_tokens), step_tokens
-        self.step = 0
+        self.step = 0  # steps in which sequences decode: all but those of whole prompts
         self.waiting = list(range(len(need)))[::-1]  # the next one last
         self.running: dict[int, None] = {}  # in order of admission, the newest last
         self.partial: list[int] | None = None  # [sample, computed, to compute]: at most one, and always the newest
@@ -171,12 +181,14 @@ class _Scheduler:
 
     def advance(self, limit: int | None = None) -> None:
         """One run: until the batch changes, at most `limit` steps."""
+        if not self.chunked and self._prefill_whole():
+            return
         preempted = self._make_room()
         decoding = len(self.base)
-        context = self.base_sum + decoding * (self.step + 1)
+        context = self._context()
         fresh = self.crossing[-self.step % self.block]
         self.free -= fresh
-        chunks, prompt, completed = self._prefill(self.step_tokens - decoding, admit=not preempted)
+        chunks, prompt, completed = self._prefill(self.step_tokens - decoding, admit=self.chunked and not preempted)
         if chunks or preempted:
             steps = 1
         else:
@@ -201,6 +213,30 @@ class _Scheduler:
                 f"{prompts[longest]} + {responses[longest]} tokens needs {need[longest]}"
             )
         return need
+
+    def _context(self) -> int:
+        """KV tokens that the decoding sequences attend to in this step."""
+        bases = max(self.base.values(), default=0) * len(self.base) if self.padded else self.base_sum
+        return bases + len(self.base) * (self.step + 1)
+
+    def _prefill_whole(self) -> bool:
+        """A step of whole prompts, if any can be admitted."""
+        budget, lengths, admitted = self.step_tokens, list[int](), list[int]()
+        while self.waiting and len(self.running) < self.max_sequences:
+            length = self.prompt[self.waiting[-1]] + self.generated[self.waiting[-1]]
+            if self._blocks(length) > self.free or (lengths and length > budget):
+                break
+            budget -= length
+            self.free -= self._blocks(length)
+            lengths.append(length)
+            admitted.append(self.waiting.pop())
+            self.running[admitted[-1]] = None
+        if lengths:
+            self.builder.add(1, 0, 0, sum(lengths), len(lengths), len(self.running), chunks=lengths)
+            for sample in admitted:
+                self._start_decoding(sample)
+            self._retire()
+        return bool(lengths)
 
     def _make_room(self) -> bool:
         """Preempt the newest until every other decoding sequence can be given the block that it needs in this step."""
@@ -317,7 +353,10 @@ class _Scheduler:
         begins = np.concatenate([[self.step], ends[:-1]])
         # Sequences with a later end, and the sum of their bases, at each begin.
         decoding = len(samples) - first
-        remaining = np.cumsum(bases[order][::-1])[::-1][first]
+        if self.padded:
+            remaining = np.maximum.accumulate(bases[order][::-1])[::-1][first] * decoding
+        else:
+            remaining = np.cumsum(bases[order][::-1])[::-1][first]
         context = remaining + decoding * (begins + 1)
         before = len(self.builder.rows)
         zeros = [0] * len(ends)

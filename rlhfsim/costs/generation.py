@@ -31,6 +31,7 @@ from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
 from .engine import Runs, continuous_runs, static_runs
 from .operators import Operators, OperatorTime
+from .passes import weight_tensors
 from .segment import Op, Segment, Transfer
 
 # Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
@@ -356,6 +357,7 @@ def _tables(
                 runs = continuous_runs(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
+                    chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)
@@ -496,9 +498,10 @@ def _gather(
 ) -> list[Segment]:
     """Weights into the layout in which the place decodes, once per call.
 
-    ZeRO-3 shards: all weights to every rank, layer by layer (with tensor parallelism each then keeps its part, as in
-    verl's FSDP to vLLM resharding). Tensor-parallel training weights: the ranks that together hold one generation shard
-    exchange theirs. `zero3_per_token` needs it only with `effects.decode` off, an own engine never.
+    ZeRO-3 shards: all weights to every rank, tensor by tensor (DeepSpeed's GatheredParameters; with tensor parallelism
+    each then keeps its part, as in verl's FSDP to vLLM resharding). Tensor-parallel training weights: the ranks that
+    together hold one generation shard exchange theirs. `zero3_per_token` needs it only with `effects.decode` off, an
+    own engine never.
     """
     effects, host_seconds = operators.effects, 0.0
     sharded = use.zero_stage == 3 and len(domain) > 1
@@ -511,15 +514,15 @@ def _gather(
     held, wanted = use.tensor_parallel, generation.tensor_parallel
     if sharded:
         groups: tuple[tuple[int, ...], ...] = (domain,)
-        payload = _weight_bytes(use)
+        payload, calls = _weight_bytes(use), weight_tensors(use.shape)
         host_seconds = float(operators.engine_launches(use, "gather", parameters(use.shape)).seconds)
     elif held > wanted and held % wanted == 0:
         size = held // wanted
         groups = tuple(domain[i : i + size] for i in range(0, len(domain), size))
-        payload = _weight_bytes(use) / wanted
+        payload, calls = _weight_bytes(use) / wanted, use.shape.layers
     else:
         return []
-    transfer = Transfer("all_gather", groups, payload, messages=use.shape.layers)
+    transfer = Transfer("all_gather", groups, payload, messages=calls)
     bound = {"host": host_seconds} if host_seconds else {}
     return [Segment("gather", np.full((replicas, 1), host_seconds), transfers=(transfer,), bound=bound)]
 

@@ -12,6 +12,7 @@ to launch a kernel eagerly is `Kernels.host_launch_seconds`, and hides in a CUDA
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -118,8 +119,11 @@ class MemoryCurve(Record):
 
 
 class CollectiveCurve(Record):
-    """A collective: (alpha^p + (bus bytes / (link e))^p)^(1/p).
+    """A collective: (alpha^p + (bus bytes / (link e))^p)^(1/p), or by `measured` points.
 
+    measured: (bus bytes / (link e), seconds of the call), both rising: where a formula with one rate does not hold (on
+    CPUs: sockets and caches). Between points on straight lines of the logarithms; smaller messages take as long as the
+    smallest, larger ones in proportion to the largest.
     efficiency is relative to one direction of the link: inside a node the GPU's (above 1 where the switch reduces,
     NVLS), across nodes the NIC's; of a copy to or from the host (measured on one rank) the PCIe slot's.
     """
@@ -127,6 +131,7 @@ class CollectiveCurve(Record):
     alpha_seconds: Seconds
     efficiency: Annotated[float, Field(gt=0, le=1.5)]
     exponent: Exponent
+    measured: tuple[tuple[Seconds, Seconds], ...] = ()
     fit: Fit
 
 
@@ -351,7 +356,18 @@ def collective_seconds(
 ) -> Numbers:
     """One collective inside a node with the links to itself."""
     wire = np.asarray(payload_bytes, dtype=float) * bus_factor(op, ranks) / (link_bytes_per_second * curve.efficiency)
-    return wire if ideal else p_norm(np.full_like(wire, curve.alpha_seconds), wire, curve.exponent)
+    if ideal:
+        return wire
+    if curve.measured:
+        return interpolated_seconds(curve.measured, wire)
+    return p_norm(np.full_like(wire, curve.alpha_seconds), wire, curve.exponent)
+
+
+def interpolated_seconds(measured: Sequence[tuple[float, float]], wire_seconds: np.ndarray) -> np.ndarray:
+    """See `CollectiveCurve.measured`; nothing takes no time."""
+    wire, seconds = np.array(measured).T
+    inside = np.exp(np.interp(np.log(np.maximum(wire_seconds, wire[0])), np.log(wire), np.log(seconds)))
+    return np.asarray(np.where(wire_seconds > 0, inside * np.maximum(1.0, wire_seconds / wire[-1]), 0.0))
 
 
 def p_norm(a: Numbers, b: Numbers, exponent: float) -> np.ndarray:

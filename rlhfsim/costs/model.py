@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import numpy as np
 
-from rlhfsim.batch import per_replica, samples_of
+from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
@@ -55,6 +58,7 @@ class CostModel:
         self._steps: dict[str, StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
         workload = scenario.workload
+        self._together = kept_together(fold.original, workload.samples, workload.responses_per_prompt)
         self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
         self._rollouts = Rollouts(scenario, fold, holdings, operators, lengths, kv_capacity_tokens)
         self._paused: set[Firing] = set()
@@ -111,7 +115,7 @@ class CostModel:
         if f.stage == "testing":
             count = self.scenario.periodic.validation_prompts
             prompts, responses = np.resize(prompts, count), np.resize(responses, count)
-        ids = samples_of(self.fold.original, f, len(prompts))
+        ids = samples_of(self.fold.original, f, len(prompts), together=self._together)
         return prompts[ids], responses[ids]
 
     def message(self, messages: list[Message]) -> Transfer | None:
@@ -154,6 +158,8 @@ class CostModel:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
             segments = self._generate(stage, places, prompts, responses)
+        elif stage.model not in self.holdings:
+            segments = self._reward_function(stage, len(prompts))
         else:
             tokens = prompts + responses
             if self.scenario.workload.padded:
@@ -195,6 +201,17 @@ class CostModel:
         node = self.scenario.cluster.node
         host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         return train_program(use, shares, layout, self.operators, head=head, host=host)
+
+    def _reward_function(self, stage: Stage, samples: int) -> list[Segment]:
+        """The host's time for the samples of one place, in rounds of one a process.
+
+        A node's processes are shared by all ranks of the stage there, equally; the node with the most ranks is slowest.
+        """
+        chosen, per_node = self.scenario.algorithm, self.scenario.cluster.node.gpus_per_node
+        ranks = max(Counter(rank // per_node for rank in stage.ranks).values())
+        rounds = ceil(Fraction(samples * ranks, stage.size * (chosen.reward_function_workers or ranks)))
+        seconds = rounds * chosen.reward_function_seconds
+        return [Segment("reward function", np.full((1, 1), seconds), bound={"host": seconds})] if seconds else []
 
     def _sync(self, stage: Stage) -> list[Segment]:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
@@ -241,11 +258,9 @@ class CostModel:
 
 def _between_ranks(segment: Segment) -> Segment | None:
     """A sync's segment without what a rank would send to itself (copies that share some of their ranks)."""
-    groups = {
-        id(t): tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1) for t in segment.transfers
-    }
-    transfers = tuple(replace(t, groups=groups[id(t)]) for t in segment.transfers if groups[id(t)])
-    return replace(segment, transfers=transfers) if transfers else None
+    groups = [tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1) for t in segment.transfers]
+    moved = tuple(replace(t, groups=g) for t, g in zip(segment.transfers, groups, strict=True) if g)
+    return None if segment.transfers and not moved else replace(segment, transfers=moved)
 
 
 def _widen(segment: Segment, ranks: tuple[int, ...], places: list[tuple[int, ...]]) -> Segment:

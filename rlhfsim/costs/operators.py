@@ -215,6 +215,10 @@ class Operators:
         time = self._data_gradients(use, tokens, gemms) + self._weight_gradients(use, tokens, gemms if trained else [])
         return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
 
+    def copy(self, use: ModelUse, copied_bytes: Numbers) -> OperatorTime:
+        """Of tensors in device memory, read and written at the rate of a residual addition."""
+        return self._memory(use, "residual_add", 2 * np.asarray(copied_bytes, dtype=float))
+
     # --- optimizer ---------------------------------------------------------------------------------------------------
 
     def optimizer_step(self, use: ModelUse, parameters: Numbers) -> OperatorTime:

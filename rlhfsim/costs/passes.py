@@ -29,6 +29,7 @@ from rlhfsim.model import (
     parameters,
     rank_parameters,
 )
+from rlhfsim.spec.model_spec import ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
 
@@ -131,9 +132,9 @@ def score_program(
     load = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
         return [*load, work.pipeline("forward", backward=False)]
+    zero3 = use.zero_stage == 3
     layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.tensor_forward())
     ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
-    zero3 = use.zero_stage == 3
     engine = work.engine("forward") if zero3 else []  # what is not sharded is scored without an engine
     return [*load, work.segment("forward", [layers, ends, *engine], overlapped=zero3, lockstep=zero3)]
 
@@ -228,7 +229,8 @@ def sync_program(
 
     p2p: one destination replica after the other, blocking sends between the ranks whose shards overlap; replicas x
         weights on the wire. broadcast: every source shard once to all ranks that need any of it (they keep their part).
-    reshard: the same GPUs change from the training layout to the destination's by all-gathers.
+    reshard: the same GPUs change from the training layout to the destination's by all-gathers, and each copies what it
+        has got into the destination's weights.
     A ZeRO-3 source first gathers what it sends. With `effects.sync` off there is nothing to do: an empty program.
     """
     if not operators.effects.sync:
@@ -238,8 +240,10 @@ def sync_program(
     spec = use.shape
     count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
     total = float(count * use.bytes_per_parameter)
+    copies: list[Segment] = []
     if method == "reshard":
         transfers = [_reshard(use, source, destination, total)]
+        copies = _copy(operators.copy(use, total / destination.tensor_parallel))
     elif method == "broadcast":
         transfers = [_broadcast(source, destination, total, bucket_bytes)]
     else:
@@ -247,7 +251,13 @@ def sync_program(
     if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
         gather = Transfer("all_gather", (source.ranks,), total, _messages(total, bucket_bytes))
         transfers = [gather, *transfers]
-    return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None]
+    return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None] + copies
+
+
+def _copy(time: OperatorTime) -> list[Segment]:
+    bound: dict[str, float] = {}
+    _add_bound(bound, time, 1, 1)
+    return [Segment("sync_copy", np.full((1, 1), float(time.seconds)), bound=bound)]
 
 
 def _replicas(layout: Layout) -> list[Layout]:
@@ -283,19 +293,35 @@ def _broadcast(source: Layout, destination: Layout, total: float, bucket_bytes: 
 
 
 def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -> Transfer | None:
-    """ZeRO-3: every rank gathers all weights, layer by layer, and keeps its part (DeepSpeed's hybrid engine, FSDP).
+    """ZeRO-3: every rank gathers all weights, tensor by tensor, and keeps its part (DeepSpeed's hybrid engine).
 
     Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
     """
     if use.zero_stage == 3:
         if len(source.ranks) == 1:
             return None
-        return Transfer("all_gather", (source.ranks,), total, float(use.shape.layers))
+        return Transfer("all_gather", (source.ranks,), total, float(weight_tensors(use.shape)))
     size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
     if size <= 1:
         return None
     by_replica = source.grid.transpose(1, 2, 0).reshape(-1, size)
     return Transfer("all_gather", _groups(by_replica), total / destination.tensor_parallel, float(use.shape.layers))
+
+
+def layer_matrices(spec: ModelSpec) -> int:
+    """Weight matrices of a layer; qkv is one product, as are gate and up."""
+    return len(layer_gemms(spec)) + 2 + spec.gated_mlp
+
+
+def end_matrices(spec: ModelSpec, head: Head = "lm") -> int:
+    """Embedding and head; a value head is too small to be sharded."""
+    return 1 if head != "lm" or spec.tied_embeddings else 2
+
+
+def weight_tensors(spec: ModelSpec) -> int:
+    """Matrices and norms of a model with a language-model head, each a call of DeepSpeed's GatheredParameters (counted
+    with 0.19.8, `python -m real.microbench`)."""
+    return spec.layers * (layer_matrices(spec) + spec.norms_per_layer) + end_matrices(spec) + 1
 
 
 def controller_program(moved_bytes: float, operators: Operators, replicas: int = 1) -> list[Segment]:
@@ -399,12 +425,13 @@ class _Work:
 
     # Transfers.
 
-    def gathers_layer(self, *, backward: bool = False) -> tuple[Transfer, ...]:
-        matrices = len(layer_gemms(self.use.shape)) + 2 + self.use.shape.gated_mlp  # qkv, gate and up are fused there
-        return self._gathers(layer_parameters(self.use.shape), matrices if backward else 0)
+    def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
+        spec = self.use.shape
+        return self._gathers(layer_parameters(spec), layer_matrices(spec) if one_by_one else 0)
 
-    def gathers_ends(self) -> tuple[Transfer, ...]:
-        return self._gathers(embedding_parameters(self.use.shape) + head_parameters(self.use.shape, self.head))
+    def gathers_ends(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
+        spec, matrices = self.use.shape, end_matrices(self.use.shape, self.head) if one_by_one else 0
+        return self._gathers(embedding_parameters(spec) + head_parameters(spec, self.head), matrices)
 
     def _gathers(self, count: float, matrices: int = 0) -> tuple[Transfer, ...]:
         """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
@@ -413,7 +440,7 @@ class _Work:
         time. DeepSpeed fetches ahead along the trace of an earlier pass, and the backward pass never meets the trace
         that it would need: forward passes alone (generation, scoring) come between updates. Counted with DeepSpeed
         0.19.8 at its defaults: one call in the forward pass of a model smaller than the bucket, one for each matrix in
-        the backward pass (`python -m real.microbench`, column collectives).
+        the backward pass, embedding and head among them (`python -m real.microbench`, column collectives).
         """
         if self.use.zero_stage != 3:
             return ()
@@ -427,11 +454,18 @@ class _Work:
         return load + ((Transfer("all_gather", (ranks,), payload, messages),) if len(ranks) > 1 else ())
 
     def reduces(self, count: float) -> tuple[Transfer, ...]:
-        """The gradients of `count` parameters, over the data-parallel ranks."""
+        """The gradients of `count` parameters, over the data-parallel ranks; buckets cross the bounds of layers.
+
+        ZeRO-1 and 2 of DeepSpeed reduce whole buckets to every rank, which then keeps its part (deepspeed/runtime/zero/
+        stage_1_and_2.py, `allreduce_and_scatter`: `use_multi_rank_bucket_allreduce` is true by default in 0.19.8).
+        Megatron's distributed optimizer scatters them.
+        """
         if self.layout.replicas == 1 or count == 0:
             return ()
-        op: Op = "reduce_scatter" if self.use.zero_stage else "all_reduce"
-        messages = _messages(count, REDUCE_BUCKET_PARAMETERS) if self.use.zero_stage < 3 else 1.0
+        stage, trained = self.use.zero_stage, self.trained_rank_parameters()
+        scattered = stage == 3 or (stage > 0 and self.use.ranks_per_replica > 1)
+        op: Op = "reduce_scatter" if scattered else "all_reduce"
+        messages = _messages(trained, REDUCE_BUCKET_PARAMETERS) * count / trained
         return (self.collective(op, count * self.use.bytes_per_parameter, messages),)
 
     def collective(self, op: Op, payload: Numbers, messages: Numbers) -> Transfer:
@@ -485,10 +519,17 @@ class _Work:
         gather, gather_ends = self.gathers_layer(), self.gathers_ends()
         return [
             _Part(self.layer_forward(), self.use.shape.layers, gather),
-            _Part(self.layer_backward(), self.trained_layers,
-                  self.gathers_layer(backward=True) + self.reduces(self.trained_layer_parameters())),
+            _Part(
+                self.layer_backward(),
+                self.trained_layers,
+                self.gathers_layer(one_by_one=True) + self.reduces(self.trained_layer_parameters()),
+            ),
             _Part(self.ends_forward(), 1, gather_ends),
-            _Part(self.ends_backward(), 1, self.reduces(self.trained_end_parameters())),
+            _Part(
+                self.ends_backward(),
+                1,
+                self.gathers_ends(one_by_one=True) + self.reduces(self.trained_end_parameters()),
+            ),
             *self.engine("forward", "backward"),
         ]
 

@@ -30,7 +30,7 @@ ROUNDING = 1e-9  # relative to a time: the same instant
 
 @dataclass(eq=False)
 class Sample:
-    """One response. number: in the order in which responses are begun; group: its prompt.
+    """One response. number: among all that are drawn; group: its prompt.
 
     tokens_by_version: drawn so far with each version of the weights, but for those since the present one entered.
     """
@@ -65,7 +65,14 @@ class Engine(_Scheduler):
     def __init__(self, generation: Generation, kv_blocks: int | None) -> None:
         none = np.zeros(0, dtype=int)
         super().__init__(
-            none, none, generation.max_sequences, generation.prefill_tokens, generation.block_tokens, kv_blocks
+            none,
+            none,
+            generation.max_sequences,
+            generation.prefill_tokens,
+            generation.block_tokens,
+            kv_blocks,
+            generation.chunked_prefill,
+            padded=generation.kv_cache == "preallocated",
         )
         self.generation, self.kv_blocks = generation, kv_blocks
         self.free = self.total = UNLIMITED_BLOCKS if kv_blocks is None else kv_blocks

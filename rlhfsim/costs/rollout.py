@@ -13,7 +13,7 @@ from collections import Counter
 
 import numpy as np
 
-from rlhfsim.batch import samples_of
+from rlhfsim.batch import kept_together, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Stage
@@ -51,13 +51,15 @@ class Rollouts:
         self.scenario, self.graph, self.holdings, self.operators = scenario, fold.original, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
         self.samples = scenario.workload.samples
+        self._together = kept_together(self.graph, self.samples, scenario.workload.responses_per_prompt)
         steps = {base_name(s.name) for s in self.graph.stages() if s.unfinished != "wait"}
         self.stages = {s.name for s in self.graph.stages() if base_name(s.name) in steps and scenario.effects.decode}
         self._pools: dict[str, Pool] = {}
         self._plans: dict[Firing, Plan] = {}
         self._stops: dict[Firing, Cut] = {}
         self._batches: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._number = 0
+        self._orders: dict[str, np.ndarray] = {}
+        self._begun = 0  # responses, of all pools
 
     def batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response tokens of an iteration's samples, as they were handed over."""
@@ -92,13 +94,26 @@ class Rollouts:
             share = stage.oversampling * len(stage.serves) / self.graph.lanes / stage.chunks
             missing = round(share * self.samples) - pool.outstanding
         size = pool.group_size
-        pool.submit([self._sample(size) for _ in range(max(0, -(-missing // size)) * size)])
+        pool.submit([self._sample(stage, size) for _ in range(max(0, -(-missing // size)) * size)])
 
-    def _sample(self, group_size: int) -> Sample:
-        number, self._number = self._number, self._number + 1
-        prompts, responses = self.lengths[number // self.samples % len(self.lengths)]
-        k = number % self.samples
-        return Sample(number, number // group_size, int(prompts[k]), int(responses[k]))
+    def _sample(self, stage: Stage, group_size: int) -> Sample:
+        """The next response, in the order in which plain generation begins those of an iteration."""
+        iteration, k = divmod(self._begun, self.samples)
+        self._begun += 1
+        index = int(self._order(stage.name, group_size)[k])
+        number = iteration * self.samples + index
+        prompts, responses = self.lengths[iteration % len(self.lengths)]
+        return Sample(number, number // group_size, int(prompts[index]), int(responses[index]))
+
+    def _order(self, name: str, group_size: int) -> np.ndarray:
+        """An iteration's samples lane by lane; as they are where that would part a prompt's responses."""
+        if name not in self._orders:
+            chunks = [Firing(0, name, chunk, 0) for chunk in range(self.graph.at(name).chunks)]
+            everyone = range(self.graph.lanes)
+            ids = [samples_of(self.graph, f, self.samples, together=self._together, lanes=everyone) for f in chunks]
+            whole = self._together == group_size
+            self._orders[name] = np.concatenate(ids) if whole else np.arange(self.samples)
+        return self._orders[name]
 
     def stop_share(self, f: Firing, share: float) -> float | None:
         """The share at which every engine has ended the step in which it is asked to stop; None: the chunk is full."""
@@ -130,7 +145,7 @@ class Rollouts:
         return plan.seconds if stage.unfinished == "keep" else max(plan.seconds, cut.seconds)
 
     def _hand_over(self, f: Firing, pool: Pool) -> list[Sample]:
-        """They fill the chunk in the order in which they were begun (slime sorts a batch by it)."""
+        """They fill the chunk in the order of their numbers (as slime sorts a batch)."""
         ids = np.sort(self._ids(f))
         done = sorted(pool.hand_over(len(ids)), key=lambda sample: sample.number)
         if f.iteration not in self._batches:
@@ -141,7 +156,7 @@ class Rollouts:
         return done
 
     def _ids(self, f: Firing) -> np.ndarray:
-        return samples_of(self.graph, f, self.samples)
+        return samples_of(self.graph, f, self.samples, together=self._together)
 
     @staticmethod
     def _counts(pool: Pool, cut: Cut) -> dict[str, float]:

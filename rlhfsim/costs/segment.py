@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from .kernels import interpolated_seconds
+
 Op = Literal[
     "all_gather",
     "reduce_scatter",
@@ -53,11 +55,13 @@ class Route(NamedTuple):
     usage: link name -> link time per payload byte, all groups together: bytes on the link over the share of its nominal
         rate that the operation reaches there (so that operations of different efficiency share a link correctly).
     latency_seconds: of one call. exponent: seconds = (latency^p + (bytes/rate)^p)^(1/p).
+    measured: points (bytes/rate, seconds) instead of that formula; see `CollectiveCurve`.
     """
 
     usage: dict[str, float]
     latency_seconds: float
     exponent: float
+    measured: tuple[tuple[float, float], ...] = ()
 
 
 class Elapsed(NamedTuple):
@@ -132,6 +136,10 @@ class HostSegment(Segment):
 def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:
     """Seconds of one repeat of a transfer at `rate` payload bytes per second, one entry per kind of repeat."""
     wire = np.atleast_1d(np.asarray(transfer.payload_bytes, dtype=float)) / rate
+    if route.measured:
+        messages = np.asarray(transfer.messages, dtype=float)
+        each: np.ndarray = interpolated_seconds(route.measured, wire / np.where(messages > 0, messages, 1.0))
+        return np.asarray(messages * each)
     latency = route.latency_seconds * transfer.messages
     p = route.exponent
     seconds: np.ndarray = (latency**p + wire**p) ** (1 / p)

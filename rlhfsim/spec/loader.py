@@ -92,7 +92,7 @@ def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
             (f"cluster.{part}.{name}", number.value, _source_text(record, number.source))
             for name, number in record.quantities().items()
         ]
-    for role in ROLES:
+    for role in scenario.roles:
         shape: ModelSpec = getattr(scenario.models, role).shape
         numbers = [(name, value) for name, value in shape if isinstance(value, int) and not isinstance(value, bool)]
         found += [(f"models.{role}.shape.{name}", value, _source_text(shape, shape.source)) for name, value in numbers]

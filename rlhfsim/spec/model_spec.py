@@ -142,6 +142,39 @@ def from_hf_config(path: str | Path) -> ModelSpec:
     )
 
 
+def hf_config(spec: ModelSpec) -> dict[str, Any]:
+    """The keys of a `config.json` of this shape, as `from_hf_config` reads them, with full attention everywhere.
+
+    Raises InputError for a family that is not modelled.
+    """
+    heads = {"num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    llama_like = heads | {"attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias, "use_sliding_window": False}
+    own: dict[str, dict[str, Any]] = dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2"), llama_like) | {
+        "mistral": llama_like | {"sliding_window": None},
+        "opt": {
+            "ffn_dim": spec.ffn,
+            "word_embed_proj_dim": spec.embedding_width,
+            "do_layer_norm_before": spec.final_norm,
+            "enable_bias": spec.qkv_bias,
+            "activation_function": "relu" if spec.relu else "gelu",
+        },
+        "gpt2": {"n_inner": spec.ffn},
+        "gpt_neox": {"attention_bias": spec.qkv_bias},
+    }
+    if spec.family not in own:
+        raise InputError(f"{spec.family!r} is not modelled; supported: {', '.join(sorted(own))}", field="family")
+    return own[spec.family] | {
+        "model_type": spec.family,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.ffn,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "vocab_size": spec.vocabulary,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tied_embeddings,
+    }
+
+
 # --- reading files ---------------------------------------------------------------------------------------------------
 
 
@@ -324,10 +357,7 @@ def _qwen3(config: _Config) -> dict[str, Any]:
 
 
 def _gemma(config: _Config) -> dict[str, Any]:
-    own = {
-        "head_dim": config.integer("head_dim", 256),
-        "tied_embeddings": config.flag("tie_word_embeddings", True),
-    }
+    own = {"head_dim": config.integer("head_dim", 256), "tied_embeddings": config.flag("tie_word_embeddings", True)}
     return _llama_like(config) | _attention_bias(config) | own
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
+from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record, Seconds
 from .hardware import Cluster
 from .model_spec import ModelSpec
 from .overheads import Overheads as Overheads
@@ -159,9 +159,12 @@ class Workload(Record):
 class Algorithm(Record):
     """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches, at most 2000.
 
-    The rest is for real runs only; the simulator assumes Adam and a reward model, and no number here changes a time.
+    reward: the reward `model`'s score, or a `function` on the host instead of a model: nothing of `models.reward` is
+        held or run. (In a real run: the share of response tokens with an even id.)
+    reward_function_seconds: what the function takes for one sample on one core. Default 0.
+    reward_function_workers: processes per node that compute it for all ranks there; absent: each rank, for its samples.
+    The rest is for real runs only; the simulator assumes Adam, and no number below changes a time.
     optimizer, learning_rate, adam_epsilon, gradient_clip: of actor and critic (clip: of the gradient's norm).
-    reward: the reward `model`'s score, or a `function` of the tokens (the share of response tokens with an even id).
     kl_coefficient: reward lost per nat by which the actor leaves the reference. discount, gae_lambda: of GAE.
     clip_ratio, clip_values: limits of PPO's policy and value losses; value_coefficient: weight of the value loss where
         actor and critic share one model.
@@ -170,11 +173,13 @@ class Algorithm(Record):
     name: str = "ppo"
     epochs: Annotated[int, Field(ge=1, le=100)] = 1
     minibatches: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
+    reward: Literal["model", "function"] = "model"
+    reward_function_seconds: Seconds = 0.0
+    reward_function_workers: Count | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 1e-5
     adam_epsilon: Annotated[float, Field(gt=0, le=1e3)] = 1e-8
     gradient_clip: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    reward: Literal["model", "function"] = "model"
     kl_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.1
     discount: Fraction = 1.0
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
@@ -203,9 +208,13 @@ class Generation(Record):
     batch_samples: static batches of at most so many samples per replica; absent: all at once.
     memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
+    chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
+        prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
-    kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache), `preallocated` does not.
-        Default: concatenated for `zero3_per_token`, else preallocated. Real runs preallocate, whatever is named here.
+    kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
+        as long as the longest sequence and read to its end. `paged` sequences read their own tokens only; static
+        batches are padded in any case. Default: concatenated for `zero3_per_token`, preallocated for `hybrid`, paged
+        for `engine`. Real runs preallocate, whatever is named here.
     routing: which engine gets which sample: `static` contiguous equal shares, `least_loaded` by tokens so far.
     """
 
@@ -217,8 +226,9 @@ class Generation(Record):
     max_sequences: Count = 256
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
+    chunked_prefill: bool = True
     cuda_graphs: bool | None = None
-    kv_cache: Literal["concatenated", "preallocated"] | None = None
+    kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
 
     @property
@@ -333,3 +343,8 @@ class Scenario(Record):
     simulation: Simulation = Simulation()
     compare: Compare | None = None
     keep: list[str] = Field(default_factory=list)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The models that there are: no model gives the reward where a function does."""
+        return tuple(role for role in ROLES if role != "reward" or self.algorithm.reward == "model")

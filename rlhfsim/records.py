@@ -1,21 +1,46 @@
-"""What ranks write down about their firings, and the timeline that comes of it."""
+"""What the ranks of a real run write down about their firings, and the timeline that comes of it."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlhfsim.firing import Firing
-from rlhfsim.graph import ANY_PLACE, StageGraph
-from rlhfsim.timeline import MemorySample, Span, Timeline
+from .firing import Firing
+from .graph import ANY_PLACE, StageGraph
+from .timeline import MemorySample, Span, Timeline
 
-from .clock import Clock
-from .meter import Call, Measured
+
+@dataclass(frozen=True)
+class Clock:
+    """offset_ns: to add to this rank's readings to get rank 0's. error_ns: the offset is right to within that."""
+
+    offset_ns: int = 0
+    error_ns: int = 0
+
+    @staticmethod
+    def read() -> int:
+        """Nanoseconds of this rank's own clock."""
+        return time.monotonic_ns()
+
+
+# When a rank called a collective, and from when to when it was held up by it, in nanoseconds.
+Call = tuple[int, int, int]
+
+
+@dataclass
+class Measured:
+    """Of one firing on one rank: calls by group of ranks, bytes in collectives, seconds by section, peak bytes."""
+
+    calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
+    collective_bytes: int = 0
+    detail: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,8 +72,16 @@ class RecordFile:
 
     def add(self, r: Record) -> None:
         calls = [[ranks, found] for ranks, found in r.measured.calls.items()]
-        self._write({"firing": r.firing, "times": [r.begin, r.data, r.start, r.end], "calls": calls,
-                     "bytes": r.measured.collective_bytes, "detail": r.measured.detail, "peak": r.measured.peak_bytes})
+        self._write(
+            {
+                "firing": r.firing,
+                "times": [r.begin, r.data, r.start, r.end],
+                "calls": calls,
+                "bytes": r.measured.collective_bytes,
+                "detail": r.measured.detail,
+                "peak": r.measured.peak_bytes,
+            }
+        )
 
     def named(self, f: Firing, name: Firing) -> None:
         """Consumers know the result of f by another name."""
@@ -84,48 +117,68 @@ def read(folder: Path, ranks: int) -> Recorded:
             if "name" in line:
                 found.names[f] = Firing(*line["name"])
                 continue
-            calls = {tuple(ranks): [(a + offset, b + offset, c + offset) for a, b, c in times]
-                     for ranks, times in line["calls"]}
+            calls = {
+                tuple(ranks): [(a + offset, b + offset, c + offset) for a, b, c in times]
+                for ranks, times in line["calls"]
+            }
             measured = Measured(calls, line["bytes"], line["detail"], line["peak"])
-            found.records[f][rank] = Record(f, rank, *(t + offset for t in line["times"]), measured)
+            begin, data, start, end = (t + offset for t in line["times"])
+            found.records[f][rank] = Record(f, rank, begin, data, start, end, measured)
     return found
 
 
-def timeline(graph: StageGraph, found: Recorded, ranks: int, iterations: int, *, warmup: int = 0,
-             info: dict[str, Any] | None = None) -> Timeline:
+def timeline(
+    graph: StageGraph,
+    found: Recorded,
+    ranks: int,
+    iterations: int,
+    *,
+    warmup: int = 0,
+    info: dict[str, Any] | None = None,
+) -> Timeline:
     """The spans of all firings that ended on every rank of their place; time starts with the first that is kept.
 
     The first `warmup` iterations are left out and the others count from 0.
     """
-    whole = {f: by_rank for f, by_rank in found.records.items()
-             if set(by_rank) == set(graph.ranks(f)) and f.iteration >= warmup}
-    zero = min((r.begin for by_rank in whole.values() for r in by_rank.values()), default=0)
-    spans, memory = [], []
-    ended: dict[Firing, tuple[int, Firing]] = {}  # by the name that consumers know: when, and what ran
-    last: dict[int, tuple[int, Firing]] = {}  # on each rank
-    for f, by_rank in whole.items():
-        ended[found.names.get(f, f)] = max(r.end for r in by_rank.values()), f
-    for f in sorted(whole, key=lambda f: (min(r.begin for r in whole[f].values()), f)):
-        records = [whole[f][rank] for rank in graph.ranks(f)]
+    whole = {
+        f: [by_rank[rank] for rank in graph.ranks(f)]
+        for f, by_rank in found.records.items()
+        if set(by_rank) == set(graph.ranks(f)) and f.iteration >= warmup
+    }
+    # By the name that consumers know: when it ended, and what ran.
+    ended = {found.names.get(f, f): (max(r.end for r in records), f) for f, records in whole.items()}
+    zero = min((r.begin for records in whole.values() for r in records), default=0)
+    last: dict[int, tuple[int, Firing]] = {}  # on each rank: when it became free, and of what
+    spans, memory, moved = [], [], dict[str, int]()
+    for f, records in sorted(whole.items(), key=lambda item: (min(r.begin for r in item[1]), item[0])):
         # Clocks may be wrong by error_ns: a rank that was still busy by another rank's clock was not.
-        not_before = max((last[r.rank][0] for r in records if r.rank in last), default=zero)
-        cause = _released_by(graph, f, records, ended, last)
-        span = _span(graph, f, records, max(zero, not_before - 2 * found.error_ns), not_before, zero, warmup, cause)
+        free = max((last[r.rank][0] for r in records if r.rank in last), default=zero)
+        earliest = max(zero, free - 2 * found.error_ns)
+        span = _span(graph, f, records, earliest, free, zero, _released_by(graph, f, records, ended, last))
         spans.append(span)
-        end = max(r.end for r in records)
-        last.update({r.rank: (end, f) for r in records})
-        for r in records:
-            memory.append(MemorySample(r.rank, span.start_seconds, f.stage, {"peak": float(r.measured.peak_bytes)}))
-    moved: dict[str, int] = defaultdict(int)
-    for f, by_rank in whole.items():
-        moved[f.stage] += sum(r.measured.collective_bytes for r in by_rank.values())
+        last |= {r.rank: (max(r.end for r in records), f) for r in records}
+        memory += [
+            MemorySample(r.rank, span.start_seconds, f.stage, {"peak": float(r.measured.peak_bytes)}) for r in records
+        ]
+        moved[f.stage] = moved.get(f.stage, 0) + sum(r.measured.collective_bytes for r in records)
+    spans = [_counted_from(s, warmup) for s in sorted(spans, key=lambda s: (s.start_seconds, s.firing))]
     about = {"clock_error_seconds": 2 * found.error_ns / 1e9, "collective_bytes": dict(sorted(moved.items()))}
-    return Timeline(sorted(spans, key=lambda s: (s.start_seconds, s.firing)), ranks, iterations, "real", memory,
-                    about | (info or {}))
+    return Timeline(spans, ranks, iterations, "real", memory, about | (info or {}))
 
 
-def _released_by(graph: StageGraph, f: Firing, records: list[Record], ended: dict[Firing, tuple[int, Firing]],
-                 last: dict[int, tuple[int, Firing]]) -> Firing | None:
+def _counted_from(span: Span, warmup: int) -> Span:
+    f, cause = span.firing, span.released_by
+    cause = cause and cause._replace(iteration=cause.iteration - warmup)
+    return replace(span, firing=f._replace(iteration=f.iteration - warmup), released_by=cause)
+
+
+def _released_by(
+    graph: StageGraph,
+    f: Firing,
+    records: list[Record],
+    ended: dict[Firing, tuple[int, Firing]],
+    last: dict[int, tuple[int, Firing]],
+) -> Firing | None:
     """Of all that had to end before f, the last."""
     offered = f._replace(place=ANY_PLACE) if graph.at(f.stage).spread == "first" else f
     candidates = [ended[n] for n in graph.needs(offered) if n in ended]
@@ -134,8 +187,9 @@ def _released_by(graph: StageGraph, f: Firing, records: list[Record], ended: dic
     return max(before, default=(0, None))[1]
 
 
-def _span(graph: StageGraph, f: Firing, records: list[Record], earliest: int, not_before: int, zero: int, warmup: int,
-          cause: Firing | None) -> Span:
+def _span(
+    graph: StageGraph, f: Firing, records: list[Record], earliest: int, not_before: int, zero: int, cause: Firing | None
+) -> Span:
     """One span of all ranks; what is no collective and no waiting of a rank is its compute."""
     stage = graph.at(f.stage)
     begin, end = min(r.begin for r in records), max(r.end for r in records)
@@ -156,14 +210,20 @@ def _span(graph: StageGraph, f: Firing, records: list[Record], earliest: int, no
         parts.append((done - start - held, held - in_calls, peers))
     compute, communication, peers_seconds = (tuple(x / 1e9 for x in column) for column in zip(*parts, strict=True))
     names = sorted({name for r in records for name in r.measured.detail})
-    detail = {name: fmean(r.measured.detail.get(name, 0.0) for r in records) for name in names}
-    return Span(_counted_from(f, warmup), stage.kind, stage.model, stage.ranks_of(f.place), (begin - zero) / 1e9,
-                (end - zero) / 1e9, compute, communication, peers_seconds, (data - begin) / 1e9, 0.0, detail, {},
-                _counted_from(cause, warmup) if cause else None)
-
-
-def _counted_from(f: Firing, warmup: int) -> Firing:
-    return f._replace(iteration=f.iteration - warmup)
+    return Span(
+        f,
+        stage.kind,
+        stage.model,
+        stage.ranks_of(f.place),
+        (begin - zero) / 1e9,
+        (end - zero) / 1e9,
+        compute,
+        communication,
+        peers_seconds,
+        data_seconds=(data - begin) / 1e9,
+        detail={name: fmean(r.measured.detail.get(name, 0.0) for r in records) for name in names},
+        released_by=cause,
+    )
 
 
 def _waited_in_calls(records: Iterable[Record]) -> dict[int, int]:
