@@ -112,8 +112,7 @@ def devices(draw: st.DrawFn, ranks: int = 8) -> Devices:
 
 @st.composite
 def strategy_graphs(
-    draw: st.DrawFn,
-    names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated"),
+    draw: st.DrawFn, names: tuple[str, ...] = ("colocated", "interleaved", "disaggregated")
 ) -> StageGraph:
     """Graphs of all strategies with any options that can finish."""
     algorithm = ppo.build(

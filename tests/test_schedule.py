@@ -80,14 +80,7 @@ def drive(graph: StageGraph, iterations: int, seed: int) -> dict[int, list[Firin
     return order
 
 
-TURNS = (
-    {},
-    {},
-    {"spread": "robin"},
-    {"spread": "first"},
-    {"enters": "when_ready"},
-    {"enters": "interrupts"},
-)
+TURNS = ({}, {}, {"spread": "robin"}, {"spread": "first"}, {"enters": "when_ready"}, {"enters": "interrupts"})
 
 
 @st.composite
