@@ -47,6 +47,11 @@ class Row:
     def fits(self) -> bool:
         return self.step_seconds is not None
 
+    @property
+    def off_policy(self) -> bool:
+        """Whether it trains on responses of older weights: then it is another algorithm."""
+        return self.timeline is not None and bool(self.timeline.info.get("off_policy"))
+
 
 @dataclass(frozen=True)
 class Comparison:

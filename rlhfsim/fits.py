@@ -176,7 +176,7 @@ class Memory:
         size = self.scenario.generation.tensor_parallel if stage.kind == "generate" else held.replica
         replicas = max(1, stage.size // size)
         lanes = len(stage.lanes_of(0)) / self.graph.lanes
-        total = self.scenario.samples_through(stage.name)
+        total = ceil(self.scenario.samples_through(stage.name) * self.graph.at_work(stage.name))
         return max(1, ceil(total * lanes / stage.chunks / replicas - 1e-9))
 
     def _while_syncing(self, stage: Stage, rank: int) -> Bytes:

@@ -10,7 +10,7 @@ time). A *firing* is one chunk of one stage on one place in one iteration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from math import ceil
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,8 @@ from .firing import Firing
 
 Kind = Literal["generate", "score", "train", "sync", "swap", "store"]
 Spread = Literal["each", "robin", "first"]
+Enters = Literal["in_order", "when_ready", "interrupts"]
+Unfinished = Literal["wait", "keep", "carry", "drop"]
 
 ANY_PLACE = -1  # of a firing whose place is decided while it runs (spread "first")
 
@@ -37,8 +39,20 @@ class Stage:
     spread: each: every place fires every chunk, on its own lanes | robin: chunk k runs on place k mod places |
         first: the next chunk goes to whichever place is free.
     every: has work only in every so many iterations, in the last of them.
+    enters: in_order: in its turn on each of its ranks | when_ready: as soon as its needs are met and its ranks are
+        between two firings, whatever their turn | interrupts: the same, and a `generate` firing (in its own turn) on
+        them stops at its next decode step, to go on afterwards. Nothing else starts on ranks that are waited for.
     loop: alternates chunk by chunk with this stage (edges that stream imply it).
     order: the line of the strategy that named it: on a rank, stages run in this order.
+
+    Of a `generate` stage, whose one place holds all engines unless it waits for every response:
+    unfinished: what becomes of responses that are not done when a firing has as many as its chunk needs. wait: there
+        are none, a firing ends with its last response | keep: they stay in the engines, which go on | carry: their
+        tokens are kept and a later firing computes the cache again and goes on | drop: they are thrown away.
+    oversampling: responses begun for each one needed (carry, drop).
+    recompute: the cache of running sequences is computed again when new weights enter (keep).
+    max_age: a response that would be trained with weights more than so many versions newer than those that began it is
+        thrown away (keep, carry); None: it is not.
     """
 
     name: str
@@ -51,8 +65,13 @@ class Stage:
     epochs: int = 1
     spread: Spread = "each"
     every: int = 1
+    enters: Enters = "in_order"
     loop: str | None = None
     target: str | None = None
+    unfinished: Unfinished = "wait"
+    oversampling: float = 1.0
+    recompute: bool = True
+    max_age: int | None = None
     order: int = 0
 
     @property
@@ -192,11 +211,26 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
             raise ValueError(f"stage {name}: {stage.chunks} chunks and {stage.epochs} epochs (at least 1 is needed)")
         if stage.spread == "each" and len(serves) % stage.places:
             raise ValueError(f"stage {name}: {len(serves)} lanes do not spread over {stage.places} places")
+        if stage.enters != "in_order" and (stage.spread != "each" or stage.loop):
+            raise ValueError(f"stage {name}: what enters {stage.enters} takes no turns")
+        if stage.unfinished != "wait" and (stage.kind != "generate" or stage.places > 1):
+            raise ValueError(
+                f"stage {name}: only a generate stage of one place can {stage.unfinished} what is unfinished"
+            )
+        if not 1 <= stage.oversampling < float("inf"):
+            raise ValueError(f"stage {name}: oversampling is {stage.oversampling} (at least 1 is needed)")
         self.add_node(name, stage=stage)
         for source in after:
             self.link(source, name)
         self._results.clear()
         return name
+
+    def alter(self, name: str, **changes: Any) -> None:
+        """Change fields of a stage, which another strategy may have built. Raises ValueError as `stage` does."""
+        before = self.at(name)
+        kept = {f.name: getattr(before, f.name) for f in fields(before) if f.name != "order"}
+        self.stage(**(kept | changes))
+        self.nodes[name]["stage"] = replace(self.at(name), order=before.order)
 
     def link(
         self,
@@ -234,6 +268,36 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
 
     def ranks(self, f: Firing) -> tuple[int, ...]:
         return self.at(f.stage).ranks_of(f.place)
+
+    # -- age of the weights -------------------------------------------------------------------------------
+
+    def refreshed_by(self, model: str) -> list[Stage]:
+        """The stages that give a copy of a model new weights: syncs to it, or else its own training."""
+        syncs = [s for s in self.stages() if s.kind == "sync" and s.target == model]
+        return syncs or [s for s in self.stages() if s.kind == "train" and s.model == model]
+
+    def staleness(self, name: str) -> int:
+        """By how many versions the weights of a stage may lag when it starts: 0 is on-policy."""
+        lags = [
+            self.edges[s.name, name]["lag"]
+            for s in self.refreshed_by(self.at(name).model)
+            if (s.name, name) in self.edges
+        ]
+        return max(0, min(lags, default=1) - 1)
+
+    def at_work(self, name: str) -> float:
+        """Responses that a firing has at work at once, for each one that it needs."""
+        stage = self.at(name)
+        return (1 + self.staleness(name)) * stage.chunks if stage.unfinished == "keep" else stage.oversampling
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether training may see responses of older weights: another algorithm than the on-policy one."""
+        return any(
+            self.staleness(s.name) > 0 or (s.unfinished == "carry" and s.oversampling * len(s.serves) > self.lanes)
+            for s in self.stages()
+            if s.kind == "generate" and s.every == 1
+        )
 
     # -- what must be done first --------------------------------------------------------------------------
 
@@ -379,7 +443,7 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
         """One iteration in one global order; a rank's program is its part of it, and one order for all has no deadlock.
 
         Stages that stream into each other form a loop and alternate chunk by chunk. Firings whose place is decided
-        late are not in it. Raises ValueError where a firing would need itself.
+        late, or which enter out of turn, are not in it. Raises ValueError where a firing would need itself.
         """
         stages = {s.name: s for s in self.stages()}
         together = nx.Graph()
@@ -405,4 +469,5 @@ class StageGraph(nx.DiGraph):  # type: ignore[misc]  # networkx is not typed
         if not nx.is_directed_acyclic_graph(firings):
             cycle = " -> ".join(f"{u.stage}[{u.chunk}]" for u, _ in nx.find_cycle(firings))
             raise ValueError(f"a firing needs itself: {cycle}")
-        return [f for f in nx.lexicographical_topological_sort(firings, key) if f.place != ANY_PLACE]
+        order = nx.lexicographical_topological_sort(firings, key)
+        return [f for f in order if f.place != ANY_PLACE and stages[f.stage].enters == "in_order"]

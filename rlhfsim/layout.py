@@ -12,7 +12,7 @@ from importlib import import_module, resources
 from types import ModuleType
 from typing import Any, Literal, get_type_hints
 
-from .algorithms import Algorithm
+from .algorithms import IN_ROUNDS, Algorithm
 from .errors import InputError, NeverValid, nearest
 from .format import rank_text
 from .graph import Stage, StageGraph
@@ -27,7 +27,7 @@ from .strategies import Devices
 IDLE_KINDS = ("sync", "swap", "store")
 
 # Options that say in how many pieces an iteration is processed.
-PIECES = ("batches", "calls")
+PIECES = ("batches", "calls", "chunks")
 
 Purpose = Literal["train", "frozen", "generate"]
 
@@ -119,18 +119,45 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
                 field=f"strategy.{option}",
             )
     _check_options(module, options, scenario.workload.samples)
-    if name == "disaggregated" and scenario.generation.engine == "zero3_per_token":
+    try:
+        graph = module.build(algorithm_of(scenario), devices, **options)
+        _check_rounds(graph, algorithm_of(scenario), name)
+        _add_periodic(graph, scenario)
+        check(graph)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{error}", field=f"strategy ({name})") from error
+    _check_engine(graph, scenario)
+    return graph, notes
+
+
+def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
+    """Whether the engine can do what the strategy asks of it."""
+    name, generation = scenario.strategy.name, scenario.generation
+    generating = [s for s in graph.stages() if s.kind == "generate"]
+    if generation.engine == "zero3_per_token" and any(s.model == "shadow_actor" for s in generating):
         raise InputError(
-            "zero3_per_token gathers the training weights; a disaggregated strategy generates from a full copy "
+            f"zero3_per_token gathers the training weights; a {name} strategy generates from a full copy "
             "(allowed: hybrid for plain batches, engine)",
             field="generation.engine",
         )
-    try:
-        graph = module.build(algorithm_of(scenario), devices, **options)
-        _add_periodic(graph, scenario)
-        return check(graph), notes
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{error}", field=f"strategy ({name})") from error
+    if not generation.continuous and any(s.unfinished != "wait" for s in generating):
+        raise InputError(
+            f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
+            "(allowed: continuous, the default of generation.engine: engine)",
+            field="generation.batching",
+        )
+
+
+def _check_rounds(graph: StageGraph, algorithm: Algorithm, strategy: str) -> None:
+    """Raises ValueError where a strategy does not go through the rounds of an algorithm that drops prompts."""
+    makers = [s for s in graph.stages() if s.name.partition(".")[0] in IN_ROUNDS]
+    streamed = [(s.name, v) for s in makers for _, v, stream in graph.out_edges(s.name, data="stream") if stream]
+    early = [v for u, v in streamed if not algorithm.streams(u.partition(".")[0], v.partition(".")[0])]
+    if early or any(s.chunks % algorithm.rounds or (algorithm.rounds > 1 and s.unfinished != "wait") for s in makers):
+        raise ValueError(
+            f"{strategy} does not generate in rounds, by which algorithm {algorithm.name} replaces prompts that it "
+            "drops (colocated, interleaved and disaggregated do; or filter_accept_probability 1)"
+        )
 
 
 def _check_options(module: ModuleType, options: dict[str, Any], samples: int) -> None:
@@ -156,8 +183,16 @@ def _add_periodic(graph: StageGraph, scenario: Scenario) -> None:
         ready = [s.name for s in graph.stages() if s.kind == "sync" and s.target == gen.model] or [
             s.name for s in updates
         ]
+        turns = all(graph.at(name).enters == "in_order" for name in ready)
         graph.stage(
-            "testing", "generate", gen.model, gen.ranks, size=size, after=ready, every=periodic.validation_every
+            "testing",
+            "generate",
+            gen.model,
+            gen.ranks,
+            size=size,
+            after=ready,
+            every=periodic.validation_every,
+            enters="in_order" if turns else "when_ready",  # engines that never stop do so between two firings
         )
     if periodic.checkpoint_every:
         ranks = tuple(dict.fromkeys(r for s in updates for r in s.ranks))

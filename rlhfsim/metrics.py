@@ -186,14 +186,56 @@ def generation_summary(timeline: Timeline) -> GenerationSummary | None:
     ]
     if not chosen:
         return None
-    total = {name: sum(counts[name] for counts in chosen) for name in chosen[0]}
+    total = _sums(chosen)
     seconds = total["replica_seconds"] or 1.0
     return GenerationSummary(
         total["preemptions"] / len(iterations),
         total["recomputed_tokens"] / len(iterations),
         total["low_occupancy_seconds"] / seconds,
         total["sequence_seconds"] / seconds,
-        max(counts["most_running"] for counts in chosen),
+        max(counts.get("most_running", 0.0) for counts in chosen),
+    )
+
+
+def _sums(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By name; 0 for what nobody counted."""
+    total: dict[str, float] = defaultdict(float)
+    for one in counts:
+        for name, value in one.items():
+            total[name] += value
+    return total
+
+
+class OffPolicySummary(NamedTuple):
+    """How old the data are that train, and what that costs; mean over the measured iterations, but the maximum.
+
+    Age: by how many updates the weights that train a response are newer than those that drew it, by its tokens where
+    several versions drew it. max_age_steps: of the oldest token of all. thrown_away_tokens: drawn and never trained.
+    interrupts: of generation, by new weights. recomputed_tokens: whose cache was lost (preemptions included).
+    """
+
+    mean_age_steps: float
+    max_age_steps: float
+    thrown_away_tokens: float
+    interrupts: float
+    recomputed_tokens: float
+
+
+def off_policy_summary(timeline: Timeline) -> OffPolicySummary | None:
+    """None where every response is drawn by the weights that it trains, and none is stopped."""
+    iterations = measured_iterations(timeline)
+    chosen = [
+        s.counts for s in timeline.spans if base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations
+    ]
+    total = _sums(chosen)
+    if "samples" not in total:
+        return None
+    return OffPolicySummary(
+        total["age_steps"] / (total["samples"] or 1.0),
+        max(counts.get("oldest_steps", 0.0) for counts in chosen),
+        total["thrown_away_tokens"] / len(iterations),
+        total["interrupts"] / len(iterations),
+        total["recomputed_tokens"] / len(iterations),
     )
 
 

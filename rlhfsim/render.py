@@ -19,12 +19,14 @@ from .format import gib, human_seconds, rank_text, three
 from .metrics import (
     BUSY_PARTS,
     GenerationSummary,
+    OffPolicySummary,
     base_stage,
     bound_by,
     generation_summary,
     group_seconds,
     idle_share,
     memory_peak,
+    off_policy_summary,
     overlap_share,
     peaks_by_phase,
     stage_seconds,
@@ -202,6 +204,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
                 for phase, peak in peaks_by_phase(timeline).items()
             },
             "generation": summary._asdict() if (summary := generation_summary(timeline)) else None,
+            "off_policy": age._asdict() if (age := off_policy_summary(timeline)) else None,
         }
         if scenario.rounds > 1:
             found["dynamic_sampling"] = _dynamic_sampling(scenario, timeline.info["seed"])
@@ -258,6 +261,17 @@ def _generation_line(summary: GenerationSummary) -> str:
     return f"Generation: {', '.join([running, *words])}."
 
 
+def _off_policy_line(age: OffPolicySummary) -> str:
+    words = [f"data are {three(age.mean_age_steps)} steps old (oldest token {three(age.max_age_steps)})"]
+    if age.interrupts:
+        words.append(f"{three(age.interrupts)} interrupts")
+    if age.recomputed_tokens:
+        words.append(f"{three(age.recomputed_tokens)} tokens computed again")
+    if age.thrown_away_tokens:
+        words.append(f"{three(age.thrown_away_tokens)} tokens thrown away")
+    return f"Per iteration: {', '.join(words)}."
+
+
 def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     out, scenario = console(), setup.scenario
     seconds = step_seconds(timeline)
@@ -288,6 +302,8 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         out.print(f"Validation and checkpoints add {human_seconds(extra)} per iteration on average.")
     if (summary := generation_summary(timeline)) and (line := _generation_line(summary)):
         out.print(line)
+    if age := off_policy_summary(timeline):
+        out.print(_off_policy_line(age))
     out.print(
         f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle; "
         f"model FLOPs utilisation {model_flops_utilisation(setup, seconds):.1%}."
@@ -340,6 +356,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "speedup_high": interval[1] if interval else None,
                 "wins_in_draws": comparison.win_share(row),
                 "bound_by": bound_by(row.timeline) if row.timeline else None,
+                "off_policy": row.off_policy,
                 "fits": row.fits,
                 "reason": row.reason,
                 "peak_memory_bytes": row.fit.worst.bytes.total if row.fit else None,
@@ -400,6 +417,8 @@ def print_comparison(comparison: Comparison) -> None:
             else "settings as given, not tuned."
         )
     )
+    if any(row.off_policy for row in comparison.rows):
+        out.print("* trains on responses of older weights: another algorithm, of which a step may teach less.")
     out.print(why(comparison))
     _print_unverified(out, scenario)
 
@@ -409,7 +428,7 @@ def _comparison_cells(comparison: Comparison, row: Row) -> tuple[str, ...]:
     if row.timeline is None:
         return row.label, "-", "-", peak, f"{'does not fit' if row.fit else 'impossible'}: {row.reason}", ""
     speedup = comparison.speedup(row)
-    text = f"{three(speedup)}x" if speedup is not None else "-"
+    text = (f"{three(speedup)}x" if speedup is not None else "-") + ("*" if row.off_policy else "")
     if interval := comparison.speedup_interval(row):
         text += f" [{three(interval[0])}, {three(interval[1])}]"
     if (wins := comparison.win_share(row)) is not None:

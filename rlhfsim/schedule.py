@@ -2,7 +2,10 @@
 
 It has no clock. Executors (the simulator, and every rank of a real run with its own copy) feed it the same log of
 finished firings and therefore do the same. It hands out all ranks of a place at once (nothing holds and waits), and
-each rank in program order.
+each rank in program order, but for stages that enter when they are ready: those go first.
+
+An interrupting stage makes the scheduler ask running firings to stop (`pauses`). Where they stop is the executor's to
+find; it reports `paused(f)`, in the same log, and f starts again when the other stage is done with its ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from .graph import ANY_PLACE, StageGraph, earlier
 
 
 class Scheduler:
-    """Runs `iterations` iterations of a graph. Call `step()`, run what it starts, call `done(f)` as they end."""
+    """Runs `iterations` iterations of a graph. Call `step()`, run what it starts, call `done(f)` as they end.
+
+    pauses: running firings that should stop at their next decode step, as of the last `step()`; report `paused(f)`, or
+    `done(f)` where the end comes first.
+    """
 
     def __init__(self, graph: StageGraph, iterations: int) -> None:
         self.graph, self.iterations = graph, iterations
@@ -30,29 +37,51 @@ class Scheduler:
         self._ready: list[Firing] = []
         self._waiting: dict[Firing, list[Firing]] = defaultdict(list)  # unmet need -> who waits for it
         self._completed = {}  # stage of spread "first" -> how many have ended
+        self.pauses: list[Firing] = []
+        self._stopped: set[Firing] = set()  # paused, and not yet going on
         per_iteration = len(graph.program())
         for stage in graph.stages():
             if stage.spread == "first":
                 self._completed[stage.name] = 0
                 per_iteration += stage.firings
                 self._offer(Firing(0, stage.name, 0, ANY_PLACE))
+            elif stage.enters != "in_order":
+                per_iteration += stage.firings * stage.places
+                for place in range(stage.places):
+                    self._offer(Firing(0, stage.name, 0, place))
         self.left = per_iteration * iterations
         self._arrive(self._program)
 
     def step(self) -> list[Firing]:
         """Firings that start now. Call it when everything that happens at this instant has been reported."""
         starts: list[Firing] = []
+        pauses: set[Firing] = set()
+        kept: set[int] = set()  # ranks that a stage out of turn, or a firing that was stopped, waits for
         for f in sorted(self._ready, key=self._priority):
             stage = self.graph.at(f.stage)
             if f.place == ANY_PLACE:  # every free place takes the next number
                 for place in range(stage.places):
-                    if f in self._ready and not any(r in self._busy for r in stage.ranks_of(place)):
+                    if f in self._ready and self._free(stage.ranks_of(place), kept):
                         self._take(f, f._replace(place=place), starts)
                         f = earlier(f, -1, stage)
                         self._offer(f)
-            elif not any(rank in self._busy for rank in self.graph.ranks(f)):
+            elif self._free(self.graph.ranks(f), kept):
                 self._take(f, f, starts)
+            elif stage.enters != "in_order" or f in self._stopped:
+                kept.update(self.graph.ranks(f))
+                if stage.enters == "interrupts":
+                    running = {self._busy[rank] for rank in self.graph.ranks(f) if rank in self._busy}
+                    pauses |= {g for g in running if self._stops(g)}
+        self.pauses = sorted(pauses)
         return starts
+
+    def _stops(self, f: Firing) -> bool:
+        """(What entered out of turn itself does not stop: two such stages would interrupt each other for ever.)"""
+        stage = self.graph.at(f.stage)
+        return stage.kind == "generate" and stage.enters == "in_order"
+
+    def _free(self, ranks: Iterable[int], kept: set[int]) -> bool:
+        return not any(rank in self._busy or rank in kept for rank in ranks)
 
     def done(self, f: Firing) -> Firing:
         """Report that f has ended. Returns the name by which its consumers know it.
@@ -67,15 +96,24 @@ class Scheduler:
             number = self._completed[f.stage]
             self._completed[f.stage] += 1
             f = Firing(number // stage.firings, f.stage, number % stage.firings, ANY_PLACE)
-        else:
+        self.log.add(f)
+        if stage.enters != "in_order":
+            self._offer(earlier(f, -1, stage))
+        elif stage.spread != "first":
             for rank in ranks:
                 self._position[rank] += 1
-        self.log.add(f)
         for waiting in self._waiting.pop(f, ()):
             self._offer(waiting)
-        if stage.spread != "first":
+        if stage.enters == "in_order" and stage.spread != "first":
             self._arrive(ranks)
         return f
+
+    def paused(self, f: Firing) -> None:
+        """Report that f has stopped before its end. It starts again as soon as what interrupts it is done."""
+        for rank in self.graph.ranks(f):
+            del self._busy[rank]
+        self._stopped.add(f)
+        self._ready.append(f)
 
     def stuck(self) -> str:
         """Who waits for what, in words; for error messages."""
@@ -107,12 +145,12 @@ class Scheduler:
                 return
         self._ready.append(f)
 
-    @staticmethod
-    def _priority(f: Firing) -> tuple[bool, Firing]:
-        return f.place == ANY_PLACE, f
+    def _priority(self, f: Firing) -> tuple[bool, bool, bool, Firing]:
+        return self.graph.at(f.stage).enters == "in_order", f not in self._stopped, f.place == ANY_PLACE, f
 
     def _take(self, offered: Firing, started: Firing, starts: list[Firing]) -> None:
         self._ready.remove(offered)
+        self._stopped.discard(started)
         for rank in self.graph.ranks(started):
             self._busy[rank] = started
         starts.append(started)

@@ -75,6 +75,8 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
         "engine": scenario.generation.engine,
         "ranks_per_node": scenario.cluster.node.gpus_per_node,
     }
+    if setup.graph.off_policy:
+        info["off_policy"] = True
     return Timeline(
         spans,
         scenario.cluster.gpus,

@@ -22,6 +22,8 @@ from .spec.scenario import ModelUse, Scenario, StrategyChoice
 
 # Shares tried for disaggregation, in eighths: generation, scoring (all its models), training (all its models).
 SPLITS = [(g, s, 8 - g - s) for g in (1, 2, 3, 4, 5) for s in (1, 2, 3) if 8 - g - s >= 1]
+# Strategies that part the ranks in two, and the shares tried for generation, in eighths.
+HALVED, HALVES = ("asynchronous", "one_step_off", "streaming"), range(1, 8)
 LEAST = 1e-3  # a share that comes to one unit of ranks
 BATCHES = (1, 2, 4, 8, 16)
 REPLICAS = (1, 2, 4)
@@ -134,6 +136,9 @@ def _engine_sizes(best: Scenario, given: Scenario) -> list[Scenario]:
 
 
 def _shares(best: Scenario, given: Scenario) -> list[Scenario]:
+    name, kept = given.strategy.name, "split" in given.strategy.options or _kept("strategy.split", given)
+    if name in HALVED and not kept:
+        return [_with_options(best, split={"generation": float(g), "training": 8.0 - g}) for g in HALVES]
     if not _free(given, "split") or not _free(given, "ranks"):
         return [best]
     try:

@@ -24,13 +24,28 @@ Seconds = Callable[[Firing], float]
 
 
 class FixedCost:
-    """Every firing computes for as long as `seconds` says; results move along one link, each of `message_bytes`."""
+    """Every firing computes for as long as `seconds` says; results move along one link, each of `message_bytes`.
+
+    Firings of `gen` may stop at any instant, and go on with what is left.
+    """
 
     def __init__(self, seconds: Seconds, message_bytes: float = 0.0) -> None:
         self.seconds, self.message_bytes = seconds, message_bytes
+        self.left: dict[Firing, float] = {}
 
     def program(self, f: Firing) -> list[Segment]:
-        return [Segment("work", np.full((1, 1), self.seconds(f)))]
+        self.left.setdefault(f, self.seconds(f))
+        return [Segment("work", np.full((1, 1), self.left[f]), stops=base_stage(f.stage) == "gen")]
+
+    def ended(self, f: Firing, name: Firing) -> dict[str, float]:
+        return {}
+
+    def stop_share(self, f: Firing, share: float) -> float:
+        return share
+
+    def paused(self, f: Firing, share: float) -> dict[str, float]:
+        self.left[f] *= 1 - share
+        return {}
 
     def message(self, messages: list[Message]) -> Transfer | None:
         moving = [m for m in messages if m.source != m.destination]

@@ -17,7 +17,7 @@ from rlhfsim.batch import first_kept
 from rlhfsim.compare import settings as settings_of
 from rlhfsim.errors import InputError
 from rlhfsim.firing import Firing
-from rlhfsim.layout import algorithm_names, graph_of
+from rlhfsim.layout import algorithm_names, graph_of, strategy_names
 from rlhfsim.memory import static_bytes
 from rlhfsim.metrics import base_stage, stage_seconds, step_seconds
 from rlhfsim.order import violations
@@ -206,6 +206,30 @@ def test_disaggregation_names_the_models_that_there_are() -> None:
     assert "old_log_prob" in graph_of(under("grpo", "disaggregated", "engine", **again))[0]
     with pytest.raises(InputError, match="leaves that pass out"):
         graph_of(under("grpo", "disaggregated", "engine", **again, **{"algorithm.old_log_prob": "engine"}))
+
+
+OVERLAPPING = sorted(set(strategy_names()) - {"colocated", "interleaved", "disaggregated"})
+
+
+@pytest.mark.parametrize("strategy", OVERLAPPING)
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_other_strategies_follow_the_models_too(strategy: str, name: str) -> None:
+    reward = {"algorithm.reward": "judge", "algorithm.reward_latency": 0.1, "algorithm.reward_streams": True}
+    for changes in ({}, reward, {"algorithm.reference": name == "dapo", "algorithm.old_log_prob": "engine"}):
+        found = under(name, strategy, "engine", **TAIL, **changes)
+        setup, timeline = prepare(found), timeline_of(found)
+        assert violations(setup.graph, timeline) == []
+        assert {h.removeprefix("shadow_") for h in setup.holdings} == set(found.roles)
+        ran = {base_stage(s.firing.stage) for s in timeline.spans}
+        assert ran >= {"gen", "reward", "update_actor"} and not ran & {"values", "update_critic"}
+        assert ("ref" in ran) == ("reference" in found.roles)
+
+
+@pytest.mark.parametrize("strategy", OVERLAPPING)
+def test_strategies_without_rounds_say_so(strategy: str) -> None:
+    for rounds in (4, 10):  # also where there are as many chunks
+        with pytest.raises(InputError, match=f"{strategy} does not generate in rounds"):
+            graph_of(sampling(strategy, "engine", **{"algorithm.max_rounds": rounds}))
 
 
 def test_ppo_carries_what_it_did() -> None:

@@ -19,7 +19,8 @@ def drive(graph: StageGraph, iterations: int, seed: int) -> dict[int, list[Firin
     """Run the graph with random durations, many of them zero or equal; the order of firings on every rank.
 
     Asserts that no firing starts before what it needs is done (asked of the graph, not of the scheduler), that no rank
-    is held twice, that every firing runs once, and that nothing is left.
+    is held twice, that every firing runs once, and that nothing is left. A firing that is asked to stop does so after
+    a while, unless it ends before; it starts again later. Nothing overtakes a stage that enters when ready.
     """
     chance, scheduler = random.Random(seed), Scheduler(graph, iterations)
     running: list[tuple[float, int, Firing]] = []
@@ -27,24 +28,46 @@ def drive(graph: StageGraph, iterations: int, seed: int) -> dict[int, list[Firin
     log: set[Firing] = set()
     order: dict[int, list[Firing]] = defaultdict(list)
     now, count = 0.0, 0
+    stops: dict[Firing, float] = {}
+    paused: set[Firing] = set()
     while True:
-        for f in scheduler.step():
+        starts = scheduler.step()
+        for g in scheduler.pauses:
+            assert graph.at(g.stage).kind == "generate" and g in {f for *_, f in running}
+            stops.setdefault(g, now + chance.choice((0.0, chance.random())))
+        entering = {r for f in starts if graph.at(f.stage).enters != "in_order" for r in graph.ranks(f)}
+        for f in starts:
             stage, ranks = graph.at(f.stage), graph.ranks(f)
+            if f in paused:  # only what interrupted it may have gone before
+                paused.discard(f)
+                count -= 1
+                for rank in ranks:
+                    assert order[rank].pop() == f
+            assert stage.enters != "in_order" or not entering & set(ranks)
             needs = graph.needs(f._replace(place=ANY_PLACE) if stage.spread == "first" else f)
             assert log.issuperset(needs), (f, set(needs) - log)
             assert not busy & set(ranks), f
             busy |= set(ranks)
-            for rank in ranks:
-                order[rank].append(f)
+            if stage.enters == "in_order":
+                for rank in ranks:
+                    order[rank].append(f)
             count += 1
             heapq.heappush(running, (now + chance.choice((0.0, 1.0, chance.random(), 9 * chance.random())), count, f))
         if not running:
             break
-        now = running[0][0]
+        now = min(running[0][0], min(stops.values(), default=float("inf")))
         while running and running[0][0] == now:  # all that ends at one instant, before anyone decides
             f = heapq.heappop(running)[2]
+            stops.pop(f, None)
             busy -= set(graph.ranks(f))
             log.add(scheduler.done(f))
+        for f in [f for f, instant in stops.items() if instant <= now]:
+            del stops[f]
+            running = [entry for entry in running if entry[2] != f]
+            heapq.heapify(running)
+            busy -= set(graph.ranks(f))
+            scheduler.paused(f)
+            paused.add(f)
     assert scheduler.left == 0, scheduler.stuck()
     assert log == {
         Firing(i, s.name, c, p)
@@ -57,9 +80,12 @@ def drive(graph: StageGraph, iterations: int, seed: int) -> dict[int, list[Firin
     return order
 
 
+TURNS = ({}, {}, {"spread": "robin"}, {"spread": "first"}, {"enters": "when_ready"}, {"enters": "interrupts"})
+
+
 @st.composite
 def graphs(draw: st.DrawFn) -> StageGraph:
-    """Any stages on any of 6 ranks, with barriers, streams, capacities, lags and turns; many cannot finish."""
+    """Any stages on any of 6 ranks, with barriers, streams, capacities, lags, turns or none; many cannot finish."""
     graph, names = StageGraph(lanes=4), []
     for k in range(draw(st.integers(2, 6))):
         ranks = draw(st.permutations(range(6)))[: draw(st.sampled_from((1, 2, 4)))]
@@ -68,13 +94,13 @@ def graphs(draw: st.DrawFn) -> StageGraph:
         names.append(
             graph.stage(
                 f"s{k}",
-                "score",
+                draw(st.sampled_from(("score", "generate"))),
                 "m",
                 ranks,
                 size=size,
                 chunks=draw(st.integers(1, 4)),
                 epochs=draw(st.sampled_from((1, 1, 2))),
-                spread=draw(st.sampled_from(("each", "each", "robin", "first"))),
+                **draw(st.sampled_from(TURNS)),
             )
         )
         for u in after:
@@ -228,3 +254,76 @@ def test_lag_of_a_stage_that_whoever_is_free_runs() -> None:
         for f in starts:
             scheduler.done(f)
     assert started == 4  # two iterations of two chunks
+
+
+# ---------------------------------------------------------------- stages that enter when they are ready
+
+
+def never_ending(enters: str, lag: int = 2) -> StageGraph:
+    """Generation and training on their own ranks; new weights enter as `enters` says."""
+    graph = StageGraph()
+    graph.stage("gen", "generate", "shadow_actor", (0,), chunks=2)
+    graph.stage("update_actor", "train", "actor", (1,), after=["gen"])
+    graph.stage("update_weights", "sync", "actor", (0, 1), target="shadow_actor", enters=enters, after=["update_actor"])
+    graph.link("update_weights", "gen", lag=lag)
+    return check(graph)
+
+
+def test_weights_enter_between_two_firings_and_nothing_overtakes_them() -> None:
+    scheduler = Scheduler(never_ending("when_ready"), 4)
+    gen, train, sync = (
+        lambda i, c, name=name: Firing(i, name, c, 0) for name in ("gen", "update_actor", "update_weights")
+    )
+    for firing in (gen(0, 0), gen(0, 1)):
+        assert scheduler.step() == [firing]
+        scheduler.done(firing)
+    assert scheduler.step() == [train(0, 0), gen(1, 0)]
+    scheduler.done(train(0, 0))
+    assert scheduler.step() == [] and scheduler.pauses == []  # it waits for the end of the running firing
+    scheduler.done(gen(1, 0))
+    assert scheduler.step() == [sync(0, 0)]  # before the second chunk, which was ready too
+    scheduler.done(sync(0, 0))
+    assert scheduler.step() == [gen(1, 1)]
+
+
+def test_weights_interrupt_and_the_firing_goes_on() -> None:
+    scheduler = Scheduler(never_ending("interrupts"), 4)
+    for _ in range(2):
+        (firing,) = scheduler.step()
+        scheduler.done(firing)
+    train, gen = scheduler.step()
+    scheduler.done(train)
+    assert scheduler.step() == [] and scheduler.pauses == [gen]
+    assert scheduler.step() == [] and scheduler.pauses == [gen]  # asked again it says the same
+    scheduler.paused(gen)
+    (sync,) = scheduler.step()
+    assert (sync.stage, scheduler.pauses) == ("update_weights", [])
+    scheduler.done(sync)
+    assert scheduler.step() == [gen]
+    assert scheduler.done(gen) == gen
+    assert scheduler.step() == [gen._replace(chunk=1)]
+
+
+def test_an_end_before_the_stop_is_an_end() -> None:
+    scheduler = Scheduler(never_ending("interrupts"), 4)
+    for _ in range(2):
+        scheduler.done(scheduler.step()[0])
+    train, gen = scheduler.step()
+    scheduler.done(train)
+    assert scheduler.step() == [] and scheduler.pauses == [gen]
+    scheduler.done(gen)
+    assert [f.stage for f in scheduler.step()] == ["update_weights"]
+
+
+def test_training_is_not_interrupted() -> None:
+    graph = StageGraph()
+    graph.stage("work", "train", "m", (0,))
+    graph.stage("ready", "score", "m", (1,))
+    graph.stage("enter", "sync", "m", (0, 1), target="m", enters="interrupts", after=["ready"])
+    scheduler = Scheduler(check(graph), 1)
+    ready, work = scheduler.step()
+    assert (ready.stage, work.stage) == ("ready", "work")
+    scheduler.done(ready)
+    assert scheduler.step() == [] and scheduler.pauses == []
+    scheduler.done(work)
+    assert [f.stage for f in scheduler.step()] == ["enter"]

@@ -152,13 +152,7 @@ class _Scheduler:
         self.prompt, self.response = prompt.tolist(), response.tolist()
         self.block, self.chunked, self.padded = block, chunked_prefill, padded
         # The last token is drawn and never computed, so it needs no room.
-        need = [self._blocks(p + r - 1) for p, r in zip(self.prompt, self.response, strict=True)]
-        if blocks is not None and need and max(need) > blocks:
-            longest = int(np.argmax(need))
-            raise DoesNotFit(
-                f"the KV cache of an engine has {blocks} blocks of {block} tokens, but a sequence of "
-                f"{self.prompt[longest]} + {self.response[longest]} tokens needs {need[longest]}"
-            )
+        need = self._needed_blocks(self.prompt, self.response, blocks)
         self.final_blocks = need
         self.free = blocks if blocks is not None else sum(need)
         self.total = self.free
@@ -182,30 +176,43 @@ class _Scheduler:
             if not self.waiting and self.partial is None and self._all_will_fit():
                 self._drain()
                 break
-            if not self.chunked and self._prefill_whole():
-                continue
-            preempted = self._make_room()
-            decoding = len(self.base)
-            context = self._context()
-            fresh = self.crossing[-self.step % self.block]
-            self.free -= fresh
-            chunks, prompt, completed = self._prefill(self.step_tokens - decoding, admit=self.chunked and not preempted)
-            if chunks or preempted:
-                steps = 1
-            else:
-                self.free += fresh
-                steps = self._steps_until_change()
-            self.builder.add(
-                steps, decoding, context, prompt, decoding + len(completed), len(self.running), chunks=chunks
-            )
-            self.step += steps
-            for sample in completed:
-                self._start_decoding(sample)
-            self._retire()
+            self.advance()
         return self.builder.runs(self.preemptions, self.recomputed)
+
+    def advance(self, limit: int | None = None) -> None:
+        """One run: until the batch changes, at most `limit` steps."""
+        if not self.chunked and self._prefill_whole():
+            return
+        preempted = self._make_room()
+        decoding = len(self.base)
+        context = self._context()
+        fresh = self.crossing[-self.step % self.block]
+        self.free -= fresh
+        chunks, prompt, completed = self._prefill(self.step_tokens - decoding, admit=self.chunked and not preempted)
+        if chunks or preempted:
+            steps = 1
+        else:
+            self.free += fresh
+            steps = self._steps_until_change(limit)
+        self.builder.add(steps, decoding, context, prompt, decoding + len(completed), len(self.running), chunks=chunks)
+        self.step += steps
+        for sample in completed:
+            self._start_decoding(sample)
+        self._retire()
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
+
+    def _needed_blocks(self, prompts: list[int], responses: list[int], blocks: int | None) -> list[int]:
+        """Of sequences at their full length; DoesNotFit where one has no room."""
+        need = [self._blocks(p + r - 1) for p, r in zip(prompts, responses, strict=True)]
+        if blocks is not None and need and max(need) > blocks:
+            longest = int(np.argmax(need))
+            raise DoesNotFit(
+                f"the KV cache of an engine has {blocks} blocks of {self.block} tokens, but a sequence of "
+                f"{prompts[longest]} + {responses[longest]} tokens needs {need[longest]}"
+            )
+        return need
 
     def _context(self) -> int:
         """KV tokens that the decoding sequences attend to in this step."""
@@ -235,21 +242,25 @@ class _Scheduler:
         """Preempt the newest until every other decoding sequence can be given the block that it needs in this step."""
         preempted = False
         while self.crossing[-self.step % self.block] > self.free:
-            sample, _ = self.running.popitem()
-            if self.partial is not None and self.partial[0] == sample:
-                self.recomputed += self.partial[1]
-                self.free += self._blocks(self.partial[2])
-                self.partial = None
-            else:
-                cached = self.base[sample] + self.step
-                self.generated[sample] = cached - self.prompt[sample] + 1
-                self.recomputed += cached
-                self.free += self._blocks(cached)
-                self._stop_decoding(sample)
-            self.waiting.append(sample)
+            self._put_back()
             self.preemptions += 1
             preempted = True
         return preempted
+
+    def _put_back(self) -> None:
+        """The newest sequence to the head of the queue; its cache is lost."""
+        sample, _ = self.running.popitem()
+        if self.partial is not None and self.partial[0] == sample:
+            self.recomputed += self.partial[1]
+            self.free += self._blocks(self.partial[2])
+            self.partial = None
+        else:
+            cached = self.base[sample] + self.step
+            self.generated[sample] = cached - self.prompt[sample] + 1
+            self.recomputed += cached
+            self.free += self._blocks(cached)
+            self._stop_decoding(sample)
+        self.waiting.append(sample)
 
     def _prefill(self, budget: int, admit: bool) -> tuple[list[float], int, list[int]]:
         """Compute prompts within the budget -> (equivalent lengths of the pieces, tokens, samples now complete)."""
@@ -277,10 +288,11 @@ class _Scheduler:
                 self.partial = None
         return chunks, tokens, completed
 
-    def _steps_until_change(self) -> int:
+    def _steps_until_change(self, limit: int | None) -> int:
         """Steps that only decode: until a sequence ends or the blocks run out; takes the blocks they need."""
         self._drop_stale()
         steps, decoding = self.ending[0][0] - self.step, len(self.base)
+        steps = steps if limit is None else min(steps, limit)
         periods, rest = divmod(steps, self.block)
         needed = periods * decoding + sum(self.crossing[-(self.step + i) % self.block] for i in range(rest))
         if needed > self.free:
@@ -317,8 +329,11 @@ class _Scheduler:
             self.free += self._blocks(self.base[sample] + self.step)
             self._stop_decoding(sample)
             del self.running[sample]
-            self.builder.completion_run[sample] = len(self.builder.rows) - 1
+            self._complete(sample)
             self._drop_stale()
+
+    def _complete(self, sample: int) -> None:
+        self.builder.completion_run[sample] = len(self.builder.rows) - 1
 
     def _drop_stale(self) -> None:
         while self.ending and self.finish.get(self.ending[0][1]) != self.ending[0][0]:

@@ -29,6 +29,7 @@ from .generation import (
 from .operators import Operators
 from .passes import Host, Layout, controller_program, firing_program, score_program, sync_program, train_program
 from .rewards import function_seconds, queue_seconds
+from .rollout import Rollouts
 from .segment import Segment, Transfer
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
@@ -82,6 +83,10 @@ class CostModel:
             if (stages := [s for s in fold.original.stages() if self._in_rounds(s.name) == again])
         }
         self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
+        self._rollouts = Rollouts(scenario, fold, holdings, operators, lengths, kv_capacity_tokens)
+        self._paused: set[Firing] = set()
+        self._versions: dict[str, int] = {}  # of the weights of a copy of a model, where it is refreshed
+        self._begun_with: dict[Firing, int] = {}
 
     def program(self, f: Firing) -> list[Segment]:
         places = self.fold.places(f)
@@ -92,6 +97,10 @@ class CostModel:
             return self._remember((f.stage,), self._checkpoint)
         if stage.kind == "sync":
             return self._remember((f.stage,), lambda: self._sync(stage))
+        if f.stage in self._rollouts.stages:
+            begin = [] if f in self._paused else self._controller(stage, len(self.numbers(f)))
+            return [*begin, *self._rollouts.segments(f)]
+        self._begun_with[f] = self._versions.get(stage.model, 0)
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
         ids = self.numbers(first)
@@ -101,6 +110,28 @@ class CostModel:
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
         key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward)
         return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward))
+
+    def ended(self, f: Firing, name: Firing) -> dict[str, float]:
+        """Book what an ended firing changes: the version of weights, what engines hold; ages of what it generated."""
+        stage = self.fold.original.at(f.stage)
+        self._paused.discard(f)
+        if f.stage in self._rollouts.stages:
+            return self._rollouts.ended(f)
+        begun_with = self._begun_with.pop(f, 0)
+        if stage.kind in ("sync", "train") and f.chunk == stage.firings - 1:
+            self._rollouts.enter(stage, f.iteration + 1)
+            self._versions[stage.target or stage.model] = f.iteration + 1
+        if stage.kind == "generate" and stage.every == 1 and self.fold.original.off_policy:
+            count, age = len(self.numbers(name._replace(place=f.place))), name.iteration - begun_with
+            return {"samples": float(count), "age_steps": float(count * age), "oldest_steps": float(age)}
+        return {}
+
+    def stop_share(self, f: Firing, share: float) -> float | None:
+        return self._rollouts.stop_share(f, share)
+
+    def paused(self, f: Firing, share: float) -> dict[str, float]:
+        self._paused.add(f)
+        return self._rollouts.paused(f)
 
     def _in_rounds(self, stage: str) -> bool:
         return self.batches is not None and stage.partition(".")[0] in IN_ROUNDS
@@ -118,7 +149,7 @@ class CostModel:
 
     def _lengths(self, f: Firing, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and response tokens of samples; validation has prompts of its own, as long as the others."""
-        prompts, responses = self.lengths[f.iteration % len(self.lengths)]
+        prompts, responses = self._rollouts.batch(f.iteration)
         if f.stage == "testing":
             ids = ids % len(prompts)
         return prompts[ids], responses[ids]
@@ -180,8 +211,7 @@ class CostModel:
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
             segments = self._pass(stage, ranks, tokens)
-        controller = controller_program(self._controller_bytes(stage, len(prompts)), self.operators)
-        controller += firing_program(self.operators)
+        controller = self._controller(stage, len(prompts))
         if not self.scenario.cluster.gpu.overlaps_communication:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
@@ -244,7 +274,8 @@ class CostModel:
     def _arrivals(self, iteration: int) -> np.ndarray:
         """When each response was there, in seconds (not above 0) from the end of its chunk on all places.
 
-        Places are taken to start a chunk together, and transfers to take no time.
+        Places are taken to start a chunk together, and transfers to take no time. Responses of engines that go on from
+        chunk to chunk all come with their chunk.
         """
         graph = self.fold.original
         gen = next(s for s in graph.stages() if s.kind == "generate")
@@ -252,7 +283,7 @@ class CostModel:
         if key in self._arrived:
             return self._arrived[key]
         arrivals = self._arrived[key] = np.zeros(self.scenario.samples_through(gen.name))
-        for chunk in range(gen.chunks):
+        for chunk in range(gen.chunks if gen.name not in self._rollouts.stages else 0):
             done: list[tuple[np.ndarray, np.ndarray]] = []
             for place in gen.all_places(chunk):
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
@@ -278,7 +309,7 @@ class CostModel:
             if target.use.zero_stage == 3 and not same
             else Layout.of(target.ranks, target.use)
         )
-        return sync_program(
+        segments = sync_program(
             source.use,
             Layout.of(source.ranks, source.use),
             held,
@@ -287,6 +318,7 @@ class CostModel:
             bucket_bytes=choice.bucket_bytes,
             head=head_of(stage.model),
         )
+        return [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
 
     def _checkpoint(self) -> list[Segment]:
         """Weights, master weights and moments of the trained models, written at the storage's rate."""
@@ -298,9 +330,23 @@ class CostModel:
         seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
         return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 
+    def _controller(self, stage: Stage, samples: int) -> list[Segment]:
+        """What the controller and the start of any firing take."""
+        return [
+            *controller_program(self._controller_bytes(stage, samples), self.operators),
+            *firing_program(self.operators),
+        ]
+
     def _controller_bytes(self, stage: Stage, samples: int) -> float:
         """Padded tokens and masks out to the workers of all places, one field back."""
         return samples * stage.places * self.padded_tokens * (2 * 8 + 4)
+
+
+def _between_ranks(segment: Segment) -> Segment | None:
+    """A sync's segment without what a rank would send to itself (copies that share some of their ranks)."""
+    groups = [tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1) for t in segment.transfers]
+    moved = tuple(replace(t, groups=g) for t, g in zip(segment.transfers, groups, strict=True) if g)
+    return None if segment.transfers and not moved else replace(segment, transfers=moved)
 
 
 def _widen(segment: Segment, ranks: tuple[int, ...], places: list[tuple[int, ...]]) -> Segment:

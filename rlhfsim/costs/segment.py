@@ -7,7 +7,7 @@ only the simulator knows that. A segment ends where the ranks of a place meet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -84,6 +84,7 @@ class Segment:
     bound: seconds of `compute_seconds` by what limits them {"flops", "hbm", "launch", "host", "pcie"}, summed over
         repeats, mean over replicas.
     counts: what the work did besides taking time, for `Span.counts`.
+    stops: it may be cut where the cost model says, and its firing goes on later.
     """
 
     label: str
@@ -94,6 +95,12 @@ class Segment:
     lockstep: bool = False
     bound: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    stops: bool = False
+
+    def part(self, share: float) -> Segment:
+        """So much of all its rounds (without prefetch)."""
+        bound = {cause: share * seconds for cause, seconds in self.bound.items()}
+        return replace(self, repeats=self.repeats * share, bound=bound)
 
     def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
         """Seconds when transfer j moves `rates[j]` payload bytes per second (inf: free)."""

@@ -136,11 +136,19 @@ class _Flow:
         )
 
 
+class Stopped(simpy.Interrupt):
+    """A segment was interrupted. share: how much of it was done; elapsed, alone_seconds: of that part."""
+
+    def __init__(self, cause: object, share: float, elapsed: Elapsed, alone_seconds: float) -> None:
+        super().__init__(cause)
+        self.share, self.elapsed, self.alone_seconds = share, elapsed, alone_seconds
+
+
 class LinkPool:
     """Runs segments on the links of a topology: `elapsed, alone_seconds = yield from pool.run(segment)`.
 
     A segment that starts or ends changes the rates only of those that share links with it, directly or through others.
-    `Interrupt` thrown into the running process takes its flow off the links before it goes on to the caller.
+    An interrupt of the running process takes its flow off the links and goes on to the caller as `Stopped`.
     """
 
     def __init__(self, env: simpy.Environment, topology: Topology) -> None:
@@ -152,10 +160,18 @@ class LinkPool:
         self._deciding: dict[tuple[int, ...], list[str]] = {}
 
     def run(self, segment: Segment) -> Generator[simpy.Event, Any, tuple[Elapsed, float]]:
-        """Run the segment to its end; its breakdown, and the seconds that it would have taken alone."""
+        """Run the segment to its end; its breakdown, and the seconds that it would have taken alone.
+
+        Raises Stopped where the process was interrupted.
+        """
         flow, alone = self._flow(segment)
         if flow is None:
-            yield self.env.timeout(alone.seconds)
+            start = self.env.now
+            try:
+                yield self.env.timeout(alone.seconds)
+            except simpy.Interrupt as interrupt:
+                share = (self.env.now - start) / alone.seconds
+                raise Stopped(interrupt.cause, share, _scaled(alone, share), share * alone.seconds) from None
             return alone, alone.seconds
         flow.number, flow.since = self._started, self.env.now
         self._started += 1
@@ -166,6 +182,10 @@ class LinkPool:
             assert flow.timer is not None
             yield flow.timer
             flow.advance(self.env.now)
+        except simpy.Interrupt as interrupt:
+            flow.advance(self.env.now)
+            share = flow.done
+            raise Stopped(interrupt.cause, share, _scaled(flow.result(), share), share * alone.seconds) from None
         finally:
             self._cancel(flow)
             for route, _ in flow.loading:
@@ -257,6 +277,12 @@ class LinkPool:
         if len(kept) < len(queue):
             queue[:] = kept
             heapq.heapify(queue)
+
+
+def _scaled(elapsed: Elapsed, share: float) -> Elapsed:
+    return Elapsed(
+        share * elapsed.seconds, share * elapsed.compute, share * elapsed.communication, share * elapsed.peers
+    )
 
 
 def _payload(transfer: Transfer, segment: Segment) -> float:

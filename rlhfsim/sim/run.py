@@ -17,7 +17,7 @@ from rlhfsim.graph import ANY_PLACE, Message
 from rlhfsim.schedule import Scheduler
 from rlhfsim.timeline import Span
 
-from .links import LinkPool
+from .links import LinkPool, Stopped
 
 
 class Cost(Protocol):
@@ -28,6 +28,15 @@ class Cost(Protocol):
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """The transfer that carries these lanes of one result to one place; None where nothing leaves a rank."""
+
+    def ended(self, f: Firing, name: Firing) -> dict[str, float]:
+        """f has ended, and consumers know it by `name`; what to add to the counts of its span."""
+
+    def stop_share(self, f: Firing, share: float) -> float | None:
+        """Where f stops that is asked to when `share` of its stoppable segment is done; None: at its end, for good."""
+
+    def paused(self, f: Firing, share: float) -> dict[str, float]:
+        """f has stopped at that share, and `program` will be asked for the rest; counts as of `ended`."""
 
 
 @dataclass
@@ -54,6 +63,8 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
     ended: dict[Firing, float] = {}
     ran: dict[Firing, Firing] = {}  # by the name that consumers know (another only with spread "first")
     last_on_rank: dict[int, Firing] = {}
+    running: dict[Firing, simpy.Process] = {}  # firings that an interrupt reaches: while they can stop
+    stopping: set[Firing] = set()
     spans: list[Span] = []
 
     def deliver(transfer: Transfer, arrived: simpy.Event) -> Generator[Any, Any, None]:
@@ -76,25 +87,66 @@ def run(fold: Fold, cost: Cost, topology: ClusterTopology, iterations: int) -> l
         inputs = {(g, f.stage, f.place) for g, *_ in graph.receives(f)}
         yield env.all_of([arriving[key] for key in sorted(inputs & arriving.keys())])
         data_seconds, parts = env.now - start, _Parts()
+        stopped_at: float | None = None
         for segment in cost.program(f):
+            if segment.stops:
+                stopped_at = yield from run_until_stopped(f, segment, parts)
+                if stopped_at is not None:
+                    break
+            else:
+                elapsed, alone_seconds = yield from pool.run(segment)
+                _add(parts, segment, elapsed, alone_seconds)
+        if stopped_at is not None:
+            parts.counts |= cost.paused(f, stopped_at) | {"interrupts": 1.0}
+            name = f
+            scheduler.paused(f)
+        else:
+            name = scheduler.done(f)
+            parts.counts |= cost.ended(f, name)
+            ended[name], ran[name] = env.now, f
+        spans.append(_span(f, fold, start, env.now, data_seconds, parts, ran.get(cause) if cause else None))
+        stopping.discard(f)
+        if stopped_at is None:
+            last_on_rank.update(dict.fromkeys(graph.ranks(f), name))
+            send(name, f.place)
+
+    def run_until_stopped(f: Firing, segment: Segment, parts: _Parts) -> Generator[Any, Any, float | None]:
+        """Run a segment that may stop before its end: the share of it that was done, or None for all."""
+        if f in stopping:
+            return 0.0
+        assert env.active_process is not None
+        running[f] = env.active_process
+        try:
             elapsed, alone_seconds = yield from pool.run(segment)
             _add(parts, segment, elapsed, alone_seconds)
-        spans.append(_span(f, fold, start, env.now, data_seconds, parts, ran.get(cause) if cause else None))
-        name = scheduler.done(f)
-        ended[name], ran[name] = env.now, f
-        last_on_rank.update(dict.fromkeys(graph.ranks(f), name))
-        send(name, f.place)
+            return None
+        except Stopped as stop:
+            _add(parts, segment.part(stop.share), stop.elapsed, stop.alone_seconds)
+            share = stop.share
+        finally:
+            del running[f]
+        until = cost.stop_share(f, share)
+        rest = segment.part((1.0 if until is None else until) - share)
+        elapsed, alone_seconds = yield from pool.run(rest)
+        _add(parts, rest, elapsed, alone_seconds)
+        return until
 
     while True:
         while env.peek() == env.now:  # all that happens at this instant, before anyone decides
             env.step()
-        if starts := scheduler.step():
-            for f in starts:
-                env.process(fire(f))
-        elif env.peek() == float("inf"):
+        starts = scheduler.step()
+        for f in starts:
+            env.process(fire(f))
+        for f in scheduler.pauses:
+            if f not in stopping:
+                stopping.add(f)
+                if f in running:
+                    running[f].interrupt()
+        if starts or env.peek() == env.now:
+            continue
+        if env.peek() == float("inf"):
             break
-        else:
-            env.step()
+        env.step()
     if scheduler.left:
         raise RuntimeError(f"stuck at {env.now} s: {scheduler.stuck()}")
     return sorted(spans, key=lambda s: (s.start_seconds, s.firing))

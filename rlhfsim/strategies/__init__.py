@@ -7,6 +7,9 @@ knows no bandwidth, no byte and no second.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import lcm
+
+from rlhfsim.algorithms import Algorithm
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,15 @@ def divide(
     for name, size in sizes.items():
         divided[name], start = ranks[start : start + size], start + size
     return divided
+
+
+def apart(algorithm: Algorithm, devices: Devices, split: dict[str, float] | None = None) -> dict[str, tuple[int, ...]]:
+    """Ranks for `generation`, and for `training` with everything else; in halves, or in the shares of `split`."""
+    if split is not None and set(split) != {"generation", "training"}:
+        raise ValueError(f"split names {', '.join(split) or 'nothing'}: generation and training are needed")
+    models = {s.model for s in algorithm.of_kind("score", "train")}
+    units = {
+        "generation": devices.replica.get("shadow_actor", 1),
+        "training": lcm(*(devices.replica.get(model, 1) for model in models)),
+    }
+    return divide(devices.ranks, split or {"generation": 1.0, "training": 1.0}, units)

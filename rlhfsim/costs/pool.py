@@ -1,0 +1,400 @@
+"""Engines whose work outlives a firing: a firing goes on until so many responses have ended, others stay unfinished.
+
+A firing is planned on copies of the engines, run by run as in `engine.py`; then the engines themselves go to where the
+firing ended or was stopped, to the step. So the plan may be cut anywhere, and what changes in between (new weights, new
+prompts) meets the engines in the state that they are in. Which response ends first is decided by compute time; what
+transfers add is the same for engines of one size.
+
+All responses to a prompt count when the last of them has ended (slime, `generate_rollout_async` waits for groups; so do
+AReaL's workflows).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlhfsim.spec.scenario import Generation
+
+from .engine import Runs, _Scheduler
+from .generation import StepSeconds, _Steps, route_samples
+
+UNLIMITED_BLOCKS = 1 << 60
+ROUNDING = 1e-9  # relative to a time: the same instant
+
+
+@dataclass(eq=False)
+class Sample:
+    """One response. number: among all that are drawn; group: its prompt.
+
+    tokens_by_version: drawn so far with each version of the weights, but for those since the present one entered.
+    """
+
+    number: int
+    group: int
+    prompt: int
+    response: int
+    tokens_by_version: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def begun_with(self) -> int | None:
+        """The version that drew its first token, if older than the present one."""
+        return min(self.tokens_by_version, default=None)
+
+    def drawn_with(self, version: int, drawn: int) -> None:
+        """So many tokens in all, those since the last call with this version."""
+        if more := drawn - self.tokens_by_version.total():
+            self.tokens_by_version[version] += more
+
+    def age(self, version: int) -> float:
+        """By how many versions a finished response is older than this one, by its tokens."""
+        return sum((version - v) * tokens for v, tokens in self.tokens_by_version.items()) / self.response
+
+
+class Engine(_Scheduler):
+    """A continuous engine that is given work at any time and can stop after any step.
+
+    late_seconds: the step in flight ends so long after the present; late: responses that end with it.
+    """
+
+    def __init__(self, generation: Generation, kv_blocks: int | None) -> None:
+        none = np.zeros(0, dtype=int)
+        super().__init__(
+            none,
+            none,
+            generation.max_sequences,
+            generation.prefill_tokens,
+            generation.block_tokens,
+            kv_blocks,
+            generation.chunked_prefill,
+            padded=generation.kv_cache == "preallocated",
+        )
+        self.generation, self.kv_blocks = generation, kv_blocks
+        self.free = self.total = UNLIMITED_BLOCKS if kv_blocks is None else kv_blocks
+        self.samples: list[Sample] = []
+        self.completions: list[tuple[int, int]] = []  # (run, sample)
+        self.late_seconds = 0.0
+        self.late: list[Sample] = []
+
+    def submit(self, samples: Sequence[Sample], drawn: Sequence[int]) -> None:
+        """Put samples at the end of the queue, so much of each drawn already."""
+        first = len(self.samples)
+        prompts, responses = [s.prompt for s in samples], [s.response for s in samples]
+        self.final_blocks += self._needed_blocks(prompts, responses, self.kv_blocks)
+        self.samples += samples
+        self.prompt += prompts
+        self.response += responses
+        self.generated += drawn
+        self.waiting[:0] = range(len(self.samples) - 1, first - 1, -1)
+
+    def copy(self) -> Engine:
+        """With the unfinished sequences only, and no runs."""
+        other = Engine(self.generation, self.kv_blocks)
+        kept = [*self.running, *reversed(self.waiting)]
+        new = {old: k for k, old in enumerate(kept)}
+        other.samples = [self.samples[k] for k in kept]
+        other.prompt, other.response = [self.prompt[k] for k in kept], [self.response[k] for k in kept]
+        other.generated, other.final_blocks = [self.generated[k] for k in kept], [self.final_blocks[k] for k in kept]
+        other.running = dict.fromkeys(range(len(self.running)))
+        other.waiting = list(range(len(kept) - 1, len(self.running) - 1, -1))
+        other.partial = self.partial and [new[self.partial[0]], *self.partial[1:]]
+        other.base = {new[k]: base for k, base in self.base.items()}
+        other.finish = {new[k]: finish for k, finish in self.finish.items()}
+        other.ending = [(finish, k) for k, finish in other.finish.items()]
+        heapq.heapify(other.ending)
+        other.step, other.free, other.base_sum, other.crossing = self.step, self.free, self.base_sum, [*self.crossing]
+        other.late_seconds, other.late = self.late_seconds, [*self.late]
+        return other
+
+    def run_until(self, completions: int) -> None:
+        while len(self.completions) < completions and (self.waiting or self.running):
+            self.advance()
+
+    def run_steps(self, steps: int) -> None:
+        while steps > 0:
+            before = len(self.builder.rows)
+            self.advance(steps)
+            steps -= sum(row[0] for row in self.builder.rows[before:])
+
+    def empty_cache(self) -> int:
+        """Everything that runs is put back to the head of the queue; the cached tokens that are lost."""
+        before = self.recomputed
+        while self.running:
+            self._put_back()
+        return self.recomputed - before
+
+    def remove(self, gone: set[int]) -> None:
+        """Take these samples (their numbers) out, whatever they do."""
+        for k in [k for k in self.running if self.samples[k].number in gone]:
+            if self.partial is not None and self.partial[0] == k:
+                self.free += self._blocks(self.partial[2])
+                self.partial = None
+            else:
+                self.free += self._blocks(self.base[k] + self.step)
+                self._stop_decoding(k)
+            del self.running[k]
+        self.waiting = [k for k in self.waiting if self.samples[k].number not in gone]
+
+    def unfinished(self) -> list[tuple[Sample, int]]:
+        """Samples and how many of their tokens are drawn."""
+        return [(self.samples[k], self._drawn(k)) for k in (*self.running, *reversed(self.waiting))]
+
+    def _drawn(self, k: int) -> int:
+        return self.base[k] + self.step - self.prompt[k] + 1 if k in self.base else self.generated[k]
+
+    def _complete(self, sample: int) -> None:
+        self.completions.append((len(self.builder.rows) - 1, sample))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Engines stopped at the first end of a step not before some instant; all seconds are from the plan's begin.
+
+    steps: of each engine, from its plan's begin. ends: when each engine's last step ends. tables: the runs until then.
+    """
+
+    steps: list[int]
+    ends: list[float]
+    tables: list[_Steps]
+
+    @property
+    def seconds(self) -> float:
+        return max(self.ends, default=0.0)
+
+
+class Plan:
+    """What the engines will do if nothing comes in between. seconds: until enough responses have ended."""
+
+    def __init__(self, pool: Pool, wanted: int) -> None:
+        self.pool, self.engines = pool, [engine.copy() for engine in pool.engines]
+        goal = 1 + 2 * wanted // max(1, len(self.engines))
+        while True:
+            for engine in self.engines:
+                engine.run_until(goal)
+            self.runs = [engine.builder.runs() for engine in self.engines]
+            self.by_bound = [pool.steps.of(runs) for runs in self.runs]
+            self.ends = [
+                engine.late_seconds + np.cumsum(by_bound.sum(axis=0))
+                for engine, by_bound in zip(self.engines, self.by_bound, strict=True)
+            ]
+            self.completions = self._completions()
+            busy = [k for k, engine in enumerate(self.engines) if engine.waiting or engine.running]
+            horizon = min((float(self.ends[k][-1]) for k in busy), default=float("inf"))
+            seconds = pool.enough_at(self.completions, wanted)
+            if seconds is not None and seconds <= horizon:
+                self.seconds = seconds
+                return
+            assert busy, "fewer responses were begun than are needed"
+            goal *= 2
+
+    def _completions(self) -> list[tuple[float, Sample, int]]:
+        """(instant, sample, engine), in order."""
+        found = [(e.late_seconds, sample, k) for k, e in enumerate(self.engines) for sample in e.late]
+        for k, (engine, ends) in enumerate(zip(self.engines, self.ends, strict=True)):
+            found += [(float(ends[run]), engine.samples[sample], k) for run, sample in engine.completions]
+        return sorted(found, key=lambda entry: (entry[0], entry[1].number))
+
+    def ends_within(self, cut: Cut, wanted: int) -> bool:
+        """Whether enough responses have ended when every engine has come to the cut."""
+        within = (entry for entry in self.completions if entry[0] <= cut.ends[entry[2]] * (1 + ROUNDING))
+        return self.pool.enough_at(within, wanted) is not None
+
+    def cut(self, seconds: float) -> Cut:
+        """Where every engine ends the step that it is in at this instant."""
+        instant = seconds * (1 - ROUNDING)
+        last = [bisect_left(ends.tolist(), instant) for ends in self.ends]  # the run that the instant is in
+        within = [k for k, run in enumerate(last) if run < len(self.ends[k]) and self._begin(k, run) < instant]
+        steps = dict(zip(within, self._steps_within(within, last, instant), strict=True))
+        tables = [self._table(k, last[k], steps.get(k, 0)) for k in range(len(self.engines))]
+        own = [float(table.seconds.sum()) for table in tables]
+        return Cut(
+            [int(table.runs.steps.sum()) for table in tables],
+            [engine.late_seconds + s for engine, s in zip(self.engines, own, strict=True)],
+            tables,
+        )
+
+    def _begin(self, k: int, run: int) -> float:
+        return float(self.ends[k][run - 1]) if run else self.engines[k].late_seconds
+
+    def _steps_within(self, engines: list[int], last: list[int], instant: float) -> list[int]:
+        """The fewest steps of each engine's run after which the instant has come, by bisection for all at once."""
+        if not engines:
+            return []
+        rows = np.array([self.engines[k].builder.rows[last[k]] for k in engines]).T
+        left = instant - np.array([self._begin(k, last[k]) for k in engines])
+        low, high = np.ones_like(rows[0]), rows[0].copy()
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = self.pool.steps.of(_decoding_runs(middle, rows)).sum(axis=0) >= left
+            high, low = np.where(enough, middle, high), np.where(enough, low, np.minimum(middle + 1, high))
+        return [int(steps) for steps in high]
+
+    def _table(self, k: int, last: int, steps: int) -> _Steps:
+        """The first `last` runs of an engine, and so many steps of the next one."""
+        count = last + (steps > 0)
+        runs, by_bound = self.runs[k], self.by_bound[k][:, :count].copy()
+        cut = runs.steps[:count].copy()
+        chunks = runs.chunk_run < count
+        if steps and steps < cut[-1]:
+            cut[-1] = steps
+            rows = np.array([self.engines[k].builder.rows[last]]).T
+            by_bound[:, -1:] = self.pool.steps.of(_decoding_runs(cut[-1:], rows))
+        return _Steps(
+            Runs(
+                cut,
+                runs.decodes[:count],
+                runs.context_tokens[:count],
+                runs.prompt_tokens[:count],
+                runs.sampled[:count],
+                runs.running[:count],
+                runs.chunk_run[chunks],
+                runs.chunk_tokens[chunks],
+                np.zeros(0, dtype=int),
+            ),
+            by_bound,
+        )
+
+
+def _decoding_runs(steps: np.ndarray, rows: np.ndarray) -> Runs:
+    """So many steps of runs that are given as columns of `rows`, as the builder keeps them."""
+    _, decodes, context, prompt, sampled, running = rows
+    none = np.zeros(0, dtype=int)
+    return Runs(steps, decodes, context, prompt, sampled, running, none, none.astype(float), none)
+
+
+class Pool:
+    """The engines of one place, and all responses that are begun and not handed over.
+
+    group_size: responses to a prompt. version: of the weights on the engines.
+    """
+
+    def __init__(self, generation: Generation, steps: StepSeconds, kv_blocks: int | None, group_size: int) -> None:
+        self.generation, self.steps, self.kv_blocks, self.group_size = generation, steps, kv_blocks, group_size
+        self.engines: list[Engine] = []
+        self.outside: list[tuple[Sample, int]] = []  # unfinished and in no engine, with the tokens drawn
+        self.ended: dict[int, list[Sample]] = {}  # group -> its responses that have ended, while others have not
+        self.ready: list[Sample] = []  # whole groups, in order of their ends
+        self.version = 0
+        self.begun = self.thrown_away = self.handed_over = 0  # responses
+        self.counts: Counter[str] = Counter()  # since they were last asked for
+
+    # -- work in ------------------------------------------------------------------------------------------
+
+    @property
+    def outstanding(self) -> int:
+        """Responses begun and not handed over."""
+        return self.begun - self.thrown_away - self.handed_over
+
+    def set_engines(self, count: int) -> None:
+        """So many engines, empty where the number changes."""
+        if len(self.engines) != count:
+            self.take_out()
+            self.engines = [Engine(self.generation, self.kv_blocks) for _ in range(count)]
+
+    def submit(self, samples: Sequence[Sample]) -> None:
+        """New samples, and before them those outside, spread over the engines: each lot evenly."""
+        self.begun += len(samples)
+        for lot in (self.outside, [(s, 0) for s in samples]):
+            tokens = np.array([s.prompt + s.response for s, _ in lot])
+            for engine, share in zip(
+                self.engines, route_samples(tokens, len(self.engines), self.generation.routing), strict=True
+            ):
+                mine = [lot[k] for k in share]
+                engine.submit([s for s, _ in mine], [drawn for _, drawn in mine])
+                self.counts["recomputed_tokens"] += sum(s.prompt + drawn for s, drawn in mine if drawn)
+        self.outside = []
+
+    # -- time -------------------------------------------------------------------------------------------------
+
+    def enough_at(self, completions: Iterable[tuple[float, Sample, int]], wanted: int) -> float | None:
+        """When `wanted` responses are ready, all responses of their prompts being done."""
+        left = wanted - len(self.ready)
+        if left <= 0:
+            return 0.0
+        done = Counter({group: len(samples) for group, samples in self.ended.items()})
+        for seconds, sample, _ in completions:
+            done[sample.group] += 1
+            if done[sample.group] == self.group_size:
+                left -= self.group_size
+                if left <= 0:
+                    return seconds
+        return None
+
+    def go_to(self, plan: Plan, cut: Cut, seconds: float) -> None:
+        """Let the engines work until the cut; what ends after `seconds` is late."""
+        instant = seconds * (1 + ROUNDING)
+        done = [entry for entry in plan.completions if entry[0] <= cut.ends[entry[2]] * (1 + ROUNDING)]
+        for k, steps in enumerate(cut.steps):
+            end = cut.ends[k]
+            late = [s for t, s, engine in done if engine == k and t > instant]
+            self.engines[k].run_steps(steps)
+            self.counts["preemptions"] += self.engines[k].preemptions
+            self.counts["recomputed_tokens"] += self.engines[k].recomputed
+            self.engines[k] = self.engines[k].copy()
+            self.engines[k].late, self.engines[k].late_seconds = late, max(0.0, end - seconds)
+        self._end(s for t, s, _ in done if t <= instant)
+
+    def _end(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            sample.drawn_with(self.version, sample.response)
+            group = self.ended.setdefault(sample.group, [])
+            group.append(sample)
+            if len(group) == self.group_size:
+                self.ready += self.ended.pop(sample.group)
+
+    def finish_steps(self) -> None:
+        """Time passes without new steps: those in flight end."""
+        for engine in self.engines:
+            self._end(engine.late)
+            engine.late, engine.late_seconds = [], 0.0
+
+    # -- weights and unfinished work ----------------------------------------------------------------------
+
+    def enter(self, version: int, recompute: bool) -> None:
+        """New weights: what is drawn from now on is of this version; the cache of the old one is lost or kept."""
+        self.finish_steps()
+        for sample, drawn in (*self.outside, *(entry for e in self.engines for entry in e.unfinished())):
+            sample.drawn_with(self.version, drawn)
+        self.version = version
+        if recompute:
+            for engine in self.engines:
+                self.counts["recomputed_tokens"] += engine.empty_cache()
+                engine.recomputed = 0
+
+    def take_out(self) -> None:
+        """All unfinished sequences leave the engines, with their tokens and without their cache."""
+        self.finish_steps()
+        self.outside += [entry for engine in self.engines for entry in engine.unfinished()]
+        self.outside.sort(key=lambda entry: entry[0].number)
+        self.engines = [Engine(self.generation, self.kv_blocks) for _ in self.engines]
+
+    def throw_away(self, version: int | None = None) -> None:
+        """Every prompt that is not handed over, or those with a response begun by weights older than this version."""
+        unfinished = [*self.outside, *(entry for e in self.engines for entry in (*e.unfinished(), *_whole(e.late)))]
+        held = [*unfinished, *_whole(self.ready), *_whole(s for group in self.ended.values() for s in group)]
+        old = {s.group for s, _ in held if version is None or (s.begun_with is not None and s.begun_with < version)}
+        gone = {s.number: drawn for s, drawn in held if s.group in old}
+        for k, engine in enumerate(self.engines):
+            engine.remove(set(gone))
+            engine.late = [s for s in engine.late if s.number not in gone]
+            self.engines[k] = engine.copy()
+        self.outside = [entry for entry in self.outside if entry[0].number not in gone]
+        self.ready = [s for s in self.ready if s.number not in gone]
+        self.ended = {group: samples for group, samples in self.ended.items() if group not in old}
+        self.thrown_away += len(gone)
+        self.counts["thrown_away_tokens"] += sum(gone.values())
+
+    def hand_over(self, count: int) -> list[Sample]:
+        """The first responses that are ready."""
+        self.handed_over += count
+        taken, self.ready = self.ready[:count], self.ready[count:]
+        return taken
+
+
+def _whole(samples: Iterable[Sample]) -> list[tuple[Sample, int]]:
+    return [(s, s.response) for s in samples]
