@@ -379,6 +379,7 @@ def test_a_round_larger_than_the_batch_is_memory_too() -> None:
         ({"algorithm.name": "ppo", "models.share_actor_critic": True, "algorithm.old_log_prob": "engine"}, "algorithm",
          "gives the values"),
         ({"algorithm.gen_prompts": 2, "algorithm.max_rounds": 7}, "algorithm.gen_prompts", "never fill"),
+        ({"algorithm.max_rounds": 1}, "algorithm.max_rounds", "at least 2"),
         ({"algorithm.gen_prompts": 10**6, "algorithm.max_rounds": 1000}, "algorithm.max_rounds", "at most"),
         ({"algorithm.filter_accept_probability": 0}, "algorithm.filter_accept_probability", "above 0"),
         ({"algorithm.old_log_prob": "sometimes"}, "algorithm.old_log_prob", "always, if_needed, engine"),

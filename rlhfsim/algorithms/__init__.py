@@ -80,8 +80,9 @@ class Algorithm:
         return self.rounds == 1 or maker not in IN_ROUNDS or user in IN_ROUNDS
 
 
-def updates_once(epochs: int, minibatches: int) -> bool:
-    return epochs * minibatches == 1
+def recomputes(old_log_prob: OldLogProb, epochs: int, minibatches: int) -> bool:
+    """Whether the actor makes a pass for old log-probabilities."""
+    return old_log_prob == "always" or (old_log_prob == "if_needed" and epochs * minibatches > 1)
 
 
 def without_critic(
@@ -101,7 +102,7 @@ def without_critic(
     generation and rewards waits until the batch is full, as in verl's DAPO trainer (recipe/dapo/dapo_ray_trainer.py
     @53971be5: gen, reward, filter; then old_log_prob, ref, update_actor).
     """
-    recomputed = old_log_prob == "always" or (old_log_prob == "if_needed" and not updates_once(epochs, minibatches))
+    recomputed = recomputes(old_log_prob, epochs, minibatches)
     by_engine = ("log_probs",) if old_log_prob == "engine" else ()
     full = ("gen", "reward") if rounds > 1 else ("gen",)
     reward = Step("reward", "score", "reward", ("gen",), ("score",))

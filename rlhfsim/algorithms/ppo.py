@@ -7,7 +7,7 @@ neither use_kl_in_reward nor use_kl_loss).
 
 from __future__ import annotations
 
-from . import SEQUENCE, Algorithm, OldLogProb, Step, updates_once
+from . import SEQUENCE, Algorithm, OldLogProb, Step, recomputes
 
 
 def build(
@@ -18,7 +18,7 @@ def build(
     reference: bool = True,
     old_log_prob: OldLogProb = "always",
 ) -> Algorithm:
-    recomputed = old_log_prob == "always" or (old_log_prob == "if_needed" and not updates_once(epochs, minibatches))
+    recomputed = recomputes(old_log_prob, epochs, minibatches)
     if share_actor_critic and not recomputed:
         raise ValueError(
             f"old_log_prob is {old_log_prob!r}, but the pass that would be left out gives the values as well"

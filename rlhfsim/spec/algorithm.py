@@ -71,7 +71,7 @@ class Algorithm(Record):
     old_log_prob: OldLogProb = "always"
     filter_accept_probability: Fraction = 1.0
     gen_prompts: Count | None = None
-    max_rounds: Annotated[int, Field(ge=1, le=1000)] = 10
+    max_rounds: Annotated[int, Field(ge=2, le=1000)] = 10
     reward: Literal["model", "function", "judge", "sandbox"] = "model"
     reward_function_seconds: Seconds = 0.0
     reward_function_workers: Count | None = None

@@ -447,24 +447,20 @@ class Scenario(Record):
         Raises InputError for a setting that the algorithm does not have, or that leaves it without an advantage.
         """
         chosen, workload = self.algorithm, self.workload
-        options: dict[str, Any] = {"epochs": chosen.epochs, "minibatches": chosen.minibatches}
-        fields = dict.fromkeys(options, "")
-        for option, value, usual, field in (
+        filtered = "algorithm.gen_prompts" if chosen.gen_prompts else "algorithm.filter_accept_probability"
+        choices = (  # option of the algorithm, value, what it is without being named, field
             ("share_actor_critic", self.models.share_actor_critic, False, "models.share_actor_critic"),
             ("reference", False if chosen.kl_coefficient == 0 else chosen.reference, None, "algorithm.reference"),
             ("old_log_prob", chosen.old_log_prob, "always", "algorithm.old_log_prob"),
-            (
-                "rounds",
-                self.rounds,
-                1,
-                "algorithm." + ("gen_prompts" if chosen.gen_prompts else "filter_accept_probability"),
-            ),
-        ):
+            ("rounds", self.rounds, 1, filtered),
+        )
+        options: dict[str, Any] = {"epochs": chosen.epochs, "minibatches": chosen.minibatches}
+        for option, value, usual, field in choices:
             if value != usual:
-                options[option], fields[option] = value, field
-        for option in options:
-            if option not in options_of(chosen.name):
-                raise InputError(f"algorithm {chosen.name} has nothing of the kind", field=fields[option])
+                options[option] = value
+                if option not in (allowed := options_of(chosen.name)):
+                    message = f"algorithm {chosen.name} has nothing of the kind (it has {', '.join(allowed)})"
+                    raise InputError(message, field=field)
         try:
             steps = named(chosen.name, **options)
         except ValueError as error:
