@@ -75,7 +75,8 @@ class Engine:
         if self.sharded:
             from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
-            parameter_offload.FWD_MODULE_STACK.remove(self.module)
+            stack, mine = parameter_offload.FWD_MODULE_STACK, set(self.module.modules())
+            stack[:] = [module for module in stack if module not in mine]
             coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
             cached = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
             getclosurevars(cached).nonlocals["func"].cache_clear()
