@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import getclosurevars
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ class Engine:
             finally:
                 if self._resting:
                     self.module.to("cpu")
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed 0.19.8 would keep for ever: hooks in C++, ZeRO-3's list of modules, cached calls."""
+        if self.deepspeed:
+            with self.session():
+                self.callable.destroy()
+        if self.sharded:
+            from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+            stack, mine = parameter_offload.FWD_MODULE_STACK, set(self.module.modules())
+            stack[:] = [module for module in stack if module not in mine]
+            coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+            cached = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
+            getclosurevars(cached).nonlocals["func"].cache_clear()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`, this rank's part of a sum; the `last` of an update adds up all ranks'."""

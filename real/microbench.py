@@ -203,8 +203,7 @@ class Bench:
                     pass
 
             self._repeated({"gather": gather}, row | {"batch": 1, "tokens": 1})
-        if engine.deepspeed:
-            engine.callable.destroy()
+        engine.close()
 
     def _use(self, shape: ModelSpec, **more: Any) -> ModelUse:
         return ModelUse(spec=shape.name, shape=shape, precision=self.precision, **more)

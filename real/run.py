@@ -18,12 +18,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhfsim import memory
 from rlhfsim import timeline as timelines
 from rlhfsim.errors import InputError
 from rlhfsim.graph import StageGraph
-from rlhfsim.layout import Holding, check_real, graph_of, holdings_of, rank_sets, sync_rank_sets
-from rlhfsim.model import Head
+from rlhfsim.layout import Holding, check_real, graph_of, holdings_of, rank_bytes, rank_sets, sync_rank_sets
 from rlhfsim.records import RecordFile, read, record_path, timeline
 from rlhfsim.spec.loader import load_scenario
 from rlhfsim.spec.scenario import Scenario
@@ -188,19 +186,6 @@ def _check_memory(holdings: dict[str, Holding], place: Place, device: torch.devi
         )
 
 
-def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:
-    """Weights, gradients and optimizer states on a rank; on CPUs all are in fp32, and the host is the device."""
-    total = 0.0
-    for held in holdings.values():
-        if rank in held.ranks:
-            use = held.use.model_copy(update={"precision": "fp32"}) if on_cpu else held.use
-            head: Head = "value" if held.name.removeprefix("shadow_") in ("critic", "reward") else "lm"
-            purpose: memory.Held = "train" if held.purpose == "train" else "frozen"
-            kept = memory.static_bytes(use, purpose, held.data_parallel, head=head)
-            total += kept.total + (kept.host if on_cpu else 0.0)
-    return total
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +244,7 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
         file=RecordFile(job.records, place.rank, clock),
     ).run()
     watch.close()
+    work.close()
     if place.rank:
         return None
     found = job.save()

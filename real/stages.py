@@ -67,6 +67,10 @@ class Stages:
         """(What the inbox holds lies in the store as well.) A swap has no work."""
         return None if stage.kind == "swap" else getattr(self, f"_{stage.kind}")(f, stage)
 
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+
     def weights(self, name: str) -> dict[str, Tensor]:
         """All parameters of a model copy, whole, on the host; all ranks of the copy call it."""
         engine = self.engines[name]

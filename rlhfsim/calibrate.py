@@ -9,7 +9,6 @@ the spec predicts them, and what a stage's turn takes on the host (`firing_secon
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,12 @@ from datetime import date
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from . import metrics, timeline
+from .bench import COLUMNS, Bench, Row, read_bench
 from .costs.kernels import Kernels, Rates, bus_factor, collective_seconds
 from .costs.operators import Operators, OperatorTime
 from .errors import InputError
@@ -42,56 +41,22 @@ from .fitting import (
 )
 from .model import parameters
 from .simulate import prepare, simulate
-from .spec.base import Count, Record
 from .spec.data import data_dir
 from .spec.hardware import Cluster
 from .spec.loader import load_scenario
 from .spec.model_spec import ModelSpec
 from .spec.overheads import Overheads
-from .spec.problems import validate as validated
 from .spec.scenario import Effects, ModelUse
 from .validate import digest
 
-MAX_BENCH_BYTES = 64 << 20
 NOISY = 0.5  # range of the middle 80 % of the repeats, over their median
 FEW_ROWS = 8  # for a curve of several coefficients
 WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-# The numbers that every row of a table has, besides `seconds`.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "gemm": ("m", "n", "k", "weights_bytes"),
-    "weight_gradient": ("m", "n", "k", "weights_bytes"),
-    "prefill": ("heads", "kv_heads", "head_dim", "batch", "tokens"),
-    "prefill_backward": ("heads", "kv_heads", "head_dim", "batch", "tokens"),
-    "decode": ("heads", "kv_heads", "head_dim", "batch", "tokens"),
-    "memory": ("bytes",),
-    "collectives": ("ranks", "nodes", "bytes"),
-    "copies": ("bytes",),
-    "passes": ("zero_stage", "batch", "tokens", "ranks"),
-    "decode_step": ("rows", "tokens"),
-}
 MEMORY_KERNELS = ("residual_add", "rms_norm", "rope", "gated_activation", "embedding", "cross_entropy", "optimizer")
 REQUIRED = ("gemm", "weight_gradient", "prefill", "prefill_backward", "decode", "memory")
 
-Row = dict[str, Any]
 Tables = dict[str, list[Row]]
-
-
-class Bench(Record):
-    """A file of `real.microbench`."""
-
-    kind: Literal["rlhfsim microbench"]
-    version: Literal[1]
-    machine: dict[str, Any]
-    precision: Literal["fp32", "bf16", "fp16"]
-    ranks: Count
-    ranks_per_node: Count
-    quick: bool = False
-    nic_bytes_per_second: float | None = Field(default=None, gt=0)
-    started: str = ""
-    seconds: float = 0.0
-    clocks: list[str | None] = Field(default_factory=list)
-    tables: dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -120,35 +85,6 @@ class Calibration:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_bench(path: str | Path) -> Bench:
-    """Raises InputError for a file that is missing, damaged, empty or something else."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        data = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_BENCH_BYTES else None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except ValueError as error:
-        raise InputError(f"is damaged, or no JSON: {str(error)[:100]}", where=str(path)) from None
-    if not isinstance(data, dict) or data.get("kind") != "rlhfsim microbench":
-        raise InputError("is no file of `python -m real.microbench`", where=str(path))
-    bench = validated(Bench, data, {"": str(path)})
-    if not any(bench.tables.values()):
-        raise InputError("has no measurements", field="tables", where=str(path))
-    for table, rows in bench.tables.items():
-        for i, row in enumerate(rows):
-            _check_row(table, row, f"tables.{table}.{i}", path)
-    return bench
-
-
-def _check_row(table: str, row: Row, place: str, path: Path) -> None:
-    for name in (*COLUMNS.get(table, ()), "seconds"):
-        value = row.get(name)
-        least = 0 if name == "zero_stage" else 1e-12
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise InputError(f"is {value!r}, but must be a positive number", field=f"{place}.{name}", where=str(path))
 
 
 def _merged(benches: Mapping[str, Bench]) -> Tables:

@@ -273,13 +273,8 @@ def fit_memory(data: Data, rates: Rates, source: str) -> dict[str, Any]:
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data)}
 
 
-def fit_collective(
-    data: Data, op: str, ranks: int, link: float | np.ndarray, source: str, note: str = "", fastest: float | None = None
-) -> dict[str, Any]:
-    """Column bytes: the payload. link: bytes per second, of all rows or of each.
-
-    fastest: the largest efficiency that is possible.
-    """
+def fit_collective(data: Data, op: str, ranks: int, link: float, source: str, note: str = "") -> dict[str, Any]:
+    """Column bytes: the payload. link: bytes per second."""
 
     def curve(x: np.ndarray) -> CollectiveCurve:
         return _curve(CollectiveCurve, alpha_seconds=float(x[0]) * 1e-6, efficiency=float(x[1]), exponent=float(x[2]))
@@ -287,10 +282,9 @@ def fit_collective(
     def predict(x: np.ndarray) -> np.ndarray:
         return np.asarray(collective_seconds(curve(x), cast(Collective, op), ranks, data.column("bytes"), link))
 
-    slowest = float(np.min(link))
-    fastest = fastest or (1.3 if op.endswith("all_reduce") else 1.0)  # NVLS reduces inside the switch
+    fastest = 1.3 if op.endswith("all_reduce") else 1.0  # NVLS reduces inside the switch
     quickest = float(data.column("seconds").min() * 1e6)
-    start = [quickest, 0.7 if slowest > 40e9 else 0.2, 0.8]
+    start = [quickest, 0.7 if link > 40e9 else 0.2, 0.8]
     x = solve(predict, data, start, [0.5, 0.005, 0.3], [max(200.0, quickest), fastest, 8])
     return dict(curve(x)) | {"fit": fitted(source, predict(x), data, note)}
 
@@ -305,11 +299,10 @@ def measured_collective(data: Data, op: str, ranks: int, link: float | np.ndarra
 
     seconds = data.column("seconds")
     wire = data.column("bytes") * bus_factor(cast(Collective, op), ranks) / link
-    order = np.argsort(wire)
-    rising = np.exp(isotonic_regression(np.log(seconds[order])).x)
-    points = [
-        (number(float(w)), number(float(rising[np.isclose(wire[order], w)].mean()))) for w in np.unique(wire.round(15))
-    ]
+    sizes, at = np.unique(wire, return_inverse=True)
+    mean = np.bincount(at, np.log(seconds)) / np.bincount(at)
+    rising = np.exp(isotonic_regression(mean, weights=np.bincount(at)).x)
+    points = [(number(float(w)), number(float(t))) for w, t in zip(sizes, rising, strict=True)]
     inner = range(1, len(points) - 1)
     predicted = [float(interpolated_seconds(points[:i] + points[i + 1 :], np.array(points[i][0]))) for i in inner]
     fit: dict[str, Any] = {"source": source, "rows": len(points), "note": "points, each predicted from the others"}

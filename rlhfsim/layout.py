@@ -12,10 +12,12 @@ from importlib import import_module, resources
 from types import ModuleType
 from typing import Any, Literal, get_type_hints
 
+from . import memory
 from .algorithms import IN_ROUNDS, Algorithm
 from .errors import InputError, NeverValid, nearest
 from .format import rank_text
 from .graph import Stage, StageGraph
+from .model import Head
 from .schedule import check
 from .slots import place_slots
 from .spec.model_spec import hf_config
@@ -305,6 +307,19 @@ def check_real(scenario: Scenario) -> None:
     if (routing := generation.routing) != "static":
         message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
         raise InputError(message, field="generation.routing")
+
+
+def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:
+    """Weights, gradients and optimizer states on a rank; on CPUs all are in fp32, and the host is the device."""
+    total = 0.0
+    for held in holdings.values():
+        if rank in held.ranks:
+            use = held.use.model_copy(update={"precision": "fp32"}) if on_cpu else held.use
+            head: Head = "value" if held.name.removeprefix("shadow_") in ("critic", "reward") else "lm"
+            purpose: memory.Held = "train" if held.purpose == "train" else "frozen"
+            kept = memory.static_bytes(use, purpose, held.data_parallel, head=head)
+            total += kept.total + (kept.host if on_cpu else 0.0)
+    return total
 
 
 def rank_sets(graph: StageGraph, holdings: dict[str, Holding]) -> set[tuple[int, ...]]:

@@ -95,6 +95,7 @@ def _job(rank: int, store: Any, changes: dict[str, Any], iterations: int, broken
         trained = [n for n, held in holdings.items() if held.purpose == "train" and rank in held.ranks]
         mine = {n: work.weights(n) for n in trained}
         parts: list[Any] = [None] * RANKS
+        work.close()
         dist.all_gather_object(parts, (mine, [(r.firing, r.start, r.end) for r in records]))
     return {"weights": [part[0] for part in parts], "spans": [part[1] for part in parts]}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from rlhfsim import bench
-from rlhfsim.calibrate import read_bench
+from rlhfsim.bench import read_bench
 
 
 def row(seconds: float, **what: int) -> bench.Row:

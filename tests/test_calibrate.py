@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from rlhfsim import timeline
-from rlhfsim.calibrate import Calibration, calibrate, read_bench, split_arguments, write
+from rlhfsim.bench import read_bench
+from rlhfsim.calibrate import Calibration, calibrate, split_arguments, write
 from rlhfsim.cli import cli
 from rlhfsim.costs.kernels import CollectiveCurve, collective_seconds, load_kernels
 from rlhfsim.errors import InputError

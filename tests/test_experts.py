@@ -14,9 +14,10 @@ from rlhfsim.costs.engine import static_runs
 from rlhfsim.costs.generation import StepSeconds
 from rlhfsim.costs.kernels import load_kernels
 from rlhfsim.costs.operators import Operators
-from rlhfsim.costs.passes import Layout, score_program, sync_program, train_program
+from rlhfsim.costs.passes import Layout, score_program, train_program
 from rlhfsim.costs.pipeline import PipelineSegment
 from rlhfsim.costs.segment import Segment, Transfer
+from rlhfsim.costs.sync import sync_program
 from rlhfsim.errors import InputError
 from rlhfsim.memory import engine_bytes, static_bytes, training_bytes
 from rlhfsim.model import expert_exchange_bytes, kv_bytes_per_token, layers_routed_parameters, parameters

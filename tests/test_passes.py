@@ -16,17 +16,10 @@ from hypothesis import strategies as st
 from rlhfsim.cluster import ClusterTopology
 from rlhfsim.costs.kernels import load_kernels
 from rlhfsim.costs.operators import Operators
-from rlhfsim.costs.passes import (
-    Host,
-    Layout,
-    controller_program,
-    micro_batches,
-    score_program,
-    sync_program,
-    train_program,
-)
+from rlhfsim.costs.passes import Host, Layout, controller_program, micro_batches, score_program, train_program
 from rlhfsim.costs.pipeline import PipelineSegment
 from rlhfsim.costs.segment import Elapsed, Route, Segment
+from rlhfsim.costs.sync import sync_program
 from rlhfsim.errors import InputError
 from rlhfsim.model import lora_parameters, parameters
 from rlhfsim.sim.links import LinkPool, lone_rate

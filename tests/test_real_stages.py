@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -263,6 +265,20 @@ def test_one_rank_without_executor_and_deepspeed(one_rank: None) -> None:
     assert difference([{name: work.weights(name) for name in ("actor", "critic")}], BASE) < TOLERANCE
     copied, own = work.weights("shadow_actor"), work.weights("actor")
     assert all(torch.equal(copied[n], own[n]) for n in copied)
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_models_are_freed_after_a_run(one_rank: None, zero_stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(variable, value)
+    stages_of = {"models.actor.zero_stage": zero_stage, "models.critic.zero_stage": zero_stage}
+    work = in_program_order(ALONE | stages_of | {f"models.{m}.backend": "deepspeed" for m in ("actor", "critic")})
+    modules = [weakref.ref(engine.module) for engine in work.engines.values()]
+    assert all(module() for module in modules)
+    work.close()
+    del work
+    gc.collect()
+    assert not any(module() for module in modules)
 
 
 def test_a_lost_result_is_an_error_that_names_it(one_rank: None) -> None:

@@ -66,17 +66,25 @@ def answer(scenario: Scenario) -> None:
 def starting() -> dict[str, float]:
     bare = seconds(process("-c", "import json, argparse"), 9)
     help_text = seconds(process("-m", "rlhfsim.cli", "--help"), 9)
-    return {"bare_python_seconds": bare, "help_seconds": help_text, "help_ratio": help_text / bare,
-            "fits_verb_seconds": seconds(process("-m", "rlhfsim.cli", "fits", str(QUICKSTART)), 3)}
+    return {
+        "bare_python_seconds": bare,
+        "help_seconds": help_text,
+        "help_ratio": help_text / bare,
+        "fits_verb_seconds": seconds(process("-m", "rlhfsim.cli", "fits", str(QUICKSTART)), 3),
+    }
 
 
 def quickstart() -> dict[str, float]:
     scenario = load_scenario(QUICKSTART, ["simulation.iterations=1"])
     rows, baseline = rows_of(str(QUICKSTART), [])
     fits, iteration = seconds(lambda: prepare(scenario).fit()), seconds(lambda: answer(scenario))
-    return {"fits_seconds": fits, "quickstart_iteration_seconds": iteration, "fits_to_simulate_ratio": fits / iteration,
-            "compare_seconds": seconds(lambda: compare(rows, baseline), 1),
-            "compare_as_given_seconds": seconds(lambda: compare(rows, baseline, tune=False), 3)}
+    return {
+        "fits_seconds": fits,
+        "quickstart_iteration_seconds": iteration,
+        "fits_to_simulate_ratio": fits / iteration,
+        "compare_seconds": seconds(lambda: compare(rows, baseline), 1),
+        "compare_as_given_seconds": seconds(lambda: compare(rows, baseline, tune=False), 3),
+    }
 
 
 def large() -> dict[str, object]:
@@ -92,9 +100,14 @@ def large() -> dict[str, object]:
         twice = load_scenario(LARGE, [*own, "workload.prompts=8192"])
         gpus[placement] = time_now / seconds(lambda s=half: answer(s), 3)  # type: ignore[misc]
         samples[placement] = seconds(lambda s=twice: answer(s), 3) / time_now  # type: ignore[misc]
-    return {"simulate_1024_gpus_seconds": max(by_placement.values()), "simulate_1024_gpus_by_placement": by_placement,
-            "doubling_gpus_ratio": max(gpus.values()), "doubling_gpus_by_placement": gpus,
-            "doubling_samples_ratio": max(samples.values()), "doubling_samples_by_placement": samples}
+    return {
+        "simulate_1024_gpus_seconds": max(by_placement.values()),
+        "simulate_1024_gpus_by_placement": by_placement,
+        "doubling_gpus_ratio": max(gpus.values()),
+        "doubling_gpus_by_placement": gpus,
+        "doubling_samples_ratio": max(samples.values()),
+        "doubling_samples_by_placement": samples,
+    }
 
 
 def event_skipping() -> dict[str, float]:
@@ -106,8 +119,9 @@ def event_skipping() -> dict[str, float]:
     costs, model = operators(), use()
 
     def by_runs() -> float:
-        runs = continuous_runs(prompts, responses, max_sequences=64, step_tokens=budget, block_tokens=block,
-                               kv_blocks=blocks)
+        runs = continuous_runs(
+            prompts, responses, max_sequences=64, step_tokens=budget, block_tokens=block, kv_blocks=blocks
+        )
         return float(StepSeconds(costs, model, ENGINE).of(runs).sum())
 
     def by_steps() -> float:
@@ -117,8 +131,10 @@ def event_skipping() -> dict[str, float]:
         return sum(twin_seconds(step, costs, model, *overheads) for step in steps)
 
     exact = by_steps()
-    return {"event_skipping_speedup": seconds(by_steps, 1) / seconds(by_runs),
-            "event_skipping_error": abs(by_runs() / exact - 1)}
+    return {
+        "event_skipping_speedup": seconds(by_steps, 1) / seconds(by_runs),
+        "event_skipping_error": abs(by_runs() / exact - 1),
+    }
 
 
 def markdown(found: dict[str, object]) -> str:

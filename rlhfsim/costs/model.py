@@ -27,10 +27,11 @@ from .generation import (
     route_samples,
 )
 from .operators import Operators
-from .passes import Host, Layout, controller_program, firing_program, score_program, sync_program, train_program
+from .passes import Host, Layout, controller_program, firing_program, score_program, train_program
 from .rewards import function_seconds, queue_seconds
 from .rollout import Rollouts
 from .segment import Segment, Transfer
+from .sync import sync_program
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
 FIELD_BYTES_PER_TOKEN = {"tokens": 8, "mask": 8, "log_probs": 2, "ref_log_probs": 2, "values": 2, "rewards": 2}

@@ -147,9 +147,9 @@ class Operators:
 
         def of(kind: LayerKind) -> OperatorTime:
             gemms = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
-            time = self._forward(use, tokens, gemms, self._layer_precision(use))
+            time = self._products("forward", use, tokens, gemms, self._layer_precision(use))
             if adapters and use.lora_rank:
-                time += self._forward(use, tokens, lora_gemms(use, tensor_parallel, kind))
+                time += self._products("forward", use, tokens, lora_gemms(use, tensor_parallel, kind))
             return time + self._elementwise(use, tokens, tensor_parallel, kind)
 
         return _mean_of_layers(use, of)
@@ -167,12 +167,12 @@ class Operators:
 
         def of(kind: LayerKind) -> OperatorTime:
             base = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
-            time = self._data_gradients(use, tokens, base, precision)
+            time = self._products("data", use, tokens, base, precision)
             if trainable == "lora":
                 adapters = lora_gemms(use, tensor_parallel, kind)
-                time += self._data_gradients(use, tokens, adapters) + self._weight_gradients(use, tokens, adapters)
+                time += self._products("data", use, tokens, adapters) + self._products("weights", use, tokens, adapters)
             else:
-                time += self._weight_gradients(use, tokens, base, precision)
+                time += self._products("weights", use, tokens, base, precision)
             return time + ELEMENTWISE_BACKWARD_RATIO * self._elementwise(use, tokens, tensor_parallel, kind)
 
         return _mean_of_layers(use, of)
@@ -251,7 +251,7 @@ class Operators:
 
     def head_forward(self, use: ModelUse, tokens: Numbers, tensor_parallel: int, kind: Head = "lm") -> OperatorTime:
         """`lm`: logits and their log-softmax over the vocabulary (vocabulary-parallel). `value`: one number a token."""
-        time = self._forward(use, tokens, head_gemms(use.shape, kind, tensor_parallel))
+        time = self._products("forward", use, tokens, head_gemms(use.shape, kind, tensor_parallel))
         return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
 
     def head_backward(
@@ -259,7 +259,9 @@ class Operators:
     ) -> OperatorTime:
         """Gradients of `head_forward`; `trained` adds those of the head's own weights."""
         gemms = head_gemms(use.shape, kind, tensor_parallel)
-        time = self._data_gradients(use, tokens, gemms) + self._weight_gradients(use, tokens, gemms if trained else [])
+        time = self._products("data", use, tokens, gemms) + self._products(
+            "weights", use, tokens, gemms if trained else []
+        )
         return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
 
     def copy(self, use: ModelUse, copied_bytes: Numbers) -> OperatorTime:
@@ -295,25 +297,12 @@ class Operators:
         wanted = use.gemm_precision
         return wanted if wanted and wanted in self.gpu.flops_per_second else use.precision
 
-    def _forward(
-        self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision | None = None
-    ) -> OperatorTime:
-        """(rows, k) @ (k, n) of each."""
-        times = (self._gemm(use, g, tokens, "forward", precision) for g in gemms)
-        return _where(np.asarray(tokens) > 0, total(times))
-
-    def _data_gradients(
-        self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision | None = None
-    ) -> OperatorTime:
-        """(rows, n) @ (n, k) of each."""
-        times = (self._gemm(use, g, tokens, "data", precision) for g in gemms)
-        return _where(np.asarray(tokens) > 0, total(times))
-
-    def _weight_gradients(
-        self, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision | None = None
-    ) -> OperatorTime:
-        """(k, rows) @ (rows, n) of each."""
-        times = (self._gemm(use, g, tokens, "weights", precision) for g in gemms)
+    def _products(
+        self, product: Product, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm],
+        precision: Precision | None = None,
+    ) -> OperatorTime:  # fmt: skip
+        """Forward products, or gradients of the data or of the weights, of all gemms."""
+        times = (self._gemm(use, g, tokens, product, precision) for g in gemms)
         return _where(np.asarray(tokens) > 0, total(times))
 
     def _gemm(

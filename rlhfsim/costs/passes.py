@@ -1,4 +1,4 @@
-"""Programs of scoring, training and weight transfer: what each replica of a place computes, and when it must move what.
+"""Programs of scoring and training: what each replica of a place computes, and when it must move what.
 
 `lengths` holds one array of token counts per replica, a number per sample (prompt and response; the caller pads where
 the scenario says so). Samples fill micro-batches in the given order. Where ranks wait for each other is part of the
@@ -32,7 +32,6 @@ from rlhfsim.model import (
     head_parameters,
     layer_gemms,
     layers_parameters,
-    layers_routed_parameters,
     lora_parameters,
     parameters,
 )
@@ -46,7 +45,6 @@ from .pipeline import PipelineSegment, Role
 from .segment import HostSegment, Op, Segment, Transfer
 
 Lengths = Sequence[np.ndarray]
-SyncMethod = Literal["p2p", "broadcast", "reshard"]
 
 # Parameters that one gather of updated weights covers: default of allgather_bucket_size, DeepSpeed,
 # deepspeed/runtime/zero/config.py at 1b88ac36.
@@ -88,27 +86,27 @@ class Layout:
 
     @cached_property
     def tensor_groups(self) -> tuple[tuple[int, ...], ...]:
-        return _groups(self.grid.reshape(-1, self.tensor_parallel))
+        return as_groups(self.grid.reshape(-1, self.tensor_parallel))
 
     @cached_property
     def data_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that hold the same shard of the weights, one of every replica."""
-        return _groups(self.grid.transpose(0, 2, 1).reshape(-1, self.replicas))
+        return as_groups(self.grid.transpose(0, 2, 1).reshape(-1, self.replicas))
 
     @cached_property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that hold all routed experts together and exchange tokens."""
-        return _groups(self._expert_grid.transpose(0, 2, 1).reshape(-1, self.experts.parallel))
+        return as_groups(self._expert_grid.transpose(0, 2, 1).reshape(-1, self.experts.parallel))
 
     @cached_property
     def expert_tensor_groups(self) -> tuple[tuple[int, ...], ...]:
-        return _groups(self._expert_grid.reshape(-1, self.experts.tensor))
+        return as_groups(self._expert_grid.reshape(-1, self.experts.tensor))
 
     @cached_property
     def expert_data_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that hold the same shard of the same experts."""
         by_stage = self._expert_grid.reshape(self.pipeline_parallel, -1, self.experts.parallel, self.experts.tensor)
-        return _groups(by_stage.transpose(0, 2, 3, 1).reshape(-1, by_stage.shape[1]))
+        return as_groups(by_stage.transpose(0, 2, 3, 1).reshape(-1, by_stage.shape[1]))
 
     @property
     def _expert_grid(self) -> np.ndarray:
@@ -118,7 +116,7 @@ class Layout:
     @cached_property
     def hops(self) -> tuple[tuple[int, ...], ...]:
         """(source, destination) of the activations between neighbouring stages."""
-        return _groups(np.stack([self.grid[:-1].ravel(), self.grid[1:].ravel()], axis=-1))
+        return as_groups(np.stack([self.grid[:-1].ravel(), self.grid[1:].ravel()], axis=-1))
 
     @property
     def single_ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -230,7 +228,7 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Se
     program += [work.uniform("engine_step", part.time) for part in work.engine("step")]
     if use.zero_stage in (1, 2):
         for groups, count in work.replicated(trained, routed):
-            messages = _messages(count, ALLGATHER_BUCKET_PARAMETERS)
+            messages = messages_of(count, ALLGATHER_BUCKET_PARAMETERS)
             program.append(
                 work.transfer_only("gather_weights", Transfer("all_gather", groups, count * width, messages))
             )
@@ -243,108 +241,6 @@ def _load_parameters(use: ModelUse, work: _Work, head: Head) -> list[Segment]:
         return []
     held = _largest_stage(use, head) * use.bytes_per_parameter
     return [work.transfer_only("weights_from_host", Transfer("from_host", work.layout.single_ranks, held))]
-
-
-# --- weights between copies ------------------------------------------------------------------------------------------
-
-
-def sync_program(
-    use: ModelUse,
-    source: Layout,
-    destination: Layout,
-    operators: Operators,
-    *,
-    method: SyncMethod,
-    bucket_bytes: float,
-    head: Head = "lm",
-) -> list[Segment]:
-    """Weights (only LoRA's factors, with LoRA) from the trained copy to `destination`, every replica of which gets all.
-
-    p2p: one destination replica after the other, blocking sends between the ranks whose shards overlap; replicas x
-        weights on the wire. broadcast: every source shard once to all ranks that need any of it (they keep their part).
-    reshard: the same GPUs change from the training layout to the destination's by all-gathers, and each copies what it
-        has got into the destination's weights.
-    A ZeRO-3 source first gathers what it sends. With `effects.sync` off there is nothing to do: an empty program.
-    """
-    if not operators.effects.sync:
-        return []
-    if destination.pipeline_parallel > 1:
-        raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
-    spec = use.shape
-    count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
-    total = float(count * use.bytes_per_parameter)
-    copies: list[Segment] = []
-    if method == "reshard":
-        transfers = [_reshard(use, source, destination, total)]
-        copies = _copy(operators.copy(use, total / destination.tensor_parallel))
-    elif method == "broadcast":
-        transfers = [_broadcast(source, destination, total, bucket_bytes)]
-    else:
-        transfers = [_sends(source, replica, total, bucket_bytes) for replica in _replicas(destination)]
-    if use.expert_parallel > 1 and not use.lora_rank:
-        # The ranks that send hold a part of the experts only.
-        routed = layers_routed_parameters(spec) * use.bytes_per_parameter
-        payload = routed / source.pipeline_parallel / source.experts.tensor
-        gather = Transfer("all_gather", source.expert_groups, payload, _messages(payload, bucket_bytes))
-        transfers = [gather, *transfers]
-    if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
-        gather = Transfer("all_gather", (source.ranks,), total, _messages(total, bucket_bytes))
-        transfers = [gather, *transfers]
-    return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None] + copies
-
-
-def _copy(time: OperatorTime) -> list[Segment]:
-    bound: dict[str, float] = {}
-    _add_bound(bound, time, 1, 1)
-    return [Segment("sync_copy", np.full((1, 1), float(time.seconds)), bound=bound)]
-
-
-def _replicas(layout: Layout) -> list[Layout]:
-    """Each replica of a layout as one of its own."""
-    return [
-        Layout(tuple(map(int, layout.grid[:, r].ravel())), layout.tensor_parallel, layout.pipeline_parallel)
-        for r in range(layout.replicas)
-    ]
-
-
-def _shards(source: Layout, destination: Layout) -> list[tuple[int, list[int]]]:
-    """Of each rank of the first source replica: the ranks of a destination replica with overlapping shards."""
-    s, d = source.tensor_parallel, destination.tensor_parallel
-    pairs = []
-    for stage in source.grid[:, 0]:
-        for i, rank in enumerate(stage):
-            shards = range(i * d // s, -(-(i + 1) * d // s))
-            pairs.append((int(rank), [int(r) for r in destination.grid[:, :, list(shards)].ravel()]))
-    return pairs
-
-
-def _sends(source: Layout, replica: Layout, total: float, bucket_bytes: float) -> Transfer:
-    """All pairs of overlapping shards at once, blocking bucket by bucket (pairs of one rank share its links)."""
-    pairs = tuple((rank, other) for rank, others in _shards(source, replica) for other in others)
-    payload = total / len(pairs)
-    return Transfer("send", pairs, payload, _messages(payload, bucket_bytes))
-
-
-def _broadcast(source: Layout, destination: Layout, total: float, bucket_bytes: float) -> Transfer:
-    groups = tuple((rank, *others) for rank, others in _shards(source, destination))
-    payload = total / len(groups)
-    return Transfer("broadcast", groups, payload, _messages(payload, bucket_bytes))
-
-
-def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -> Transfer | None:
-    """ZeRO-3: every rank gathers all weights, tensor by tensor, and keeps its part (DeepSpeed's hybrid engine).
-
-    Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
-    """
-    if use.zero_stage == 3:
-        if len(source.ranks) == 1:
-            return None
-        return Transfer("all_gather", (source.ranks,), total, float(weight_tensors(use.shape)))
-    size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
-    if size <= 1:
-        return None
-    by_replica = source.grid.transpose(1, 2, 0).reshape(-1, size)
-    return Transfer("all_gather", _groups(by_replica), total / destination.tensor_parallel, float(use.shape.layers))
 
 
 def layer_matrices(spec: ModelSpec) -> int:
@@ -502,7 +398,7 @@ class _Work:
             return ()
         payload, ranks = count * self.use.bytes_per_parameter, self.layout.ranks
         whole = parameters(self.use.shape, self.head)
-        ahead = _messages(whole, PREFETCH_PARAMETERS) * count / whole
+        ahead = messages_of(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
         if self.use.offload_parameters and self.operators.effects.sync:
@@ -521,7 +417,7 @@ class _Work:
 
         def messages(number: float) -> float:
             trained = self.trained_rank_parameters()
-            return _messages(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
+            return messages_of(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
         width = self.use.bytes_per_parameter
         return tuple(
@@ -655,7 +551,7 @@ class _Work:
         repeats = np.repeat([part.repeats / stages for part in parts], count)
         bound: dict[str, float] = {}
         for part in parts:
-            _add_bound(bound, part.time, part.repeats / stages, len(self.batches))
+            add_bound(bound, part.time, part.repeats / stages, len(self.batches))
         transfers = _merge([part.transfers for part in parts], count)
         return Segment(label, compute, repeats, transfers, int(overlapped), lockstep, bound)
 
@@ -669,7 +565,7 @@ class _Work:
     def uniform(self, label: str, time: OperatorTime) -> Segment:
         """The same on every replica."""
         bound: dict[str, float] = {}
-        _add_bound(bound, time, 1, 1)
+        add_bound(bound, time, 1, 1)
         return Segment(label, np.full((len(self.batches), 1), float(time.seconds)), bound=bound)
 
     def transfer_only(self, label: str, transfer: Transfer) -> Segment:
@@ -700,7 +596,7 @@ class _Work:
         busy = (forward.sum(axis=0) + (back.sum(axis=0) if back is not None else 0.0)).T / stages
         bound: dict[str, float] = {}
         for time, repeats in times:
-            _add_bound(bound, time, repeats / stages, len(self.batches))
+            add_bound(bound, time, repeats / stages, len(self.batches))
         per_stage = spec.layers / stages
         collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.inside_forward()]
         if backward:
@@ -764,11 +660,7 @@ def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple
     return tuple(Transfer(op, groups, payload, messages) for (op, groups), (payload, messages) in merged.items())
 
 
-def _transfer_segment(label: str, transfer: Transfer) -> Segment:
-    return Segment(label, np.zeros((1, 1)), transfers=(transfer,))
-
-
-def _add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, replicas: int) -> None:
+def add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, replicas: int) -> None:
     """Adds the seconds of all micro-batches by limit, mean over replicas."""
     for limit, part in zip(("flops", "hbm", "launch"), time.parts[1:], strict=True):
         bound[limit] = bound.get(limit, 0.0) + float(np.sum(part)) * repeats / replicas
@@ -784,9 +676,9 @@ def _different_stages(use: ModelUse) -> tuple[int, int, int]:
     return 0, use.pipeline_parallel // 2, use.pipeline_parallel - 1
 
 
-def _messages(amount: float, bucket: float) -> float:
+def messages_of(amount: float, bucket: float) -> float:
     return float(max(1, np.ceil(amount / bucket)))
 
 
-def _groups(ranks: np.ndarray) -> tuple[tuple[int, ...], ...]:
+def as_groups(ranks: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(int, group)) for group in ranks)
