@@ -89,7 +89,7 @@ class Memory:
         self.scenario, self.graph, self.holdings = scenario, graph, holdings
         self.capacity_bytes = scenario.cluster.gpu.memory_bytes.value
         workload = scenario.workload
-        self.longest = workload.prompt_tokens.longest, workload.response_tokens.longest
+        self.longest = workload.prompt_tokens.longest, workload.longest_response
         self._resting: dict[tuple[int, str], Bytes] = {}
 
     # -- ranks --------------------------------------------------------------------------------------------

@@ -142,6 +142,12 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
             "(allowed: hybrid for plain batches, engine)",
             field="generation.engine",
         )
+    if not generation.continuous and scenario.workload.turns is not None:
+        raise InputError(
+            "are taken by continuous engines only: a static batch ends with its longest turn (allowed: generation."
+            "batching continuous, the default of generation.engine: engine)",
+            field="workload.turns",
+        )
     if not generation.continuous and any(s.unfinished != "wait" for s in generating):
         raise InputError(
             f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
@@ -273,7 +279,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
 def check_real(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
-    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    longest = scenario.workload.longest_sample
     for field, value, allowed in (
         ("name", scenario.algorithm.name, ("ppo",)),
         ("old_log_prob", scenario.algorithm.old_log_prob, ("always",)),
@@ -282,6 +288,8 @@ def check_real(scenario: Scenario) -> None:
         if value not in allowed:
             message = f"is {value!r}, which real runs do not have yet (allowed: {', '.join(allowed)})"
             raise InputError(message, field=f"algorithm.{field}")
+    if scenario.workload.turns is not None:
+        raise InputError("are not part of real runs yet (allowed: none)", field="workload.turns")
     if "reference" not in scenario.roles:
         raise InputError("leaves out the reference, which real runs need", field="algorithm.reference")
     for role in scenario.roles:

@@ -197,6 +197,31 @@ def generation_summary(timeline: Timeline) -> GenerationSummary | None:
     )
 
 
+class ToolSummary(NamedTuple):
+    """Calls of tools between the turns of responses; mean over the measured iterations.
+
+    seconds_per_call: from the end of a turn until the tool's answer is there, a queue at the tool included.
+    idle_share: of the engines' time, with every sample of an engine at its tool.
+    """
+
+    calls: float
+    seconds_per_call: float
+    idle_share: float
+
+
+def tool_summary(timeline: Timeline) -> ToolSummary | None:
+    """None where responses have one turn."""
+    iterations = measured_iterations(timeline)
+    total = _sums(
+        [s.counts for s in timeline.spans if base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations]
+    )
+    if not (calls := total["tool_calls"]):
+        return None
+    return ToolSummary(
+        calls / len(iterations), total["tool_seconds"] / calls, total["idle_seconds"] / total["replica_seconds"]
+    )
+
+
 def _sums(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """By name; 0 for what nobody counted."""
     total: dict[str, float] = defaultdict(float)

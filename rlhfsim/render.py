@@ -31,6 +31,7 @@ from .metrics import (
     peaks_by_phase,
     stage_seconds,
     step_seconds,
+    tool_summary,
 )
 from .simulate import Setup, kernels_of, model_flops_utilisation, periodic_seconds, rounds_of, slack, trained_lengths_of
 from .spec.loader import scenario_sources
@@ -204,6 +205,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
                 for phase, peak in peaks_by_phase(timeline).items()
             },
             "generation": summary._asdict() if (summary := generation_summary(timeline)) else None,
+            "tools": tools._asdict() if (tools := tool_summary(timeline)) else None,
             "off_policy": age._asdict() if (age := off_policy_summary(timeline)) else None,
         }
         if scenario.rounds > 1:
@@ -302,6 +304,12 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         out.print(f"Validation and checkpoints add {human_seconds(extra)} per iteration on average.")
     if (summary := generation_summary(timeline)) and (line := _generation_line(summary)):
         out.print(line)
+    if tools := tool_summary(timeline):
+        out.print(
+            f"Tools: {three(tools.calls / scenario.samples_through('gen'))} calls per response, "
+            f"{three(tools.seconds_per_call)} s each; {tools.idle_share:.0%} of the engines' time all samples of an "
+            "engine wait for them."
+        )
     if age := off_policy_summary(timeline):
         out.print(_off_policy_line(age))
     out.print(

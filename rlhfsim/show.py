@@ -52,6 +52,7 @@ def _field_docs() -> dict[str, str]:
         "models.<role>": records.ModelUse,
         "workload": records.Workload,
         "workload.*_tokens": records.Lengths,
+        "workload.turns": records.Turns,
         "algorithm": records.Algorithm,
         "algorithm.reward_latency": records.Latency,
         "generation": records.Generation,

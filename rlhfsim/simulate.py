@@ -22,9 +22,9 @@ from .layout import Holding, graph_of, holdings_of, placement_notes
 from .metrics import slack_seconds
 from .model import forward_flops, training_flops
 from .spec.data import data_dir
-from .spec.lengths import draw_kept, draw_lengths, draw_seconds
+from .spec.lengths import DrawnTurns, draw_kept, draw_lengths, draw_seconds, draw_turns
 from .spec.loader import length_dir
-from .spec.scenario import Scenario
+from .spec.scenario import Scenario, Workload
 from .timeline import MemorySample, Span, Timeline
 
 
@@ -116,6 +116,7 @@ def costs_of(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndar
         setup.memory.kv_capacity_tokens,
         batches=[numbers for _, numbers in rounds_of(scenario, seed)] if scenario.rounds > 1 else None,
         reward_seconds=reward_seconds_of(scenario, seed) if scenario.algorithm.queued else None,
+        turns=turns_of(scenario, seed),
     )
 
 
@@ -164,7 +165,7 @@ def _stage_flops(setup: Setup, stage: Stage) -> float:
         return float(np.sum(forward_flops(spec, 1, prompts + responses - 1, head, head_tokens=responses))) * share
     tokens = prompts + responses
     if workload.padded:
-        tokens = np.full(len(tokens), float(workload.prompt_tokens.longest + workload.response_tokens.longest))
+        tokens = np.full(len(tokens), float(workload.longest_sample))
     forward = np.sum(forward_flops(spec, 1, tokens, head))
     if stage.kind == "score":
         return float(forward) * share
@@ -192,14 +193,25 @@ def _memory_samples(memory: Memory, spans: list[Span]) -> list[MemorySample]:
 def lengths_of(scenario: Scenario, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Prompt and response tokens of every sample that is generated, one pair an iteration; equal means with
     `effects.decode` off."""
-    counts = [scenario.workload.prompts] * scenario.simulation.iterations
-    if scenario.rounds > 1:
-        counts = [rounds * scenario.gen_prompts for rounds, _ in rounds_of(scenario, seed)]
-    workloads = [scenario.workload.model_copy(update={"prompts": count}) for count in counts]
-    draws = [draw_lengths(workload, seed, i, length_dir()) for i, workload in enumerate(workloads)]
+    draws = [draw_lengths(workload, seed, i, length_dir()) for i, workload in enumerate(_generated(scenario, seed))]
     if scenario.effects.decode:
         return draws
     return [(_mean(prompts), _mean(responses)) for prompts, responses in draws]
+
+
+def turns_of(scenario: Scenario, seed: int) -> list[DrawnTurns] | None:
+    """The turns of these samples; None where there is one, or with `effects.decode` off."""
+    if scenario.workload.turns is None or not scenario.effects.decode:
+        return None
+    return [draw_turns(workload, seed, i, length_dir()) for i, workload in enumerate(_generated(scenario, seed))]
+
+
+def _generated(scenario: Scenario, seed: int) -> list[Workload]:
+    """The workload of each iteration, with all prompts that are generated."""
+    counts = [scenario.workload.prompts] * scenario.simulation.iterations
+    if scenario.rounds > 1:
+        counts = [rounds * scenario.gen_prompts for rounds, _ in rounds_of(scenario, seed)]
+    return [scenario.workload.model_copy(update={"prompts": count}) for count in counts]
 
 
 def trained_lengths_of(scenario: Scenario, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -244,8 +256,9 @@ def _mean(tokens: np.ndarray) -> np.ndarray:
 
 
 def folded_graph(setup: Setup, lengths: list[tuple[np.ndarray, np.ndarray]]) -> Fold:
-    """Symmetric ranks once, where all samples are equally long and equally many everywhere."""
+    """Symmetric ranks once, where all samples are alike and equally many everywhere."""
     equal = all(np.all(tokens == tokens[0]) for pair in lengths for tokens in pair)
+    equal = equal and setup.scenario.workload.turns_alike
     if equal and setup.scenario.rounds == 1 and even(setup.graph, setup.scenario.workload.samples):
         return fold(setup.graph)
     return unfolded(setup.graph)

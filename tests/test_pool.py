@@ -92,7 +92,7 @@ class Both:
 
     def __init__(self, engines: int, limit: int, budget: int, group_size: int) -> None:
         generation = Generation(engine="engine", max_sequences=limit, prefill_tokens=budget)
-        self.pool = Pool(generation, steps(), None, group_size)
+        self.pool = Pool(Engine(generation, None), steps(), group_size)
         self.pool.set_engines(engines)
         self.twin = TwinPool(engines, limit, budget, steps(), group_size)
         self.number = self.drawn = 0

@@ -19,8 +19,9 @@ with decodes).
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,6 +39,8 @@ class Runs:
     chunk_run, chunk_tokens: one entry per piece of a prompt: its run, and the length of a whole prompt that costs as
     much attention (a piece from a to b of a prompt: sqrt(b^2 - a^2)).
     completion_run: one entry per sample: the run at whose end its response is there.
+    idle_seconds: before each run, with nothing to do but to wait for tools (see `turns.py`).
+    tool_calls, tool_seconds: calls of tools, and what they took together, waiting for their turn included.
     """
 
     steps: np.ndarray
@@ -51,6 +54,9 @@ class Runs:
     completion_run: np.ndarray
     preemptions: int = 0
     recomputed_tokens: int = 0
+    idle_seconds: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    tool_calls: int = 0
+    tool_seconds: float = 0.0
 
     @property
     def mean_context_tokens(self) -> np.ndarray:
@@ -120,6 +126,7 @@ class _Builder:
         self.chunk_run: list[int] = []
         self.chunk_tokens: list[float] = []
         self.completion_run = np.zeros(samples, dtype=int)
+        self.idle_seconds: dict[int, float] = {}  # before a run
 
     def add(
         self, steps: int, decodes: int, context: int, prompt: int, sampled: int, running: int,
@@ -135,7 +142,14 @@ class _Builder:
             steps, decodes, context, prompt, sampled, running,
             np.array(self.chunk_run, dtype=int), np.array(self.chunk_tokens, dtype=float),
             self.completion_run, preemptions, recomputed_tokens,
+            np.array([self.idle_seconds.get(run, 0.0) for run in range(len(self.rows))]),
         )  # fmt: skip
+
+    def last_run(self) -> Runs:
+        """Without the wait before it."""
+        first = bisect_left(self.chunk_run, len(self.rows) - 1)
+        chunks, none = np.array(self.chunk_tokens[first:], dtype=float), np.zeros(0, dtype=int)
+        return Runs(*(np.array([x]) for x in self.rows[-1]), np.zeros(len(chunks), dtype=int), chunks, none)
 
 
 class _Scheduler:
@@ -222,21 +236,37 @@ class _Scheduler:
     def _prefill_whole(self) -> bool:
         """A step of whole prompts, if any can be admitted."""
         budget, lengths, admitted = self.step_tokens, list[int](), list[int]()
+        chunks: list[float] = []
         while self.waiting and len(self.running) < self.max_sequences:
-            length = self.prompt[self.waiting[-1]] + self.generated[self.waiting[-1]]
-            if self._blocks(length) > self.free or (lengths and length > budget):
+            sample = self.waiting[-1]
+            length, cached = self._length(sample), self._cached(sample)
+            if self._blocks(length) > self.free or (lengths and length - cached > budget):
                 break
-            budget -= length
-            self.free -= self._blocks(length)
-            lengths.append(length)
-            admitted.append(self.waiting.pop())
-            self.running[admitted[-1]] = None
+            self._admit()
+            budget -= length - cached
+            lengths.append(length - cached)
+            chunks.append((length**2 - cached**2) ** 0.5)
+            admitted.append(sample)
         if lengths:
-            self.builder.add(1, 0, 0, sum(lengths), len(lengths), len(self.running), chunks=lengths)
+            self.builder.add(1, 0, 0, sum(lengths), len(lengths), len(self.running), chunks=chunks)
             for sample in admitted:
                 self._start_decoding(sample)
             self._retire()
         return bool(lengths)
+
+    def _length(self, sample: int) -> int:
+        """Tokens that must be in the cache before it decodes."""
+        return self.prompt[sample] + self.generated[sample]
+
+    def _cached(self, sample: int) -> int:
+        """Those of a waiting sequence that are."""
+        return 0
+
+    def _admit(self) -> None:
+        """The first of the queue joins the batch; blocks for all of its prompt are free."""
+        sample = self.waiting.pop()
+        self.free -= self._blocks(self._length(sample))
+        self.running[sample] = None
 
     def _make_room(self) -> bool:
         """Preempt the newest until every other decoding sequence can be given the block that it needs in this step."""
@@ -271,13 +301,11 @@ class _Scheduler:
                 if not (admit and self.waiting and len(self.running) < self.max_sequences):
                     break
                 sample = self.waiting[-1]
-                length = self.prompt[sample] + self.generated[sample]
+                length, cached = self._length(sample), self._cached(sample)
                 if self._blocks(length) > self.free:
                     break
-                self.waiting.pop()
-                self.free -= self._blocks(length)
-                self.running[sample] = None
-                self.partial = [sample, 0, length]
+                self._admit()
+                self.partial = [sample, cached, length]
             sample, computed, length = self.partial
             take = min(budget, length - computed)
             chunks.append(((computed + take) ** 2 - computed**2) ** 0.5)
@@ -306,7 +334,7 @@ class _Scheduler:
 
     def _start_decoding(self, sample: int) -> None:
         """Its prompt is in the cache and one more token is drawn."""
-        cached = self.prompt[sample] + self.generated[sample]
+        cached = self._length(sample)
         self.generated[sample] += 1
         base = cached - self.step
         self.base[sample] = base

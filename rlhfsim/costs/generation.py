@@ -75,6 +75,7 @@ class GenerationStats:
     prompt_tokens, decoded_tokens: that went through the layers, recomputed ones and padding included; sequence_steps is
         their sum. The first token of a response comes from its prefill.
     low_occupancy_share: of the time, with less than 10 % of the largest running batch.
+    idle_seconds: with nothing to do but to wait for tools. tool_calls, tool_seconds: as in `Runs`.
     """
 
     completion_seconds: np.ndarray
@@ -89,10 +90,13 @@ class GenerationStats:
     decoded_tokens: int
     preemptions: int = 0
     recomputed_tokens: int = 0
+    idle_seconds: float = 0.0
+    tool_calls: int = 0
+    tool_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds
+        return self.prefill_seconds + self.decode_seconds + self.idle_seconds
 
     @property
     def sequence_steps(self) -> int:
@@ -129,6 +133,9 @@ def generation_counts(stats: Sequence[GenerationStats], copies: int = 1) -> dict
         "preemptions": sum(s.preemptions for s in stats),
         "recomputed_tokens": sum(s.recomputed_tokens for s in stats),
     }
+    if any(s.tool_calls or s.idle_seconds for s in stats):
+        for name in ("tool_calls", "tool_seconds", "idle_seconds"):
+            sums[name] = sum(getattr(s, name) for s in stats)
     most = max(float(s.timeline_running.max(initial=0)) for s in stats)
     return {name: float(copies * value) for name, value in sums.items()} | {"most_running": most}
 
@@ -169,12 +176,14 @@ def generation_program(
     kv_capacity_tokens: float | None = None,
     domain: Sequence[int] | None = None,
     steps: StepSeconds | None = None,
+    tables: list[_Steps] | None = None,
 ) -> GenerationResult:
     """Segments of one place that generates the responses to its prompts.
 
     prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
     replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
-    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places.
+    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. tables: of replicas
+    whose steps are known (see `turns.py`).
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
@@ -198,7 +207,8 @@ def generation_program(
     # Without shards plain generation needs no other rank: each replica stops at its own longest response.
     together = generation.engine == "zero3_per_token" and use.zero_stage == 3 and len(holders) > 1
     until = _longest(responses, generation.batch_samples) if together else None
-    tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps)
+    if tables is None:
+        tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps)
     if together:
         segments = _sharded_segments(use, tables, holders, operators)
     else:
@@ -350,12 +360,20 @@ class _Steps:
     def prefill(self) -> np.ndarray:
         return np.asarray(self.runs.prompt_tokens > 0)
 
+    @property
+    def idle_seconds(self) -> float:
+        return float(self.runs.idle_seconds.sum())
+
     def stats(self) -> GenerationStats:
-        runs, ends = self.runs, np.cumsum(self.seconds)
+        runs, ends = self.runs, np.cumsum(self.seconds + self.runs.idle_seconds)
+        begins, running = ends - self.seconds, runs.running
+        if waits := np.flatnonzero(runs.idle_seconds).tolist():
+            begins = np.insert(begins, waits, begins[waits] - runs.idle_seconds[waits])
+            running = np.insert(running, waits, 0)
         return GenerationStats(
             completion_seconds=ends[runs.completion_run],
-            timeline_seconds=ends - self.seconds,
-            timeline_running=runs.running,
+            timeline_seconds=begins,
+            timeline_running=running,
             prefill_seconds=float(self.seconds[self.prefill].sum()),
             decode_seconds=float(self.seconds[~self.prefill].sum()),
             bound=dict(zip(BOUNDS, self.by_bound.sum(axis=1).tolist(), strict=True)),
@@ -365,6 +383,9 @@ class _Steps:
             decoded_tokens=int((runs.steps * runs.decodes).sum()),
             preemptions=runs.preemptions,
             recomputed_tokens=runs.recomputed_tokens,
+            idle_seconds=self.idle_seconds,
+            tool_calls=runs.tool_calls,
+            tool_seconds=runs.tool_seconds,
         )
 
 
@@ -411,22 +432,27 @@ def _segments(
 ) -> list[Segment]:
     """Replicas that run on their own and meet at the end; two all-reduces per layer and step inside each."""
     prefill, decode = (_axis(tables, phase) for phase in (True, False))
+    waits = np.array([table.idle_seconds for table in tables])
     if len(tables) > 1:
-        # Replicas do not meet between prefill and decode: what one needs longer to prefill counts as its decode.
-        extra = prefill.totals - prefill.totals.min()
+        # Replicas do not meet between prefill and decode: what one needs longer to prefill counts as its decode, and
+        # so does what it waits longer for tools.
+        extra = prefill.totals - prefill.totals.min() + (waits - waits.min())
         prefill = prefill.scaled(prefill.totals.min())
         decode = decode.plus(extra)
+    wait = float(waits.min())
+    tools = [Segment("tools", np.full((len(tables), 1), wait), bound={"tools": wait})] if wait else []
+    beyond = {"tools": float(waits.mean()) - wait} if waits.mean() > wait else {}
     return [
         Segment(
             label,
             _balanced(axis.compute_seconds, operators.effects),
             axis.steps,
             _all_reduces(use, generation, ranks, axis.tokens),
-            bound=_bound(tables, phase),
+            bound=_bound(tables, phase) | more,
         )
-        for label, phase, axis in (("prefill", True, prefill), ("decode", False, decode))
+        for label, phase, axis, more in (("prefill", True, prefill, {}), ("decode", False, decode, beyond))
         if len(axis.steps)
-    ]
+    ] + tools
 
 
 def _sharded_segments(

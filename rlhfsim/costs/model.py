@@ -16,6 +16,7 @@ from rlhfsim.graph import Message, Stage
 from rlhfsim.layout import Holding
 from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
 from rlhfsim.model import Head, parameters
+from rlhfsim.spec.lengths import DrawnTurns, Turn
 from rlhfsim.spec.scenario import Scenario
 
 from .generation import (
@@ -32,10 +33,13 @@ from .rewards import function_seconds, queue_seconds
 from .rollout import Rollouts
 from .segment import Segment, Transfer
 from .sync import sync_program
+from .turns import TurnEngine, turn_steps
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
 FIELD_BYTES_PER_TOKEN = {"tokens": 8, "mask": 8, "log_probs": 2, "ref_log_probs": 2, "values": 2, "rewards": 2}
 FIELD_BYTES_PER_SAMPLE = {"score": 2}
+
+SampleTurns = tuple[tuple[Turn, ...], ...]
 
 VALUE_HEADS = ("critic", "reward", "shadow_critic")
 
@@ -50,7 +54,8 @@ class CostModel:
 
     lengths: prompt and response tokens of every sample, by iteration. kv_capacity_tokens: of one engine, by model copy.
     batches: numbers of the samples that are kept and train, by iteration (None: all). reward_seconds: what a judge or
-        sandbox takes for every sample, by iteration.
+        sandbox takes for every sample, by iteration. turns: in which responses are generated, by iteration (None: at
+        once, or `effects.decode` off).
     """
 
     def __init__(
@@ -64,13 +69,14 @@ class CostModel:
         *,
         batches: list[np.ndarray] | None = None,
         reward_seconds: list[np.ndarray] | None = None,
+        turns: list[DrawnTurns] | None = None,
     ) -> None:
         self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
-        self.batches, self.reward_seconds = batches, reward_seconds
+        self.batches, self.reward_seconds, self.turns = batches, reward_seconds, turns
         self._steps: dict[str, StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
-        self._finished: dict[tuple[bytes, bytes], list[GenerationStats]] = {}
+        self._finished: dict[tuple[Any, ...], list[GenerationStats]] = {}
         self._arrived: dict[int, np.ndarray] = {}
         workload = scenario.workload
         self._together = {
@@ -83,8 +89,8 @@ class CostModel:
             for again in (True, False)
             if (stages := [s for s in fold.original.stages() if self._in_rounds(s.name) == again])
         }
-        self.padded_tokens = workload.prompt_tokens.longest + workload.response_tokens.longest
-        self._rollouts = Rollouts(scenario, fold, holdings, operators, lengths, kv_capacity_tokens)
+        self.padded_tokens = workload.longest_sample
+        self._rollouts = Rollouts(scenario, fold, holdings, operators, lengths, kv_capacity_tokens, turns)
         self._paused: set[Firing] = set()
         self._versions: dict[str, int] = {}  # of the weights of a copy of a model, where it is refreshed
         self._begun_with: dict[Firing, int] = {}
@@ -109,8 +115,9 @@ class CostModel:
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward))
+        turns = self._turns(first, ids) if stage.kind == "generate" else None
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, turns)
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward, turns))
 
     def ended(self, f: Firing, name: Firing) -> dict[str, float]:
         """Book what an ended firing changes: the version of weights, what engines hold; ages of what it generated."""
@@ -154,6 +161,13 @@ class CostModel:
         if f.stage == "testing":
             ids = ids % len(prompts)
         return prompts[ids], responses[ids]
+
+    def _turns(self, f: Firing, ids: np.ndarray) -> SampleTurns | None:
+        """Turns of samples that are to be generated."""
+        if self.turns is None:
+            return None
+        by_sample = self.turns[f.iteration % len(self.turns)].by_sample
+        return tuple(by_sample[k % len(by_sample)] for k in ids.tolist())
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
@@ -200,11 +214,17 @@ class CostModel:
         return self._programs[key]
 
     def _work(
-        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, reward_seconds: float | None
+        self,
+        stage: Stage,
+        places: list[int],
+        prompts: np.ndarray,
+        responses: np.ndarray,
+        reward_seconds: float | None,
+        turns: SampleTurns | None,
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
-            segments = self._generate(stage, places, prompts, responses)
+            segments = self._generate(stage, places, prompts, responses, turns)
         elif reward_seconds is not None:
             segments = self._reward(reward_seconds)
         else:
@@ -217,8 +237,10 @@ class CostModel:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
-    def _generate(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
-        result = self._generation(stage, places[0], prompts, responses)
+    def _generate(
+        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, turns: SampleTurns | None
+    ) -> list[Segment]:
+        result = self._generation(stage, places[0], prompts, responses, turns)
         if not result.segments:
             return []
         *others, last = result.segments
@@ -229,11 +251,18 @@ class CostModel:
         generation = self.scenario.generation
         return route_samples(prompts + responses, stage.size // generation.tensor_parallel, generation.routing)
 
-    def _generation(self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray) -> GenerationResult:
+    def _generation(
+        self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray, turns: SampleTurns | None
+    ) -> GenerationResult:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
         shares = self._shares(stage, prompts, responses)
         if stage.model not in self._steps:
             self._steps[stage.model] = StepSeconds(self.operators, holding.use, generation)
+        tables, steps = None, self._steps[stage.model]
+        if turns is not None:
+            engine = self._rollouts.engine(steps)
+            assert isinstance(engine, TurnEngine)
+            tables = [turn_steps(engine, prompts[s], [turns[k] for k in s], steps) for s in shares]
         result = generation_program(
             holding.use,
             generation,
@@ -243,9 +272,10 @@ class CostModel:
             self.operators,
             kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None,
             domain=holding.ranks,
-            steps=self._steps[stage.model],
+            steps=steps,
+            tables=tables,
         )
-        self._finished[prompts.tobytes(), responses.tobytes()] = result.stats
+        self._finished[prompts.tobytes(), responses.tobytes(), turns] = result.stats
         return result
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
@@ -290,9 +320,10 @@ class CostModel:
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
                 ids = self.numbers(f)
                 prompts, responses = self._lengths(f, ids)
-                stats = self._finished.get((prompts.tobytes(), responses.tobytes()))
+                turns = self._turns(f, ids)
+                stats = self._finished.get((prompts.tobytes(), responses.tobytes(), turns))
                 if stats is None:
-                    stats = self._generation(gen, f.place, prompts, responses).stats
+                    stats = self._generation(gen, f.place, prompts, responses, turns).stats
                 for share, engine in zip(self._shares(gen, prompts, responses), stats, strict=bool(stats)):
                     done.append((ids[share], engine.completion_seconds))
             last = max((float(seconds.max(initial=0.0)) for _, seconds in done), default=0.0)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation
 
 from .engine import Runs, _Scheduler
@@ -30,8 +31,9 @@ ROUNDING = 1e-9  # relative to a time: the same instant
 
 @dataclass(eq=False)
 class Sample:
-    """One response. number: among all that are drawn; group: its prompt.
+    """One response. number: among all that are drawn; group: its prompt; response: all tokens after the prompt.
 
+    turns: in which it is generated; none: at once.
     tokens_by_version: drawn so far with each version of the weights, but for those since the present one entered.
     """
 
@@ -39,7 +41,26 @@ class Sample:
     group: int
     prompt: int
     response: int
+    turns: tuple[Turn, ...] = ()
     tokens_by_version: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the response that are drawn and not observed."""
+        return sum(turn.tokens for turn in self.turns) if self.turns else self.response
+
+    def turn_at(self, drawn: int) -> int:
+        """The turn that goes on when so many tokens are drawn."""
+        index = 0
+        while index < len(self.turns) - 1 and drawn >= self.turns[index].tokens:
+            drawn -= self.turns[index].tokens
+            index += 1
+        return index
+
+    def context(self, drawn: int) -> int:
+        """Tokens up to the last one that is drawn, when so many are."""
+        seen = self.turns[: self.turn_at(drawn - 1)]
+        return self.prompt + drawn + sum(turn.observation_tokens for turn in seen)
 
     @property
     def begun_with(self) -> int | None:
@@ -53,7 +74,7 @@ class Sample:
 
     def age(self, version: int) -> float:
         """By how many versions a finished response is older than this one, by its tokens."""
-        return sum((version - v) * tokens for v, tokens in self.tokens_by_version.items()) / self.response
+        return sum((version - v) * tokens for v, tokens in self.tokens_by_version.items()) / self.generated
 
 
 class Engine(_Scheduler):
@@ -80,6 +101,12 @@ class Engine(_Scheduler):
         self.completions: list[tuple[int, int]] = []  # (run, sample)
         self.late_seconds = 0.0
         self.late: list[Sample] = []
+        self.calls: dict[str, float] = {}  # of tools, and their seconds
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has unfinished samples."""
+        return bool(self.waiting or self.running)
 
     def submit(self, samples: Sequence[Sample], drawn: Sequence[int]) -> None:
         """Put samples at the end of the queue, so much of each drawn already."""
@@ -94,14 +121,14 @@ class Engine(_Scheduler):
 
     def copy(self) -> Engine:
         """With the unfinished sequences only, and no runs."""
-        other = Engine(self.generation, self.kv_blocks)
-        kept = [*self.running, *reversed(self.waiting)]
+        other = self.empty()
+        kept = self.kept()
         new = {old: k for k, old in enumerate(kept)}
         other.samples = [self.samples[k] for k in kept]
         other.prompt, other.response = [self.prompt[k] for k in kept], [self.response[k] for k in kept]
         other.generated, other.final_blocks = [self.generated[k] for k in kept], [self.final_blocks[k] for k in kept]
         other.running = dict.fromkeys(range(len(self.running)))
-        other.waiting = list(range(len(kept) - 1, len(self.running) - 1, -1))
+        other.waiting = list(range(len(self.running) + len(self.waiting) - 1, len(self.running) - 1, -1))
         other.partial = self.partial and [new[self.partial[0]], *self.partial[1:]]
         other.base = {new[k]: base for k, base in self.base.items()}
         other.finish = {new[k]: finish for k, finish in self.finish.items()}
@@ -111,8 +138,19 @@ class Engine(_Scheduler):
         other.late_seconds, other.late = self.late_seconds, [*self.late]
         return other
 
+    def empty(self) -> Engine:
+        """Another one like it, without work."""
+        return Engine(self.generation, self.kv_blocks)
+
+    def kept(self) -> list[int]:
+        """The unfinished ones: those that run in order, then the queue."""
+        return [*self.running, *reversed(self.waiting)]
+
+    def let_pass(self, seconds: float) -> None:
+        """The present moves on: every instant is from then on."""
+
     def run_until(self, completions: int) -> None:
-        while len(self.completions) < completions and (self.waiting or self.running):
+        while len(self.completions) < completions and self.busy:
             self.advance()
 
     def run_steps(self, steps: int) -> None:
@@ -142,7 +180,7 @@ class Engine(_Scheduler):
 
     def unfinished(self) -> list[tuple[Sample, int]]:
         """Samples and how many of their tokens are drawn."""
-        return [(self.samples[k], self._drawn(k)) for k in (*self.running, *reversed(self.waiting))]
+        return [(self.samples[k], self._drawn(k)) for k in self.kept()]
 
     def _drawn(self, k: int) -> int:
         return self.base[k] + self.step - self.prompt[k] + 1 if k in self.base else self.generated[k]
@@ -179,11 +217,11 @@ class Plan:
             self.runs = [engine.builder.runs() for engine in self.engines]
             self.by_bound = [pool.steps.of(runs) for runs in self.runs]
             self.ends = [
-                engine.late_seconds + np.cumsum(by_bound.sum(axis=0))
-                for engine, by_bound in zip(self.engines, self.by_bound, strict=True)
+                engine.late_seconds + np.cumsum(by_bound.sum(axis=0) + runs.idle_seconds)
+                for engine, runs, by_bound in zip(self.engines, self.runs, self.by_bound, strict=True)
             ]
             self.completions = self._completions()
-            busy = [k for k, engine in enumerate(self.engines) if engine.waiting or engine.running]
+            busy = [k for k, engine in enumerate(self.engines) if engine.busy]
             horizon = min((float(self.ends[k][-1]) for k in busy), default=float("inf"))
             seconds = pool.enough_at(self.completions, wanted)
             if seconds is not None and seconds <= horizon:
@@ -211,15 +249,18 @@ class Plan:
         within = [k for k, run in enumerate(last) if run < len(self.ends[k]) and self._begin(k, run) < instant]
         steps = dict(zip(within, self._steps_within(within, last, instant), strict=True))
         tables = [self._table(k, last[k], steps.get(k, 0)) for k in range(len(self.engines))]
-        own = [float(table.seconds.sum()) for table in tables]
-        return Cut(
-            [int(table.runs.steps.sum()) for table in tables],
-            [engine.late_seconds + s for engine, s in zip(self.engines, own, strict=True)],
-            tables,
-        )
+        own = [float(table.seconds.sum() + table.runs.idle_seconds.sum()) for table in tables]
+        ends = [engine.late_seconds + s for engine, s in zip(self.engines, own, strict=True)]
+        for k, run in enumerate(last):
+            waits = run < len(self.ends[k]) and self.runs[k].idle_seconds[run] > 0
+            if waits and k not in steps and instant > ends[k]:
+                ends[k] = seconds  # for a tool
+        return Cut([int(table.runs.steps.sum()) for table in tables], ends, tables)
 
     def _begin(self, k: int, run: int) -> float:
-        return float(self.ends[k][run - 1]) if run else self.engines[k].late_seconds
+        """When the first step of a run begins."""
+        idle = float(self.runs[k].idle_seconds[run])
+        return idle + (float(self.ends[k][run - 1]) if run else self.engines[k].late_seconds)
 
     def _steps_within(self, engines: list[int], last: list[int], instant: float) -> list[int]:
         """The fewest steps of each engine's run after which the instant has come, by bisection for all at once."""
@@ -255,6 +296,7 @@ class Plan:
                 runs.chunk_run[chunks],
                 runs.chunk_tokens[chunks],
                 np.zeros(0, dtype=int),
+                idle_seconds=runs.idle_seconds[:count],
             ),
             by_bound,
         )
@@ -270,18 +312,18 @@ def _decoding_runs(steps: np.ndarray, rows: np.ndarray) -> Runs:
 class Pool:
     """The engines of one place, and all responses that are begun and not handed over.
 
-    group_size: responses to a prompt. version: of the weights on the engines.
+    engine: one without work, like which they all are. group_size: responses to a prompt. version: of the weights on the engines.
     """
 
-    def __init__(self, generation: Generation, steps: StepSeconds, kv_blocks: int | None, group_size: int) -> None:
-        self.generation, self.steps, self.kv_blocks, self.group_size = generation, steps, kv_blocks, group_size
+    def __init__(self, engine: Engine, steps: StepSeconds, group_size: int) -> None:
+        self.engine, self.steps, self.group_size = engine, steps, group_size
         self.engines: list[Engine] = []
         self.outside: list[tuple[Sample, int]] = []  # unfinished and in no engine, with the tokens drawn
         self.ended: dict[int, list[Sample]] = {}  # group -> its responses that have ended, while others have not
         self.ready: list[Sample] = []  # whole groups, in order of their ends
         self.version = 0
         self.begun = self.thrown_away = self.handed_over = 0  # responses
-        self.counts: Counter[str] = Counter()  # since they were last asked for
+        self.counts: defaultdict[str, float] = defaultdict(float)  # since they were last asked for
 
     # -- work in ------------------------------------------------------------------------------------------
 
@@ -294,7 +336,7 @@ class Pool:
         """So many engines, empty where the number changes."""
         if len(self.engines) != count:
             self.take_out()
-            self.engines = [Engine(self.generation, self.kv_blocks) for _ in range(count)]
+            self.engines = [self.engine.empty() for _ in range(count)]
 
     def submit(self, samples: Sequence[Sample]) -> None:
         """New samples, and before them those outside, spread over the engines: each lot evenly."""
@@ -302,11 +344,11 @@ class Pool:
         for lot in (self.outside, [(s, 0) for s in samples]):
             tokens = np.array([s.prompt + s.response for s, _ in lot])
             for engine, share in zip(
-                self.engines, route_samples(tokens, len(self.engines), self.generation.routing), strict=True
+                self.engines, route_samples(tokens, len(self.engines), self.engine.generation.routing), strict=True
             ):
                 mine = [lot[k] for k in share]
                 engine.submit([s for s, _ in mine], [drawn for _, drawn in mine])
-                self.counts["recomputed_tokens"] += sum(s.prompt + drawn for s, drawn in mine if drawn)
+                self.counts["recomputed_tokens"] += sum(s.context(drawn) for s, drawn in mine if drawn)
         self.outside = []
 
     # -- time -------------------------------------------------------------------------------------------------
@@ -335,13 +377,16 @@ class Pool:
             self.engines[k].run_steps(steps)
             self.counts["preemptions"] += self.engines[k].preemptions
             self.counts["recomputed_tokens"] += self.engines[k].recomputed
+            for name, count in self.engines[k].calls.items():
+                self.counts[name] += count
             self.engines[k] = self.engines[k].copy()
+            self.engines[k].let_pass(seconds)
             self.engines[k].late, self.engines[k].late_seconds = late, max(0.0, end - seconds)
         self._end(s for t, s, _ in done if t <= instant)
 
     def _end(self, samples: Iterable[Sample]) -> None:
         for sample in samples:
-            sample.drawn_with(self.version, sample.response)
+            sample.drawn_with(self.version, sample.generated)
             group = self.ended.setdefault(sample.group, [])
             group.append(sample)
             if len(group) == self.group_size:
@@ -349,7 +394,9 @@ class Pool:
 
     def finish_steps(self) -> None:
         """Time passes without new steps: those in flight end."""
+        passed = max((engine.late_seconds for engine in self.engines), default=0.0)
         for engine in self.engines:
+            engine.let_pass(passed)
             self._end(engine.late)
             engine.late, engine.late_seconds = [], 0.0
 
@@ -371,7 +418,7 @@ class Pool:
         self.finish_steps()
         self.outside += [entry for engine in self.engines for entry in engine.unfinished()]
         self.outside.sort(key=lambda entry: entry[0].number)
-        self.engines = [Engine(self.generation, self.kv_blocks) for _ in self.engines]
+        self.engines = [engine.empty() for engine in self.engines]
 
     def throw_away(self, version: int | None = None) -> None:
         """Every prompt that is not handed over, or those with a response begun by weights older than this version."""
@@ -397,4 +444,4 @@ class Pool:
 
 
 def _whole(samples: Iterable[Sample]) -> list[tuple[Sample, int]]:
-    return [(s, s.response) for s in samples]
+    return [(s, s.generated) for s in samples]

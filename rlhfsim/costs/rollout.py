@@ -18,12 +18,14 @@ from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Stage
 from rlhfsim.layout import Holding
+from rlhfsim.spec.lengths import DrawnTurns
 from rlhfsim.spec.scenario import Scenario
 
 from .generation import StepSeconds, _all_reduces, _axis, _balanced, _bound, _gather, generation_counts
 from .operators import Operators
-from .pool import Cut, Plan, Pool, Sample
+from .pool import Cut, Engine, Plan, Pool, Sample
 from .segment import Segment
+from .turns import TurnEngine
 
 Lengths = list[tuple[np.ndarray, np.ndarray]]
 
@@ -36,7 +38,8 @@ def base_name(stage: str) -> str:
 class Rollouts:
     """All such firings of one scenario's graph, in the order in which they happen.
 
-    lengths: prompt and response tokens by iteration; response number n has those of iteration n // samples.
+    lengths: prompt and response tokens by iteration; response number n has those of iteration n // samples. turns: in
+        which these responses are generated, by iteration (None: at once).
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class Rollouts:
         operators: Operators,
         lengths: Lengths,
         kv_capacity_tokens: float | None,
+        turns: list[DrawnTurns] | None = None,
     ) -> None:
         self.scenario, self.graph, self.holdings, self.operators = scenario, fold.original, holdings, operators
-        self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
+        self.lengths, self.kv_capacity_tokens, self.turns = lengths, kv_capacity_tokens, turns
         self.samples = scenario.workload.samples
         self._together = kept_together(self.graph, self.samples, scenario.workload.responses_per_prompt)
         steps = {base_name(s.name) for s in self.graph.stages() if s.unfinished != "wait"}
@@ -103,7 +107,8 @@ class Rollouts:
         index = int(self._order(stage.name, group_size)[k])
         number = iteration * self.samples + index
         prompts, responses = self.lengths[iteration % len(self.lengths)]
-        return Sample(number, number // group_size, int(prompts[index]), int(responses[index]))
+        turns = self.turns[iteration % len(self.turns)].by_sample[index] if self.turns else ()
+        return Sample(number, number // group_size, int(prompts[index]), int(responses[index]), turns)
 
     def _order(self, name: str, group_size: int) -> np.ndarray:
         """An iteration's samples lane by lane; as they are where that would part a prompt's responses."""
@@ -175,15 +180,19 @@ class Rollouts:
             if stage in self.graph.refreshed_by(self.graph.at(name).model):
                 self._pool(name).enter(version, self.graph.at(name).recompute)
 
+    def engine(self, steps: StepSeconds) -> Engine:
+        """One without work."""
+        generation, turns, blocks = self.scenario.generation, self.scenario.workload.turns, None
+        if self.kv_capacity_tokens is not None:
+            blocks = int(self.kv_capacity_tokens) // generation.block_tokens
+        return TurnEngine(generation, blocks, turns, steps) if turns else Engine(generation, blocks)
+
     def _pool(self, stage: str) -> Pool:
         step = base_name(stage)
         if step not in self._pools:
-            generation, use = self.scenario.generation, self.holdings[self.graph.at(stage).model].use
-            blocks = (
-                None if self.kv_capacity_tokens is None else int(self.kv_capacity_tokens) // generation.block_tokens
-            )
-            steps = StepSeconds(self.operators, use, generation)
-            self._pools[step] = Pool(generation, steps, blocks, self.scenario.workload.responses_per_prompt)
+            workload, use = self.scenario.workload, self.holdings[self.graph.at(stage).model].use
+            steps = StepSeconds(self.operators, use, self.scenario.generation)
+            self._pools[step] = Pool(self.engine(steps), steps, workload.responses_per_prompt)
         return self._pools[step]
 
 
@@ -202,6 +211,8 @@ def _segment(
     compute[:, -1] += np.maximum(busy - own, 0.0)
     transfers = _all_reduces(holding.use, scenario.generation, stage.ranks, tokens)
     bound = Counter(_bound(cut.tables, True)) + Counter(_bound(cut.tables, False))
+    if waits := sum(table.idle_seconds for table in cut.tables):
+        bound["tools"] = waits / len(cut.tables)
     return Segment("generate", _balanced(compute, operators.effects), repeats, transfers, bound=dict(bound), stops=True)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +16,37 @@ from .scenario import Latency, Lengths, Workload
 
 MAX_FILE_BYTES = 64 << 20
 MAX_ROW_TOKENS = 1_000_000_000
-PROMPTS, RESPONSES, KEPT, REWARDS = range(4)  # streams of random numbers
+PROMPTS, RESPONSES, KEPT, REWARDS, TURNS, OBSERVATIONS, TOOLS = range(7)  # streams of random numbers
+
+
+class Turn(NamedTuple):
+    """tokens: generated. observation_tokens: of a tool's answer, which comes after the call was at work so long."""
+
+    tokens: int
+    observation_tokens: int = 0
+    tool_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class DrawnTurns:
+    """Turns of an iteration's samples: arrays of shape (samples, most turns), 0 where a sample has none.
+
+    The last turn of a sample has no observation and no tool.
+    """
+
+    tokens: np.ndarray
+    observation_tokens: np.ndarray
+    tool_seconds: np.ndarray
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """All tokens after the prompt."""
+        return np.asarray((self.tokens + self.observation_tokens).sum(axis=1))
+
+    @cached_property
+    def by_sample(self) -> list[tuple[Turn, ...]]:
+        columns = self.tokens.tolist(), self.observation_tokens.tolist(), self.tool_seconds.tolist()
+        return [tuple(Turn(*turn) for turn in zip(*row, strict=True) if turn[0]) for row in zip(*columns, strict=True)]
 
 
 def draw_lengths(workload: Workload, seed: int, iteration: int, data_dir: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -24,17 +56,43 @@ def draw_lengths(workload: Workload, seed: int, iteration: int, data_dir: str | 
     the first ones. Prompt and response length are independent. Responses to one prompt are joined by a Gaussian
     copula: x = sqrt(r) a + sqrt(1 - r) b with a per prompt and b per response, both standard normal, and the length
     at the quantile of x. So r is the correlation of the logarithms of unclipped lognormal lengths, and of normal
-    scores (ranks) otherwise.
+    scores (ranks) otherwise. With `workload.turns` a response is all that follows the prompt.
     """
     shape = (workload.prompts, workload.responses_per_prompt)
     prompts = _normal((seed, iteration, PROMPTS, 0), (shape[0], 1))
-    common = _normal((seed, iteration, RESPONSES, 0), (shape[0], 1))
-    own = _normal((seed, iteration, RESPONSES, 1), shape)
-    shared = workload.response_tokens.within_prompt_correlation
-    responses = math.sqrt(shared) * common + math.sqrt(1.0 - shared) * own
     prompt_tokens = _at_score(workload.prompt_tokens, prompts, data_dir)
-    response_tokens = _at_score(workload.response_tokens, responses, data_dir)
-    return np.broadcast_to(prompt_tokens, shape).reshape(-1).copy(), response_tokens.reshape(-1)
+    if workload.turns is None:
+        response_tokens = _of_responses(workload, workload.response_tokens, (seed, iteration, RESPONSES), data_dir)
+    else:
+        response_tokens = draw_turns(workload, seed, iteration, data_dir).response_tokens
+    return np.broadcast_to(prompt_tokens, shape).reshape(-1).copy(), response_tokens
+
+
+def draw_turns(workload: Workload, seed: int, iteration: int, data_dir: str | Path) -> DrawnTurns:
+    """The turns of an iteration's samples, as many and as long as `workload.turns` has them.
+
+    Turns are independent of each other; the first one is as long as a response without turns.
+    """
+    turns = workload.turns
+    assert turns is not None
+    most, samples = turns.number.longest, workload.samples
+    number = _of_responses(workload, turns.number, (seed, iteration, TURNS), data_dir)
+    tokens, observed = np.zeros((samples, most), dtype=np.int64), np.zeros((samples, most), dtype=np.int64)
+    seconds = np.zeros((samples, most))
+    for k in range(most):
+        tokens[:, k] = _of_responses(workload, workload.response_tokens, (seed, iteration, RESPONSES), data_dir, turn=k)
+        if turns.observation_tokens is not None:
+            key = (seed, iteration, OBSERVATIONS)
+            observed[:, k] = _of_responses(workload, turns.observation_tokens, key, data_dir, turn=k)
+        seconds[:, k] = _seconds_at(turns.tool_latency, _normal((seed, iteration, TOOLS, k), (samples, 1)), data_dir)
+    before = np.cumsum(tokens + observed, axis=1) - tokens - observed  # tokens of the response, when a turn begins
+    limit = turns.max_tokens or np.iinfo(np.int64).max
+    exists = (np.arange(most) < number[:, None]) & (before < limit)
+    followed = np.zeros_like(exists)
+    followed[:, :-1] = exists[:, 1:]
+    return DrawnTurns(
+        np.where(exists, np.minimum(tokens, limit - before), 0), observed * followed, seconds * followed
+    )
 
 
 def draw_kept(probability: float, prompts: int, seed: int, iteration: int) -> np.ndarray:
@@ -44,17 +102,7 @@ def draw_kept(probability: float, prompts: int, seed: int, iteration: int) -> np
 
 def draw_seconds(latency: Latency, samples: int, seed: int, iteration: int, data_dir: str | Path) -> np.ndarray:
     """Seconds that the reward of each sample takes, once it is at work; more samples keep the first ones."""
-    score, most = _normal((seed, iteration, REWARDS, 0), (samples, 1))[:, 0], latency.max_seconds or math.inf
-    if latency.distribution == "fixed":
-        seconds = np.full(samples, latency.seconds)
-    elif latency.distribution == "lognormal":
-        assert latency.mean_seconds is not None and latency.sigma is not None
-        seconds = np.exp(math.log(latency.mean_seconds) - latency.sigma**2 / 2 + latency.sigma * score)
-    else:
-        from scipy.special import ndtr
-
-        seconds = np.interp(ndtr(score), *_table(Path(data_dir) / str(latency.file), str(latency.column)))
-    return np.asarray(np.minimum(seconds, most))
+    return _seconds_at(latency, _normal((seed, iteration, REWARDS, 0), (samples, 1)), data_dir)
 
 
 def quantile(lengths: Lengths, probability: float | np.ndarray, data_dir: str | Path) -> np.ndarray:
@@ -77,6 +125,31 @@ def check_file(lengths: Lengths | Latency, data_dir: str | Path) -> None:
 
 def _normal(key: tuple[int, ...], shape: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(key).standard_normal(shape)
+
+
+def _of_responses(
+    workload: Workload, lengths: Lengths, key: tuple[int, int, int], data_dir: str | Path, *, turn: int = 0
+) -> np.ndarray:
+    """One draw for each response, joined within a prompt; another for each turn."""
+    shape = (workload.prompts, workload.responses_per_prompt)
+    common, own = _normal((*key, 2 * turn), (shape[0], 1)), _normal((*key, 2 * turn + 1), shape)
+    shared = lengths.within_prompt_correlation
+    return _at_score(lengths, math.sqrt(shared) * common + math.sqrt(1.0 - shared) * own, data_dir).reshape(-1)
+
+
+def _seconds_at(latency: Latency, score: np.ndarray, data_dir: str | Path) -> np.ndarray:
+    """The latency at standard normal scores of shape (samples, 1), one entry a sample."""
+    score, most = score[:, 0], latency.max_seconds or math.inf
+    if latency.distribution == "fixed":
+        seconds = np.full(len(score), latency.seconds)
+    elif latency.distribution == "lognormal":
+        assert latency.mean_seconds is not None and latency.sigma is not None
+        seconds = np.exp(math.log(latency.mean_seconds) - latency.sigma**2 / 2 + latency.sigma * score)
+    else:
+        from scipy.special import ndtr
+
+        seconds = np.interp(ndtr(score), *_table(Path(data_dir) / str(latency.file), str(latency.column)))
+    return np.asarray(np.minimum(seconds, most))
 
 
 def _at_score(lengths: Lengths, score: np.ndarray, data_dir: str | Path) -> np.ndarray:

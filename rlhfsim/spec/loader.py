@@ -28,6 +28,7 @@ __all__ = ["expand_sweep", "load_cluster", "load_rows", "load_scenario", "scenar
 
 MAX_SAMPLES = 10_000_000  # per iteration: what the arrays of a length draw can sensibly hold
 MAX_TOKENS = 10_000_000  # of one sequence
+MAX_TURNS = 1000  # of one response
 MAX_GPUS = 1_000_000
 
 # A frozen model sits beside the trained one that it judges or is judged with, and is laid out like it.
@@ -127,6 +128,8 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
     for section in ("workload", "algorithm"):
         if isinstance(data.get(section), dict):
             data[section] = _with_files(section, data[section], folder, where)
+    if isinstance(data.get("workload"), dict) and isinstance(turns := data["workload"].get("turns"), dict):
+        data["workload"]["turns"] = _with_files("workload.turns", turns, folder, where)
     scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
     _check(scenario, where)
     return scenario
@@ -163,7 +166,16 @@ def _without_shorthand(data: dict[str, Any]) -> dict[str, Any]:
             result[section] = dict(result[section])
             for part in parts:
                 _widen(result[section], part, key)
+    if isinstance(result.get("workload"), dict):
+        _widen_turns(result["workload"])
     return result
+
+
+def _widen_turns(workload: dict[str, Any]) -> None:
+    _widen(workload, "turns", "number")
+    if isinstance(turns := workload.get("turns"), dict):
+        for part, key in (("number", "tokens"), ("observation_tokens", "tokens"), ("tool_latency", "seconds")):
+            _widen(turns, part, key)
 
 
 def _widen(data: dict[str, Any], name: str, key: str) -> None:
@@ -306,22 +318,24 @@ def _check_lengths(scenario: Scenario, where: Where) -> None:
             "workload.prompt_tokens.within_prompt_correlation",
             where,
         )
-    for name in ("prompt_tokens", "response_tokens"):
-        drawn, field = getattr(workload, name), f"workload.{name}"
-        if drawn.longest > MAX_TOKENS:
+    found: list[tuple[str, Lengths | Latency | None]] = [
+        ("workload.prompt_tokens", workload.prompt_tokens),
+        ("workload.response_tokens", workload.response_tokens),
+        ("algorithm.reward_latency", scenario.algorithm.reward_latency),
+    ]
+    if (turns := workload.turns) is not None:
+        found += [(f"workload.turns.{n}", getattr(turns, n)) for n in ("number", "observation_tokens", "tool_latency")]
+        if (most := turns.number.longest) > MAX_TURNS:
+            raise _error(f"allows {most} turns; at most {MAX_TURNS} are allowed", "workload.turns.number", where)
+    for field, drawn in found:
+        if isinstance(drawn, Lengths) and drawn.longest > MAX_TOKENS:
             raise _error(f"allows {drawn.longest} tokens; at most {MAX_TOKENS} are allowed", field, where)
-        if drawn.distribution == "empirical":
+        if drawn is not None and drawn.distribution == "empirical":
             try:
                 lengths.check_file(drawn, length_dir())
             except InputError as error:
                 raise InputError(str(error), field=field, where=place_of(where, f"{field}.file")) from None
-    latency, field = scenario.algorithm.reward_latency, "algorithm.reward_latency"
-    if latency is not None and latency.file is not None:
-        try:
-            lengths.check_file(latency, length_dir())
-        except InputError as error:
-            raise InputError(str(error), field=field, where=place_of(where, f"{field}.file")) from None
-    longest = workload.prompt_tokens.longest + workload.response_tokens.longest
+    longest = workload.longest_sample
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
         if use.shape.learned_positions and longest > use.shape.max_positions:
@@ -540,7 +554,7 @@ def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: d
 def _with_files(section: str, given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
     """Files of distributions become shipped names or absolute paths."""
     result = dict(given)
-    for name in ("prompt_tokens", "response_tokens", "reward_latency"):
+    for name in ("prompt_tokens", "response_tokens", "reward_latency", "number", "observation_tokens", "tool_latency"):
         drawn = result.get(name)
         if isinstance(drawn, dict) and isinstance(drawn.get("file"), str):
             file = _length_file(drawn["file"], f"{section}.{name}.file", folder, where)

@@ -229,11 +229,36 @@ class Lengths(Record):
         return self.tokens if self.distribution == "fixed" else self.max_tokens  # type: ignore[return-value]
 
 
+class Turns(Record):
+    """Responses in several turns, with calls of a tool (or steps of an environment) between them.
+
+    number: turns of a response, a distribution as of tokens (its counts are turns). workload.response_tokens are those
+        that each turn generates.
+    observation_tokens: that a tool's answer adds to the context; absent: none. They take part in caches, scoring and
+        training as other tokens do; that no loss is on them saves nothing.
+    tool_latency: of one call, a number of seconds or a distribution; absent: 0.
+    tool_concurrency: calls at work at once for each engine, first come, first served; absent: any number. (Of a tool
+        that n engines share, give a share.)
+    keep_prefix: the engine keeps the blocks of a context while its tool is at work, until others need them (prefix
+        caching); otherwise a turn computes its whole context again.
+    max_tokens: of a response, all turns and observations together. What exceeds it is cut off; an observation that
+        leaves no room for another token ends the response (as verl's tool_agent_loop). Absent: whatever is drawn.
+    """
+
+    number: Lengths
+    observation_tokens: Lengths | None = None
+    tool_latency: Latency = Latency(seconds=0.0)
+    tool_concurrency: Count | None = None
+    keep_prefix: bool = True
+    max_tokens: Count | None = None
+
+
 class Workload(Record):
     """What one iteration processes.
 
     prompts x responses_per_prompt = samples. padded: scoring and training compute every sample at the maximum
     length (plain Hugging Face batches); otherwise padding is removed.
+    turns: of responses with tool calls between them; absent: one turn.
     responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
         up to the longest of them.
     """
@@ -242,12 +267,35 @@ class Workload(Record):
     responses_per_prompt: Count = 1
     prompt_tokens: Lengths
     response_tokens: Lengths
+    turns: Turns | None = None
     padded: bool = True
     responses: Literal["forced", "sampled"] = "forced"
 
     @property
     def samples(self) -> int:
         return self.prompts * self.responses_per_prompt
+
+    @property
+    def turns_alike(self) -> bool:
+        """Whether samples of equal length have the same turns in any case."""
+        if self.turns is None:
+            return True
+        drawn = self.turns.number, self.turns.tool_latency, self.turns.observation_tokens, self.response_tokens
+        return all(d is None or d.distribution == "fixed" for d in drawn)
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens after the prompt of the longest sample that can occur, those of tools included."""
+        if self.turns is None:
+            return self.response_tokens.longest
+        number, observed = self.turns.number.longest, self.turns.observation_tokens
+        longest = number * self.response_tokens.longest + (number - 1) * (observed.longest if observed else 0)
+        return min(longest, self.turns.max_tokens or longest)
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample that can occur."""
+        return self.prompt_tokens.longest + self.longest_response
 
 
 class Generation(Record):
