@@ -198,18 +198,19 @@ class Both(PlainBoth):
         """Whole groups, and before them in the twin what is carried over."""
         numbers = range(self.number, self.number + groups * self.size)
         self.number += len(numbers)
-        dealt = [(n, *self.talks[n % len(self.talks)]) for n in numbers]
-        dealt = [(n, prompt, [*turns[:-1], Turn(turns[-1].tokens)]) for n, prompt, turns in dealt]
+        # No two prompts are alike: engines that did the same would end at the same instant, but for rounding.
+        talks = [self.talks[n % len(self.talks)] for n in numbers]
+        dealt = [(n, n + 1, [*turns[:-1], Turn(turns[-1].tokens)]) for n, turns in zip(numbers, talks, strict=True)]
         self.pool.submit([Sample(n, n // self.size, p, total(0, ts), tuple(ts)) for n, p, ts in dealt])
         self.twin.submit(carried or [])
         self.twin.submit([Conversation(n, n // self.size, p, ts[0].tokens, turns=list(ts)) for n, p, ts in dealt])
 
     def check_counts(self) -> None:
+        self.twin.finish_steps()
         self.twin.recomputed += sum(e.recomputed for e in self.twin.engines)
         super().check_counts()
 
 
-# Latencies that no step ends with: at a tie rounding decides.
 rollouts = st.fixed_dictionaries(
     {
         "engines": st.integers(1, 3),
@@ -218,23 +219,21 @@ rollouts = st.fixed_dictionaries(
         "group_size": st.sampled_from((1, 1, 2)),
         "keep": st.booleans(),
         "places": st.sampled_from((None, 1, 2)),
-        "talks": st.lists(
-            st.tuples(st.integers(1, 30), st.lists(turn, min_size=1, max_size=3)), min_size=6, max_size=20
-        ),
+        "talks": st.lists(st.lists(turn, min_size=1, max_size=3), min_size=6, max_size=20),
     }
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(rollouts, st.lists(st.floats(0.01, 0.99), min_size=2, max_size=5), st.booleans(), st.integers(1, 2))
+@settings(max_examples=40, deadline=None)
+@given(rollouts, st.lists(st.integers(1, 97), min_size=2, max_size=5), st.booleans(), st.integers(1, 2))
 def test_interrupted_engines_go_on_as_the_twin(
-    given: dict[str, Any], shares: list[float], recompute: bool, ahead: int
+    given: dict[str, Any], shares: list[int], recompute: bool, ahead: int
 ) -> None:
     both = Both(given)
     wanted = 4 * both.size
     both.deal(4 * (1 + ahead))
     for version, share in enumerate(shares, start=1):
-        ended = both.run(wanted, share)
+        ended = both.run(wanted, (share + 0.1234567) / 98)  # not where a step ends
         both.enter(version, recompute)
         both.deal(4)
         if not ended:
@@ -243,7 +242,7 @@ def test_interrupted_engines_go_on_as_the_twin(
     both.check_counts()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rollouts, st.integers(2, 5), st.integers(0, 4))
 def test_partial_rollouts_go_on_as_the_twin(given: dict[str, Any], iterations: int, more: int) -> None:
     """What is taken out between or within turns goes on where it was; no token is lost."""

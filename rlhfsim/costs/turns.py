@@ -29,6 +29,7 @@ from .generation import StepSeconds, _Steps
 from .pool import Engine, Sample
 
 PROBES = 32  # lengths of a run that are tried at once
+SAME_INSTANT_SECONDS = 1e-9  # rounding, and far less than a step
 
 
 class TurnEngine(Engine):
@@ -126,7 +127,7 @@ class TurnEngine(Engine):
 
     def _take_back(self, instant: float) -> None:
         """Samples whose tools are done by then go to the end of the queue."""
-        while self.away and self.away[0][0] <= instant:
+        while self.away and self.away[0][0] <= instant + SAME_INSTANT_SECONDS:
             self.waiting.insert(0, heapq.heappop(self.away)[-1])
 
     def _steps_until_return(self, limit: int | None) -> int | None:
@@ -136,7 +137,7 @@ class TurnEngine(Engine):
             return limit
         low, high = 1, self.ending[0][0] - self.step
         high = high if limit is None else min(high, limit)
-        left = self.away[0][0] - self.now
+        left = self.away[0][0] - self.now - SAME_INSTANT_SECONDS
         while low < high:
             probes = np.unique(np.linspace(low, high, PROBES).astype(int))
             enough = int(np.searchsorted(self._decode_seconds(probes), left))

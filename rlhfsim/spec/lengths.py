@@ -90,9 +90,7 @@ def draw_turns(workload: Workload, seed: int, iteration: int, data_dir: str | Pa
     exists = (np.arange(most) < number[:, None]) & (before < limit)
     followed = np.zeros_like(exists)
     followed[:, :-1] = exists[:, 1:]
-    return DrawnTurns(
-        np.where(exists, np.minimum(tokens, limit - before), 0), observed * followed, seconds * followed
-    )
+    return DrawnTurns(np.where(exists, np.minimum(tokens, limit - before), 0), observed * followed, seconds * followed)
 
 
 def draw_kept(probability: float, prompts: int, seed: int, iteration: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from .hardware import Cluster, Gpu, Network, Node, Sources
 from .model_spec import ModelSpec, load_model
 from .overrides import apply_override, expand_sweep, single_overrides
 from .problems import only_a_near_name, place_of, validate
-from .scenario import ROLES, ModelUse, Scenario
+from .scenario import ROLES, Latency, Lengths, ModelUse, Scenario
 from .yaml_file import Document, Where, join, kind_of, read_yaml
 
 __all__ = ["expand_sweep", "load_cluster", "load_rows", "load_scenario", "scenario_from_dict", "scenario_sources"]
