@@ -16,7 +16,7 @@ from test_pool import steps
 from turn_twin import BlockTwin, Conversation, TurnTwinPool
 
 from rlhfsim.costs.engine import continuous_runs
-from rlhfsim.costs.pool import Plan, Pool, Sample
+from rlhfsim.costs.pool import Pool, Sample
 from rlhfsim.costs.turns import TurnEngine, turn_steps
 from rlhfsim.errors import DoesNotFit, InputError
 from rlhfsim.metrics import stage_seconds, tool_summary

@@ -149,7 +149,9 @@ class _Builder:
         """Without the wait before it."""
         first = bisect_left(self.chunk_run, len(self.rows) - 1)
         chunks, none = np.array(self.chunk_tokens[first:], dtype=float), np.zeros(0, dtype=int)
-        return Runs(*(np.array([x]) for x in self.rows[-1]), np.zeros(len(chunks), dtype=int), chunks, none)
+        steps, decodes, context, prompt, sampled, running = np.array(self.rows[-1:], dtype=np.int64).T
+        owners = np.zeros(len(chunks), dtype=int)
+        return Runs(steps, decodes, context, prompt, sampled, running, owners, chunks, none)
 
 
 class _Scheduler:
@@ -163,7 +165,8 @@ class _Scheduler:
         self, prompt: np.ndarray, response: np.ndarray, max_sequences: int, step_tokens: int, block: int,
         blocks: int | None, chunked_prefill: bool, padded: bool,
     ) -> None:  # fmt: skip
-        self.prompt, self.response = prompt.tolist(), response.tolist()
+        self.prompt: list[int] = prompt.tolist()
+        self.response: list[int] = response.tolist()
         self.block, self.chunked, self.padded = block, chunked_prefill, padded
         # The last token is drawn and never computed, so it needs no room.
         need = self._needed_blocks(self.prompt, self.response, blocks)

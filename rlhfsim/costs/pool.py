@@ -312,7 +312,8 @@ def _decoding_runs(steps: np.ndarray, rows: np.ndarray) -> Runs:
 class Pool:
     """The engines of one place, and all responses that are begun and not handed over.
 
-    engine: one without work, like which they all are. group_size: responses to a prompt. version: of the weights on the engines.
+    engine: one without work, like which they all are. group_size: responses to a prompt. version: of the weights on the
+        engines.
     """
 
     def __init__(self, engine: Engine, steps: StepSeconds, group_size: int) -> None:
@@ -343,9 +344,8 @@ class Pool:
         self.begun += len(samples)
         for lot in (self.outside, [(s, 0) for s in samples]):
             tokens = np.array([s.prompt + s.response for s, _ in lot])
-            for engine, share in zip(
-                self.engines, route_samples(tokens, len(self.engines), self.engine.generation.routing), strict=True
-            ):
+            shares = route_samples(tokens, len(self.engines), self.engine.generation.routing)
+            for engine, share in zip(self.engines, shares, strict=True):
                 mine = [lot[k] for k in share]
                 engine.submit([s for s, _ in mine], [drawn for _, drawn in mine])
                 self.counts["recomputed_tokens"] += sum(s.context(drawn) for s, drawn in mine if drawn)

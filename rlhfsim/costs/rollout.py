@@ -210,10 +210,10 @@ def _segment(
     compute *= np.divide(np.minimum(busy, own), own, out=np.zeros_like(own), where=own > 0)[:, None]
     compute[:, -1] += np.maximum(busy - own, 0.0)
     transfers = _all_reduces(holding.use, scenario.generation, stage.ranks, tokens)
-    bound = Counter(_bound(cut.tables, True)) + Counter(_bound(cut.tables, False))
+    bound: dict[str, float] = dict(Counter(_bound(cut.tables, True)) + Counter(_bound(cut.tables, False)))
     if waits := sum(table.idle_seconds for table in cut.tables):
         bound["tools"] = waits / len(cut.tables)
-    return Segment("generate", _balanced(compute, operators.effects), repeats, transfers, bound=dict(bound), stops=True)
+    return Segment("generate", _balanced(compute, operators.effects), repeats, transfers, bound=bound, stops=True)
 
 
 def _ages(samples: list[Sample], version: int) -> dict[str, float]:

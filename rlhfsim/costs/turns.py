@@ -148,9 +148,10 @@ class TurnEngine(Engine):
 
     def _decode_seconds(self, steps: np.ndarray) -> np.ndarray:
         """Of so many steps of those that decode now."""
-        counts = len(self.base), self._context(), 0, len(self.base), len(self.running)
+        row = [1, len(self.base), self._context(), 0, len(self.base), len(self.running)]
+        _, decodes, context, prompt, sampled, running = np.tile(row, (len(steps), 1)).T
         none = np.zeros(0, dtype=int)
-        runs = Runs(steps, *(np.full(len(steps), count) for count in counts), none, none.astype(float), none)
+        runs = Runs(steps, decodes, context, prompt, sampled, running, none, none.astype(float), none)
         return np.asarray(self.seconds.of(runs).sum(axis=0))
 
     def _call_tool(self, k: int) -> None:
