@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from rlhfsim.simulate import prepare, simulate
@@ -43,7 +44,7 @@ def scenario(strategy: str = "colocated", engine: str = "hybrid", **changes: Any
         at = data
         for name in path:
             at = at.setdefault(name, {})
-        at[last] = value
+        at[last] = deepcopy(value)  # a later change may be inside it
     return scenario_from_dict(data)
 
 
