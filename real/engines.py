@@ -40,9 +40,6 @@ class Engine:
         self.sharded = self.deepspeed and self.use.zero_stage == 3
         self.module, self._clip = module, algorithm.gradient_clip
         self._resting = self.use.offload_parameters and not self.deepspeed
-        if self.use.offload_parameters and self.train and not self.sharded:
-            message = "is true; real runs offload trained weights only with backend deepspeed and zero_stage 3"
-            raise InputError(message, field=f"models.{holding.name}.offload_parameters")
         if self.train and not self.deepspeed and self.use.precision != "fp32":
             message = f"is {self.use.precision!r}, but backend torch keeps no master weights (allowed: fp32)"
             raise InputError(message, field=f"models.{holding.name}.precision")

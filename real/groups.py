@@ -102,21 +102,16 @@ class Groups:
     def deepspeed(self, ranks: Iterable[int], *, sharded: bool) -> Iterator[None]:
         """Inside, DeepSpeed's world is these ranks, numbered from 0 in ascending order; its collectives are counted.
 
-        sharded: for an engine at ZeRO stage 3.
+        sharded: at ZeRO stage 3. Enclose everything that DeepSpeed does for an engine: `zero.Init` (which wants the
+        group as `data_parallel_group`), `initialize`, forward, backward, `step`, `GatheredParameters`.
 
-        Enclose everything that DeepSpeed does for an engine: `zero.Init`, `initialize`, forward, backward, `step`,
-        `GatheredParameters`. No `mpu` is needed; give `zero.Init` the group by name (`data_parallel_group`), since it
-        mistrusts a world of one rank.
-
-        DeepSpeed 0.19.8 takes the world to be the engine's ranks in ZeRO stage 3 even where a data-parallel group is
-        passed: three barriers while the optimizer is set up (runtime/zero/stage3.py, `_setup_for_real_optimizer` and
+        Where a data-parallel group is passed, ZeRO-3 of DeepSpeed 0.19.8 takes the world all the same: three barriers
+        while the optimizer is set up (runtime/zero/stage3.py, `_setup_for_real_optimizer`,
         `_create_fp16_partitions_with_defragmentation`), and at the first steps broadcasts of the parameter trace from
-        world rank 0 (runtime/zero/utils.py, `assert_ints_same_as_other_ranks`). Ranks without the engine would have to
-        join in. What is compared there are numbers that each process counts up over all its engines, so they differ
-        between ranks that hold different models. And a ZeRO-3 engine replaces `torch.nn.functional.linear` for good and
-        for all models of the process (partition_parameters.py: "This will persist unless manually reset").
-        Replaced while the block runs are the backend that all of `deepspeed.comm` goes through, the remembered clone of
-        the world group, those two counters, and `linear`.
+        world rank 0 (runtime/zero/utils.py, `assert_ints_same_as_other_ranks`), of numbers that each process counts up
+        over all its engines. It also replaces `torch.nn.functional.linear` for all models of the process
+        (partition_parameters.py: "This will persist unless manually reset"). So while the block runs, replaced are the
+        backend of all `deepspeed.comm`, the remembered clone of the world group, those counters, and `linear`.
         """
         import deepspeed.comm.comm as comm
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload

@@ -17,7 +17,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from rlhfsim.bench import Row
 from rlhfsim.layout import Holding
 from rlhfsim.spec.model_spec import ModelSpec, load_model
 from rlhfsim.spec.scenario import Algorithm, ModelUse, WeightSync
+from rlhfsim.spec.yaml_file import read_yaml
 
 from . import generate, models
 from .engines import Engine, WholeCopy
@@ -311,31 +312,22 @@ def _about(shape: ModelSpec) -> Row:
 
 
 def measure(bench: Bench, links_only: bool = False) -> None:
-    cuda, quick = bench.device.type == "cuda", bench.quick
-    bench.collectives([1 << b for b in ((12, 18) if quick else (10, 13, 16, 18, 20, 22, 24, 26, 27))])
+    """What `grids.yaml` lists for this device."""
+    grid = read_yaml(Path(__file__).with_name("grids.yaml")).data["quick" if bench.quick else bench.device.type]
+    bench.collectives(grid["collective_bytes"])
     if links_only:
         return
-    widths = [128, 256] if quick else [1024, 2048, 4096] if cuda else [128, 256, 512]
-    tokens = [2, 8, 64, 256, 1024, 4096, 16384] if cuda else [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    tokens = [8, 64, 256] if quick else tokens
-    shapes = [(n, k) for w in widths for n, k in ((3 * w, w), (w, w), (11 * w // 4, w), (w, 11 * w // 4))]
-    bench.gemm(shapes[::2] if quick else [*shapes, (1024, widths[0]), (1024, widths[-1])], tokens)
-    heads = [(4, 4, 32)] if quick else [(16, 16, 128), (32, 8, 128)] if cuda else [(4, 4, 32), (4, 4, 64), (8, 8, 64)]
-    longer = 16 if cuda else 1
-    batches = [(1, 16), (4, 32)] if quick else [(b, t * longer) for b in (1, 4, 16) for t in (16, 64, 128, 256)]
-    decoding = [(b, t * longer) for b in (1, 2, 4, 8, 16, 32) for t in (64, 128, 256)]
-    bench.attention(heads, batches, batches if quick else decoding)
-    bench.memory(widths, tokens[:2] if quick else tokens[1::2], 1024)
-    bench.optimizer([10**4, 10**6] if quick else [10**4, 10**5, 10**6, 4 * 10**6, 16 * 10**6])
-    bench.copies([1 << 20] if quick else [1 << 16, 1 << 20, 1 << 24, 1 << 26])
-    names = ["tiny-2x128"] if quick else ["tiny-2x128", "tiny-4x256", "small-8x512"]
-    if cuda and not quick:
-        names = ["small-8x512", "qwen2.5-0.5b"]
-    for shape in map(load_model, names):
-        bench.passes(shape, [(2, 16)] if quick else [(1, 32), (4, 64), (4, 128)], "torch", 0)
-        for stage in (0, 3) if quick else (0, 1, 2, 3):
-            bench.passes(shape, [(2, 16)] if quick else [(4, 64)], "deepspeed", stage)
-        bench.decode_steps(shape, [2, 4] if quick else [2, 4, 8, 16, 32], 16 if quick else 64, 6 if quick else 32)
+    bench.gemm(grid["gemms"], grid["gemm_tokens"])
+    prefill, decode = (list(product(*grid[name])) for name in ("prefill", "decode"))
+    bench.attention(grid["heads"], prefill, decode)
+    bench.memory(grid["widths"], grid["memory_tokens"], 1024)
+    bench.optimizer(grid["optimizer_parameters"])
+    bench.copies(grid["copy_bytes"])
+    for shape in map(load_model, grid["models"]):
+        bench.passes(shape, grid["torch_batches"], "torch", 0)
+        for stage in grid["zero_stages"]:
+            bench.passes(shape, grid["deepspeed_batches"], "deepspeed", stage)
+        bench.decode_steps(shape, grid["decode_rows"], grid["decode_prompt"], grid["decode_steps"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -364,14 +356,9 @@ def main(arguments: list[str] | None = None) -> int:
     measure(bench, options.links_only)
     tables = bench.gathered()
     if bench.rank == 0:
-        about = {
-            "clocks": [before, bench_file.clocks(device.type)],
-            "precision": bench.precision,
-            "ranks": bench.ranks,
-            "ranks_per_node": bench.per_node,
-            "quick": options.quick,
-            "nic_bytes_per_second": options.nic_bytes_per_second,
-        }
+        clocks = [before, bench_file.clocks(device.type)]
+        about = {"clocks": clocks, "precision": bench.precision, "quick": options.quick, "ranks": bench.ranks}
+        about |= {"ranks_per_node": bench.per_node, "nic_bytes_per_second": options.nic_bytes_per_second}
         seconds = bench_file.write(options.out, tables, about, bench_file.machine(gpu), started)
         print(f"{sum(map(len, tables.values()))} rows in {seconds:.1f} s: {options.out}")
     dist.destroy_process_group()

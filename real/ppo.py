@@ -1,4 +1,4 @@
-"""PPO's arithmetic on samples: shaped rewards, advantages, clipped losses; and how samples become batches and messages.
+"""Arithmetic of RL on samples: rewards, advantages, clipped losses; and how samples become batches and messages.
 
 A sample is a dict of tensors: `tokens` and `mask` (1 prompt, 2 response) for every token; `log_probs`, `ref_log_probs`,
 `values` and `rewards` for the response's tokens; `score`, one number. The value of a token is the critic's judgement of
@@ -8,6 +8,7 @@ what is before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 Sample = dict[str, Tensor]
+Samples = dict[int, Tensor]  # of one field, by the sample's number
 
 PROMPT, RESPONSE = 1, 2  # in a mask; 0 is padding
 OF_RESPONSE = ("log_probs", "ref_log_probs", "values", "rewards")
@@ -72,7 +74,9 @@ def share_of_even_tokens(sample: Sample) -> Tensor:
 
 def shaped_rewards(sample: Sample, kl_coefficient: float) -> Tensor:
     """Per response token the price of leaving the reference, and at the last the score."""
-    rewards = -kl_coefficient * (sample["log_probs"] - sample["ref_log_probs"])
+    rewards = torch.zeros(int((sample["mask"] == RESPONSE).sum()))
+    if kl_coefficient:
+        rewards -= kl_coefficient * (sample["log_probs"] - sample["ref_log_probs"])
     rewards[-1] += sample["score"]
     return rewards
 
@@ -89,16 +93,48 @@ def advantages(rewards: Tensor, values: Tensor, discount: float, gae_lambda: flo
     return found, found + values
 
 
-def with_advantages(samples: Sequence[Sample], discount: float, gae_lambda: float) -> list[Sample]:
+def with_advantages(samples: dict[int, Sample], discount: float, gae_lambda: float) -> dict[int, Sample]:
     """The samples with `advantages` and `returns`, from their rewards and values."""
     if not samples:
-        return []
-    columns = packed(samples, ("rewards", "values"))
-    found, returns = advantages(columns["rewards"], columns["values"], discount, gae_lambda)
-    return [
-        s | {"advantages": a[: len(s["values"])], "returns": r[: len(s["values"])]}
-        for s, a, r in zip(samples, found, returns, strict=True)
-    ]
+        return {}
+    columns = packed(list(samples.values()), ("rewards", "values"))
+    both = zip(*advantages(columns["rewards"], columns["values"], discount, gae_lambda), strict=True)
+    lengths = {s: len(x["values"]) for s, x in samples.items()}
+    return {
+        s: x | {"advantages": a[: lengths[s]], "returns": r[: lengths[s]]}
+        for (s, x), (a, r) in zip(samples.items(), both, strict=True)
+    }
+
+
+def relative_advantages(name: str, rewards: Samples, responses_per_prompt: int, discount: float) -> Samples:
+    """Advantages of response tokens without a critic, from the `rewards` of all samples of an update.
+
+    name: a file of `rlhfsim/algorithms`. Formulas and epsilons are those of verl's trainer/ppo/core_algos.py; where it
+    normalises over the batch, here it is the update's mini-batch.
+    """
+    if name == "reinforce_plus_plus":
+        return _normalised({s: advantages(r, torch.zeros_like(r), discount, 1.0)[0] for s, r in rewards.items()})
+    found: Samples = {}
+    for _, numbers in groupby(sorted(rewards), key=lambda sample: sample // responses_per_prompt):
+        prompt = list(numbers)
+        totals = torch.stack([rewards[s].sum() for s in prompt])
+        relative = totals - totals.mean()
+        if name == "rloo":  # against the mean of the others
+            relative *= len(prompt) / (len(prompt) - 1)
+        if name in ("grpo", "dapo"):
+            relative /= totals.std() + 1e-6
+        found |= {s: x.expand_as(rewards[s]) for s, x in zip(prompt, relative, strict=True)}
+    return _normalised(found) if name == "reinforce_plus_plus_baseline" else found
+
+
+def _normalised(found: Samples) -> Samples:
+    everything = torch.cat(list(found.values()))
+    return {s: (x - everything.mean()) * (everything.var() + 1e-8).rsqrt() for s, x in found.items()}
+
+
+def divergence(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """From the reference, estimated without bias and never negative (Schulman, "Approximating KL Divergence", k3)."""
+    return ((ref_log_probs - log_probs).exp() - (ref_log_probs - log_probs) - 1).sum()
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -18,10 +18,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhfsim import layout
 from rlhfsim import timeline as timelines
 from rlhfsim.errors import InputError
 from rlhfsim.graph import StageGraph
-from rlhfsim.layout import Holding, check_real, graph_of, holdings_of, rank_bytes, rank_sets, sync_rank_sets
+from rlhfsim.layout import Holding
 from rlhfsim.records import RecordFile, read, record_path, timeline
 from rlhfsim.spec.loader import load_scenario
 from rlhfsim.spec.scenario import Scenario
@@ -68,11 +69,9 @@ class Job:
 
     def save(self, reason: str = "") -> timelines.Timeline:
         info = _info(self.scenario, self.device) | ({"failure": reason} if reason else {})
-        options, ranks = self.options, self.place.ranks
-        found = timeline(
-            self.graph, read(self.records, ranks), ranks, options.iterations, warmup=options.warmup, info=info
-        )
-        timelines.write(found, options.out)
+        kept, records = self.options, read(self.records, self.place.ranks)
+        found = timeline(self.graph, records, self.place.ranks, kept.iterations, warmup=kept.warmup, info=info)
+        timelines.write(found, kept.out)
         return found
 
 
@@ -119,11 +118,11 @@ def prepare(arguments: list[str] | None, place: Place) -> Job:
     """Raises InputError for what cannot run here."""
     options = _parser().parse_args(arguments)
     scenario = load_scenario(options.scenario, options.overrides)
-    check_real(scenario)
-    graph, notes = graph_of(scenario)
-    holdings = holdings_of(scenario, graph)
+    layout.check_real(scenario)
+    graph, notes = layout.graph_of(scenario)
+    holdings = layout.holdings_of(scenario, graph)
     _check_options(options)
-    _check_ranks(graph, place)
+    layout.check_real_graph(graph, holdings, place.ranks)
     device = _device(place)
     _check_memory(holdings, place, device)
     return Job(scenario, graph, holdings, notes, options, place, device)
@@ -138,16 +137,6 @@ def _check_options(options: argparse.Namespace) -> None:
             raise InputError(f"is {getattr(options, name)}, but must be positive", field=f"--{name}")
     if not options.out.parent.is_dir() or options.out.is_dir():
         raise InputError(f"{str(options.out)!r} is no file in a folder that exists", field="--out")
-
-
-def _check_ranks(graph: StageGraph, place: Place) -> None:
-    needed = 1 + max(r for s in graph.stages() for r in s.ranks)
-    if needed > place.ranks:
-        raise InputError(
-            f"the scenario runs on {needed} ranks, but {place.ranks} were started "
-            f"(torchrun --nproc-per-node {needed} -m real.run ...)",
-            field="cluster",
-        )
 
 
 def _device(place: Place) -> torch.device:
@@ -173,17 +162,15 @@ def _check_memory(holdings: dict[str, Holding], place: Place, device: torch.devi
     import torch
 
     on_cpu = device.type == "cpu"
-    needs = [rank_bytes(holdings, rank, on_cpu) for rank in range(place.ranks)]
-    if on_cpu:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        needed = max(sum(needs[k : k + place.local_ranks]) for k in range(0, place.ranks, place.local_ranks))
-        what = f"the {place.local_ranks} ranks of a machine"
-    else:
-        there, needed, what = torch.cuda.get_device_properties(device).total_memory, max(needs), "a rank"
+    together = place.local_ranks if on_cpu else 1  # that share the memory
+    needs = [layout.rank_bytes(holdings, rank, on_cpu) for rank in range(place.ranks)]
+    needed = max(sum(needs[k : k + together]) for k in range(0, place.ranks, together)) / 2**30
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if not on_cpu:
+        there = torch.cuda.get_device_properties(device).total_memory / 2**30
     if needed > there:
-        raise InputError(
-            f"{what} need at least {needed / 2**30:.1f} GiB, but there are {there / 2**30:.1f} GiB", field="models"
-        )
+        what = f"the {together} ranks of a machine need" if on_cpu else "a rank needs"
+        raise InputError(f"{what} at least {needed:.1f} GiB, but there are {there:.1f} GiB", field="models")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -213,36 +200,22 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
     watch.start()
     try:
         if not dist.is_initialized():
-            # CPU tensors (messages, barriers) always go by gloo.
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("groups", store),
-                rank=place.rank,
-                world_size=place.ranks,
-                timeout=timedelta(seconds=GROUP_SECONDS),
-            )
+            backend = "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo"  # CPU tensors always go by gloo
+            own, limit = dist.PrefixStore("groups", store), timedelta(seconds=GROUP_SECONDS)
+            dist.init_process_group(backend, store=own, rank=place.rank, world_size=place.ranks, timeout=limit)
         from .stages import Stages  # with transformers and DeepSpeed, which take seconds
 
         clock, results = align(place.rank, place.ranks), LaneStore()
-        sets = rank_sets(job.graph, job.holdings)
-        sets |= sync_rank_sets(job.graph, job.holdings, job.scenario.weight_sync.method)
+        sets = layout.rank_sets(job.graph, job.holdings)
+        sets |= layout.sync_rank_sets(job.graph, job.holdings, job.scenario.weight_sync.method)
         groups = Groups(place.rank, sets, meter)
         work = Stages(job.scenario, job.graph, job.holdings, place.rank, groups, results)
     except BaseException as error:
         watch.fail(error)
         raise
-    Executor(
-        job.graph,
-        place.rank,
-        work,
-        options.warmup + options.iterations,
-        dist.PrefixStore("run", store),
-        groups,
-        clock,
-        results=results,
-        watch=watch,
-        file=RecordFile(job.records, place.rank, clock),
-    ).run()
+    iterations, log = options.warmup + options.iterations, dist.PrefixStore("run", store)
+    kept = {"results": results, "watch": watch, "file": RecordFile(job.records, place.rank, clock)}
+    Executor(job.graph, place.rank, work, iterations, log, groups, clock, **kept).run()
     watch.close()
     work.close()
     if place.rank:

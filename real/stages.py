@@ -57,6 +57,9 @@ class Stages:
         self.rank, self.groups, self.store = rank, groups, store
         self.algorithm, self.steps = scenario.algorithm, algorithm_of(scenario)
         self.samples, self.seed = scenario.workload.samples, scenario.simulation.seed
+        self.kl_in_loss = "ref_log_probs" in self.steps.batch
+        unpaid = self.kl_in_loss or "reference" not in scenario.roles
+        self.kl_in_reward = 0.0 if unpaid else self.algorithm.kl_coefficient
         together = kept_together(graph, self.samples, scenario.workload.responses_per_prompt)
         self.split = Split(graph, self.samples, together)
         self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks}
@@ -188,10 +191,11 @@ class Stages:
             results = {s: {"score": ppo.share_of_even_tokens(sample)} for s, sample in samples.items()}
         if "rewards" in self._carried(stage):  # it has all that was said of a sample, and hands it to the trainers
             fields = sorted(self._carried(stage))
-            for s, found in results.items():
-                whole = samples[s] | found
-                results[s] = whole | {"rewards": ppo.shaped_rewards(whole, self.algorithm.kl_coefficient)}
+            results = {s: self._rewarded(samples[s] | found) for s, found in results.items()}
         return self._home(f, stage, results, fields)
+
+    def _rewarded(self, sample: Sample) -> Sample:
+        return {"rewards": ppo.shaped_rewards(sample, self.kl_in_reward)} | sample if "score" in sample else sample
 
     @torch.no_grad()
     def _judged(self, f: Firing, stage: Stage, samples: Samples, fields: Sequence[str]) -> Samples:
@@ -225,12 +229,17 @@ class Stages:
     def _train(self, f: Firing, stage: Stage) -> None:
         """One update on a mini-batch: a mean over all its response tokens, however they are split."""
         engine, chosen = self.engines[stage.model], self.algorithm
-        mine = self._mine(f, stage)
-        for s, sample in mine.items():
-            if "rewards" not in sample:
-                mine[s] = sample | {"rewards": ppo.shaped_rewards(sample, chosen.kl_coefficient)}
-        judged = ppo.with_advantages(list(mine.values()), chosen.discount, chosen.gae_lambda)
-        ready = dict(zip(mine, judged, strict=True))
+        mine = {s: self._rewarded(sample) for s, sample in self._mine(f, stage).items()}
+        if "values" in self.steps.batch:
+            ready = ppo.with_advantages(mine, chosen.discount, chosen.gae_lambda)
+        else:
+            own, per_prompt = (
+                {s: {"": x["rewards"]} for s, x in mine.items()},
+                self.scenario.workload.responses_per_prompt,
+            )
+            rewards = {s: x[""] for s, x in self.groups.exchange(own, stage.ranks_of(f.place)).items()}
+            found = ppo.relative_advantages(chosen.name, rewards, per_prompt, chosen.discount)
+            ready = {s: sample | {"advantages": found[s]} for s, sample in mine.items()}
         tokens = torch.tensor(float(sum(len(s["rewards"]) for s in ready.values())), device=self.groups.device)
         if stage.size > 1:
             self.groups.all_reduce(tokens, stage.ranks_of(f.place))
@@ -250,7 +259,7 @@ class Stages:
         out = engine.callable(**batch.inputs)
         if "rewards" not in samples[0]:
             return sum(x.sum() for x in out.values()) * 0.0
-        names = ("log_probs", "values", "advantages", "returns")
+        names = {"log_probs", "ref_log_probs", "values", "advantages", "returns"} & samples[0].keys()
         of = {name: torch.cat([s[name] for s in samples]).to(self.groups.device) for name in names}
         value = policy = torch.zeros((), device=self.groups.device)
         if "state_values" in out:
@@ -258,7 +267,10 @@ class Stages:
             value = ppo.value_loss(values, of["values"], of["returns"], chosen.clip_values)
         if "log_probs" in out:
             log_probs = out["log_probs"][batch.responses]
-            policy = ppo.policy_loss(log_probs, of["log_probs"], of["advantages"], chosen.clip_ratio)
+            old = log_probs.detach() if chosen.name == "gpg" else of["log_probs"]  # GPG: no ratio, no clipping
+            policy = ppo.policy_loss(log_probs, old, of["advantages"], chosen.clip_ratio)
+            if self.kl_in_loss:
+                policy = policy + chosen.kl_coefficient * ppo.divergence(log_probs, of["ref_log_probs"])
         return value if model == "critic" else policy + chosen.value_coefficient * value
 
     def _sync(self, f: Firing, stage: Stage) -> None:

@@ -281,7 +281,6 @@ def check_real(scenario: Scenario) -> None:
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.longest_sample
     for field, value, allowed in (
-        ("name", scenario.algorithm.name, ("ppo",)),
         ("old_log_prob", scenario.algorithm.old_log_prob, ("always",)),
         ("reward", scenario.algorithm.reward, ("model", "function")),
     ):
@@ -290,8 +289,15 @@ def check_real(scenario: Scenario) -> None:
             raise InputError(message, field=f"algorithm.{field}")
     if scenario.workload.turns is not None:
         raise InputError("are not part of real runs yet (allowed: none)", field="workload.turns")
-    if "reference" not in scenario.roles:
-        raise InputError("leaves out the reference, which real runs need", field="algorithm.reference")
+    if scenario.rounds > 1:
+        message = "makes rounds of generation, which real runs do not have (allowed: 1 and no gen_prompts)"
+        raise InputError(message, field="algorithm.filter_accept_probability")
+    prompts, updates = scenario.workload.prompts, scenario.algorithm.minibatches
+    if scenario.algorithm.name != "ppo" and prompts % updates:
+        message = (
+            f"is {updates}; a real run keeps a prompt's responses in one mini-batch: it must divide {prompts} prompts"
+        )
+        raise InputError(message, field="algorithm.minibatches")
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
         hf_config(use.shape)  # complains about what cannot be built
@@ -300,6 +306,10 @@ def check_real(scenario: Scenario) -> None:
                 f"{use.spec} has a window of {use.shape.window} tokens; real runs attend to all of up to {longest}"
             )
             raise InputError(message, field=f"models.{role}.spec")
+        sharded = use.backend == "deepspeed" and use.zero_stage == 3
+        if use.offload_parameters and role in ("actor", "critic") and not sharded:
+            message = "is true; real runs offload trained weights only with backend deepspeed and zero_stage 3"
+            raise InputError(message, field=f"models.{role}.offload_parameters")
         if (split := use.ranks_per_replica) > 1:
             message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
             raise InputError(message, field=f"models.{role}.tensor_parallel")
@@ -315,6 +325,28 @@ def check_real(scenario: Scenario) -> None:
     if (routing := generation.routing) != "static":
         message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
         raise InputError(message, field="generation.routing")
+
+
+def check_real_graph(graph: StageGraph, holdings: dict[str, Holding], started: int) -> None:
+    """Raises InputError for what a real run cannot do of a strategy, or where it has fewer ranks than the graph."""
+    for stage in graph.stages():
+        if stage.kind == "generate" and stage.unfinished != "wait":
+            message = f"{stage.name} stops while responses are unfinished, which real runs cannot do yet"
+            raise InputError(message, field="strategy")
+        if stage.kind == "sync":
+            source, target = (set(holdings[str(name)].ranks) for name in (stage.model, stage.target))
+            if source & target and source != target:
+                message = (
+                    f"{stage.name}: ranks of {stage.model} and {stage.target} overlap (allowed: the same, or others)"
+                )
+                raise InputError(message, field="strategy")
+    needed = 1 + max(r for s in graph.stages() for r in s.ranks)
+    if needed > started:
+        raise InputError(
+            f"the scenario runs on {needed} ranks, but {started} were started "
+            f"(torchrun --nproc-per-node {needed} -m real.run ...)",
+            field="cluster",
+        )
 
 
 def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:

@@ -97,7 +97,7 @@ class TwinPool:
 
     def run(self, wanted: int, stop: float = float("inf")) -> bool:
         """Until so many responses are ready (True), or until every engine has ended the step of the instant `stop`."""
-        for engine in self.engines:
+        for engine in self.engines if len(self.ready) < wanted else ():
             if engine.end is None:
                 engine.begin(self.now)
         while len(self.ready) < wanted:

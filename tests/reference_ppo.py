@@ -1,4 +1,4 @@
-"""PPO in one process, as plainly as it can be written: fp64, one sample at a time, no cache, no batches, no DeepSpeed.
+"""PPO, GRPO and its kin in one process, as plainly as can be: fp64, one sample at a time, no cache, no DeepSpeed.
 
 It shares with real runs the initial weights, the module, the prompts and the noise, and nothing of how work is done.
 """
@@ -6,6 +6,7 @@ It shares with real runs the initial weights, the module, the prompts and the no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -28,6 +29,10 @@ class Reference:
         self.reference = self._model("reference", chosen.reference, lm=True, value=False, train=False)
         self.reward = self._model("reward", chosen.reward, lm=False, value=True, train=False)
         self.trained = [self.actor] if shared else [self.actor, self.critic]
+        self.staleness = (
+            scenario.strategy.options.get("staleness", 1) if scenario.strategy.name == "one_step_off" else 0
+        )
+        self.versions = [deepcopy(self.actor)]  # those that generate
         self.optimizers = [self._optimizer(m) for m in self.trained]
 
     def _model(self, role, use, **options) -> models.Decoder:  # type: ignore[no-untyped-def]
@@ -48,6 +53,7 @@ class Reference:
             responses.append([tokens[start:] for tokens, start, *_ in samples])
             for chosen in mini_batches(iteration):
                 self._update([samples[s] for s in chosen])
+            self.versions.append(deepcopy(self.actor))
         return responses
 
     # -- what a model says of a sequence ------------------------------------------------------------------
@@ -82,10 +88,11 @@ class Reference:
             limit,
             vocabulary,
         )
+        actor = self.versions[max(0, iteration - self.staleness)]
         noise = generate._gumbel(torch.device("cpu"), vocabulary)
         tokens = r.prompt.tolist()
         for offset in r.noise:
-            logits = self.actor.lm_head(self._hidden(self.actor, tokens)[-1])  # type: ignore[misc]
+            logits = actor.lm_head(self._hidden(actor, tokens)[-1])  # type: ignore[misc]
             tokens.append(int((logits + noise[int(offset)]).argmax()))
             if sampled and tokens[-1] == 0:
                 break
@@ -122,11 +129,86 @@ class Reference:
             count += len(old)
         weight = a.value_coefficient if self.actor is self.critic else 1.0
         ((policy + weight * value) / count).backward()
+        self._step()
+
+    def _step(self) -> None:
         for model, optimizer in zip(self.trained, self.optimizers, strict=True):
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = float(torch.sqrt(sum((g**2).sum() for g in gradients)))  # type: ignore[arg-type]
-            if norm > a.gradient_clip:
+            if norm > self.algorithm.gradient_clip:
                 for g in gradients:
-                    g *= a.gradient_clip / norm
+                    g *= self.algorithm.gradient_clip / norm
             optimizer.step()
             optimizer.zero_grad()
+
+
+class WithoutCritic(Reference):
+    """GRPO and its kin: what a response earned, compared with the others to its prompt or in its mini-batch."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario)
+        self.critic, self.trained, self.optimizers = self.actor, [self.actor], self.optimizers[:1]
+
+    def run(self, iterations: int, mini_batches: MiniBatches) -> list[list[list[int]]]:
+        responses = []
+        for iteration in range(iterations):
+            made = [self._response(iteration, s) for s in range(self.scenario.workload.samples)]
+            judged = [self._judged(*response) for response in made]
+            responses.append([tokens[start:] for tokens, start in made])
+            for chosen in mini_batches(iteration):
+                self._learn(made, judged, chosen)
+            self.versions.append(deepcopy(self.actor))
+        return responses
+
+    @torch.no_grad()
+    def _judged(self, tokens: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of actor and reference, and every token's reward."""
+        old, ref = self._log_probs(self.actor, tokens, start), self._log_probs(self.reference, tokens, start)
+        rewards = torch.zeros(len(old), dtype=torch.float64)
+        if self.algorithm.name in ("rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+            rewards = self.algorithm.kl_coefficient * (ref - old)
+        if self.algorithm.reward == "model":
+            rewards[-1] += self.reward.value_head(self._hidden(self.reward, tokens)[-1])[0]  # type: ignore[misc]
+        else:
+            rewards[-1] += np.mean([t % 2 == 0 for t in tokens[start:]])
+        return old, ref, rewards
+
+    def _advantages(self, rewards: dict[int, list[float]]) -> dict[int, np.ndarray]:
+        """Of the tokens of each sample of a mini-batch."""
+        name, per_prompt = self.algorithm.name, self.scenario.workload.responses_per_prompt
+        found = {}
+        for s, own in rewards.items():
+            others = [sum(rewards[o]) for o in rewards if o // per_prompt == s // per_prompt]
+            rest, total = [sum(rewards[o]) for o in rewards if o // per_prompt == s // per_prompt and o != s], sum(own)
+            if name == "reinforce_plus_plus":
+                fade = self.algorithm.discount
+                found[s] = np.array(
+                    [sum(fade ** (k - t) * own[k] for k in range(t, len(own))) for t in range(len(own))]
+                )
+            elif name == "rloo":
+                found[s] = np.full(len(own), total - np.mean(rest))
+            else:
+                spread = np.std(others, ddof=1) + 1e-6 if name in ("grpo", "dapo") else 1.0
+                found[s] = np.full(len(own), (total - np.mean(others)) / spread)
+        if name.startswith("reinforce"):
+            everything = np.concatenate(list(found.values()))
+            found = {s: (a - everything.mean()) / np.sqrt(everything.var(ddof=1) + 1e-8) for s, a in found.items()}
+        return found
+
+    def _learn(self, made: list, judged: list, chosen: Sequence[int]) -> None:  # type: ignore[type-arg]
+        a, loss, count = self.algorithm, torch.tensor(0.0, dtype=torch.float64), 0
+        advantages = self._advantages({s: judged[s][2].tolist() for s in chosen})
+        for s in chosen:
+            (tokens, start), (old, ref, _) = made[s], judged[s]
+            now, advantage = self._log_probs(self.actor, tokens, start), torch.from_numpy(advantages[s])
+            ratio = torch.exp(now - old)
+            if a.name == "gpg":
+                loss = loss - (now * advantage).sum()
+            else:
+                clipped = ratio.clamp(1 - a.clip_ratio, 1 + a.clip_ratio)
+                loss = loss - torch.min(ratio * advantage, clipped * advantage).sum()
+            if a.name == "grpo":
+                loss = loss + a.kl_coefficient * (torch.exp(ref - now) - (ref - now) - 1).sum()
+            count += len(old)
+        (loss / count).backward()
+        self._step()

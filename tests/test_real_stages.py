@@ -29,13 +29,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import transformers
-from reference_ppo import Reference
+from reference_ppo import Reference, WithoutCritic
 from scenarios import scenario
 
 from real import executor, generate, groups, meter, models, ppo, stages
 from rlhfsim.errors import InputError
 from rlhfsim.firing import Firing
-from rlhfsim.layout import check_real, graph_of, holdings_of, rank_sets
+from rlhfsim.layout import check_real, check_real_graph, graph_of, holdings_of, rank_sets
 from rlhfsim.model import parameters
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import ModelUse, Scenario
@@ -57,7 +57,8 @@ BASE: dict[str, Any] = {
     },
     "algorithm": {"name": "ppo", "epochs": 2, "minibatches": 1, "optimizer": "sgd", "learning_rate": 0.5},
 }
-ON_SIX = {"cluster": {"spec": "a100-80g-sxm", "nodes": 1, "gpus_per_node": 6}, "strategy.batches": 4}
+ON_SIX_ALONE = {"cluster": {"spec": "a100-80g-sxm", "nodes": 1, "gpus_per_node": 6}}
+ON_SIX = ON_SIX_ALONE | {"strategy.batches": 4}
 ZERO_0 = {"models.actor.zero_stage": 0, "models.critic.zero_stage": 0}
 PLAIN = ZERO_0 | {"models.actor.backend": "torch", "models.critic.backend": "torch"}
 LORA = {"models.actor.lora_rank": 4, "models.actor.logits_chunk_tokens": 5, "models.critic.trainable_layers": 1}
@@ -97,6 +98,7 @@ SAME = {
             "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4], "critic": [5]},
         },
     ),
+    "split_placement": job("split_placement", "engine", ON_SIX_ALONE),
 }
 OTHERS = {
     "two_minibatches": job("colocated", "hybrid", {"algorithm.minibatches": 2, "models.actor.zero_stage": 2}),
@@ -120,6 +122,28 @@ OTHERS = {
             "strategy.ranks": {"shadow_actor": [0, 1], "reference": [2], "reward": [3], "actor": [4, 5]},
         },
     ),
+}
+GROUPS = {"workload.responses_per_prompt": 4, "workload.prompts": 4, "algorithm.epochs": 2}
+REWARD_FUNCTION = {"algorithm.reward": "function"}
+
+
+def without_critic(name: str, *more: dict[str, Any]) -> dict[str, Any]:
+    changes = GROUPS | {"algorithm.name": name}
+    for some in more:
+        changes |= some
+    return changes
+
+
+OTHERS |= {
+    "grpo": job("colocated", "hybrid", without_critic("grpo", {"algorithm.minibatches": 2})),
+    "grpo_apart": job("disaggregated", "engine", without_critic("grpo", ON_SIX, {"strategy.batches": 2})),
+    "rloo": job("interleaved", "hybrid", without_critic("rloo", PLAIN)),
+    "reinforce": job("colocated", "engine", without_critic("reinforce_plus_plus", ZERO_0, {"algorithm.discount": 0.9})),
+    "reinforce_baseline": job("colocated", "engine", without_critic("reinforce_plus_plus_baseline", ZERO_0)),
+    "gpg": job("colocated", "engine", without_critic("gpg", ZERO_0, REWARD_FUNCTION)),
+    "one_step_off": job("one_step_off", "engine", {"algorithm.epochs": 1}),
+    "two_steps_off": job("one_step_off", "engine", without_critic("grpo", {"strategy.staleness": 2})),
+    "dapo": job("colocated", "engine", without_critic("dapo", ZERO_0, REWARD_FUNCTION)),
 }
 BROKEN = {
     "stale_weights": job("disaggregated", "engine", ON_SIX) | {"broken": "stale_weights"},
@@ -167,7 +191,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def expected(text: str) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Weights that the reference trains, by model, and how far the weight that changed most did."""
     found = made(json.loads(text))
-    reference, before = Reference(found), Reference(found)
+    kind = Reference if found.algorithm.name == "ppo" else WithoutCritic
+    reference, before = kind(found), kind(found)
     reference.run(ITERATIONS, lambda iteration: mini_batches(found))
     weights, start = weights_of(reference), weights_of(before)
     moved = {m: max(float((w - start[m][n]).abs().max()) for n, w in own.items()) for m, own in weights.items()}
@@ -292,15 +317,36 @@ def test_a_lost_result_is_an_error_that_names_it(one_rank: None) -> None:
         ("models.actor.tensor_parallel", 2),
         ("generation.routing", "least_loaded"),
         ("models.reward.spec", "small-8x512"),
-        ("algorithm.name", "reinforce_plus_plus"),
         ("algorithm.old_log_prob", "engine"),
-        ("algorithm.reference", False),
+        ("algorithm.reward", "judge"),
+        ("models.actor.offload_parameters", True),
+        ("algorithm.filter_accept_probability", 0.5),
+        ("algorithm.minibatches", 3),
     ],
 )
 def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
+    needs = {"algorithm.reward_latency": 1.0, "workload.prompts": 4, "workload.responses_per_prompt": 2}
+    needs |= {"algorithm.name": "dapo"} if "filter" in field or "minibatches" in field else {}
     with pytest.raises(InputError) as error:
-        check_real(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "hybrid", field: value}))
+        check_real(made(BASE | ZERO_0 | needs | {"strategy": "colocated", "engine": "hybrid", field: value}))
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [("asynchronous", "unfinished"), ("partial_rollout", "unfinished"), ("reallocation", "overlap")],
+)
+def test_strategies_that_real_runs_cannot_do_are_refused(strategy: str, said: str) -> None:
+    found = made(BASE | ZERO_0 | {"strategy": strategy, "engine": "engine"})
+    graph, _ = graph_of(found)
+    with pytest.raises(InputError, match=said):
+        check_real_graph(graph, holdings_of(found, graph), 4)
+
+
+def test_without_reference_there_is_no_price_of_leaving_it(one_rank: None) -> None:
+    free, priced = ({"algorithm.reference": False}, {"algorithm.kl_coefficient": 1e-12})
+    weights = [in_program_order(ALONE | changes).weights("actor") for changes in (free, priced)]
+    assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-7) for n in weights[0])
 
 
 # --- models and generation -------------------------------------------------------------------------------------------

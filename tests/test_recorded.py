@@ -49,9 +49,9 @@ def test_errors_are_those_of_the_report(
 def test_iterations_are_predicted(results: list[Result]) -> None:
     found = summary(results)
     assert found["predictions"] >= 24 and sum(r.role == "calibration" for r in results if r.quantity == STEP) <= 4
-    assert found["mean_abs_error"] < 0.10
-    assert abs(found["worst"]["error"]) < 0.25
-    assert found["ranking"] >= 0.95
+    assert found["mean_abs_error"] < 0.07
+    assert abs(found["worst"]["error"]) < 0.18
+    assert found["ranking"] >= 0.99
 
 
 def test_every_kind_is_there(results: list[Result]) -> None:
@@ -104,9 +104,8 @@ def test_a_wrong_coefficient_fails(tmp_path: Path, committed: dict[tuple[str, st
     kernels["gemm"]["bf16"]["compute_efficiency"] *= 0.5
     kernels["gemm"]["bf16"]["memory_efficiency"] *= 0.5
     YAML().dump(kernels, path)
-    good = next(
-        i for (i, quantity), r in committed.items() if quantity == STEP and r["role"] == "prediction" and r["ok"]
-    )
+    large = {i: r for (i, quantity), r in committed.items() if quantity == STEP and "host/" in i and "small-8x512" in i}
+    good = next(i for i, r in large.items() if r["role"] == "prediction" and r["ok"])  # products take most of its time
     case = f"{good.replace('/', '-')}.case.yaml"
     for folder, ok in ((FOLDER, True), (tmp_path, False)):
         found = CliRunner().invoke(cli, ["validate", str(folder / case), "--json"])

@@ -19,6 +19,7 @@ from rlhfsim.costs.engine import continuous_runs
 from rlhfsim.costs.pool import Pool, Sample
 from rlhfsim.costs.turns import TurnEngine, turn_steps
 from rlhfsim.errors import DoesNotFit, InputError
+from rlhfsim.layout import check_real
 from rlhfsim.metrics import stage_seconds, tool_summary
 from rlhfsim.simulate import lengths_of, prepare, turns_of
 from rlhfsim.spec.lengths import Turn, draw_turns
@@ -392,3 +393,8 @@ def test_lengths_are_those_of_the_turns() -> None:
 def test_impossible_turns(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         prepare(scenario(engine="engine", **changes))
+
+
+def test_real_runs_have_one_turn() -> None:
+    with pytest.raises(InputError, match="workload.turns.*real runs"):
+        check_real(scenario(engine="engine", workload__turns=2))

@@ -27,19 +27,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/real_cpu"), help="folder for all of it")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of every configuration")
+    parser.add_argument("--minutes", type=float, default=19.0, help="no further repetition begins after so long")
     parser.add_argument("--quick", action="store_true", help="few rows and configurations, to see that it works")
     parser.add_argument("--report-only", action="store_true", help="from what lies in DIR; nothing runs")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    failed = [] if options.report_only else measure(options.out, options.rounds, options.quick)
+    failed = [] if options.report_only else measure(options.out, options.rounds, options.quick, 60 * options.minutes)
     predict(options.out)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return bool(failed)
 
 
-def measure(out: Path, rounds: int, quick: bool) -> list[str]:
-    """Everything that is not yet there. Returns what failed."""
+def measure(out: Path, rounds: int, quick: bool, seconds: float) -> list[str]:
+    """Everything that is not yet there: once in any case, again while there is time. Returns what failed."""
     started, why = time.monotonic(), why_no_nodes()
     if why:
         print(f"two nodes are left out: {why}", file=sys.stderr)
@@ -58,7 +59,7 @@ def measure(out: Path, rounds: int, quick: bool) -> list[str]:
             order = random.Random(number).sample(configs, len(configs))
             for config in order:
                 path = run_path(out, config, number)
-                if not path.exists():
+                if not path.exists() and (number == 0 or time.monotonic() - started < seconds):
                     failed += _run(config, pairs[config.network], path)
             print(f"round {number + 1}: {time.monotonic() - started:.0f} s")
         for pair in set(pairs.values()):
