@@ -284,8 +284,14 @@ def check_real(scenario: Scenario) -> None:
             raise InputError(message, field=f"algorithm.{field}")
     if "reference" not in scenario.roles:
         raise InputError("leaves out the reference, which real runs need", field="algorithm.reference")
+    if scenario.workload.balanced:
+        raise InputError("is true; real runs share samples out in order (allowed: false)", field="workload.balanced")
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
+        for field in ("micro_batch_tokens", "score_micro_batch_tokens"):
+            if (limit := getattr(use, field)) is not None:
+                message = f"is {limit}; real runs count samples of a micro-batch (allowed: none)"
+                raise InputError(message, field=f"models.{role}.{field}")
         hf_config(use.shape)  # complains about what cannot be built
         if use.shape.window and longest > use.shape.window:
             message = (

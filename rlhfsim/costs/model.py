@@ -16,6 +16,7 @@ from rlhfsim.graph import Message, Stage
 from rlhfsim.layout import Holding
 from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
 from rlhfsim.model import Head, parameters
+from rlhfsim.packing import shares_by_tokens
 from rlhfsim.spec.scenario import Scenario
 
 from .generation import (
@@ -251,7 +252,8 @@ class CostModel:
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
-        shares = per_replica(tokens, layout.replicas)
+        share_out = shares_by_tokens if self.scenario.workload.balanced else per_replica
+        shares = share_out(tokens, layout.replicas)
         if stage.kind == "score":
             return score_program(use, shares, layout, self.operators, head=head)
         node = self.scenario.cluster.node

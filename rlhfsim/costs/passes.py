@@ -1,7 +1,7 @@
 """Programs of scoring and training: what each replica of a place computes, and when it must move what.
 
 `lengths` holds one array of token counts per replica, a number per sample (prompt and response; the caller pads where
-the scenario says so). Samples fill micro-batches in the given order. Where ranks wait for each other is part of the
+the scenario says so). Samples fill micro-batches in the given order, or are packed by tokens (`packing`). Where ranks wait for each other is part of the
 program: at every layer under ZeRO-3 (each gather is a meeting), at every backward under ZeRO-2, at the optimizer step
 under ZeRO-0 and 1.
 
@@ -35,6 +35,7 @@ from rlhfsim.model import (
     lora_parameters,
     parameters,
 )
+from rlhfsim.packing import packed_micro_batches
 from rlhfsim.spec.model_spec import UNSPLIT, ExpertSplit, ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
@@ -136,11 +137,14 @@ class Host:
         return np.asarray(counts[inverse].reshape(layout.grid.shape).max(axis=(0, 2)))
 
 
-def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
+def micro_batches(lengths: Lengths, samples: int, tokens: int | None = None, *, multiple_of: int = 1) -> np.ndarray:
     """Token counts, shape (replicas, micro-batches, samples), filled up with zeros.
 
-    Every replica has a first micro-batch; uneven numbers are filled up with empty ones.
+    Of so many samples in the given order, or of at most so many tokens. Every replica has a first micro-batch; uneven
+    numbers are filled up with empty ones.
     """
+    if tokens is not None:
+        return packed_micro_batches(lengths, tokens, multiple_of=multiple_of)
     count = max(1, max((-(-len(own) // samples) for own in lengths), default=1))
     batches = np.zeros((len(lengths), count, samples))
     for batch, own in zip(batches, lengths, strict=True):
@@ -154,8 +158,9 @@ def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
 def score_program(
     use: ModelUse, lengths: Lengths, layout: Layout, operators: Operators, *, head: Head = "lm"
 ) -> list[Segment]:
-    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values."""
-    work = _Work(use, micro_batches(lengths, use.score_micro_batch_samples), layout, operators, head)
+    """One forward pass over all samples, micro-batch by micro-batch: log-probs or values."""
+    batches = micro_batches(lengths, use.score_micro_batch_samples, use.score_micro_batch_tokens)
+    work = _Work(use, batches, layout, operators, head)
     load = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
         return [*load, work.pipeline("forward", backward=False)]
@@ -189,7 +194,10 @@ def train_program(
     default), and ZeRO-2 is as ZeRO-1.
     `host` is needed for an offloaded optimizer.
     """
-    work = _Work(use, micro_batches(lengths, use.micro_batch_samples), layout, operators, head)
+    # The interleaved schedule wants whole rounds of its stages.
+    whole = use.pipeline_parallel if use.pipeline_chunks > 1 else 1
+    batches = micro_batches(lengths, use.micro_batch_samples, use.micro_batch_tokens, multiple_of=whole)
+    work = _Work(use, batches, layout, operators, head)
     program = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
         program += [work.pipeline("forward_backward", backward=True), *work.reduction_after()]

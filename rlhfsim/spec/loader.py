@@ -39,6 +39,7 @@ _LAYOUT = (
     "pipeline_parallel",
     "sequence_parallel",
     "score_micro_batch_samples",
+    "score_micro_batch_tokens",
     "flash_attention",
     "logits_chunk_tokens",
     "gemm_precision",
@@ -196,6 +197,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
         _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
+        _check_packing(f"models.{role}", getattr(scenario.models, role), scenario, where)
     _check_generation(scenario, where)
     _check_lengths(scenario, where)
 
@@ -262,6 +264,20 @@ def _check_precision(field: str, use: ModelUse, cluster: Cluster, where: Where) 
     else:
         return
     raise _error(message, f"{field}.gemm_precision", where)
+
+
+def _check_packing(field: str, use: ModelUse, scenario: Scenario, where: Where) -> None:
+    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    for name in ("micro_batch_tokens", "score_micro_batch_tokens"):
+        limit = getattr(use, name)
+        if limit is None:
+            continue
+        if scenario.workload.padded:
+            message = f"is {limit}, but samples are only packed without padding: workload.padded must be false"
+            raise _error(message, f"{field}.{name}", where)
+        if limit < longest:
+            message = f"is {limit}, but prompt and response may have {longest} tokens: at least as many are needed"
+            raise _error(message, f"{field}.{name}", where)
 
 
 def _check_generation(scenario: Scenario, where: Where) -> None:

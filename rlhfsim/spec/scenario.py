@@ -44,6 +44,9 @@ class ModelUse(Record):
     routing_imbalance: rows of the busiest expert-parallel rank over the mean; 1: balanced. Without expert_parallel all
         experts are on one rank, and it counts for nothing.
     micro_batch_samples: samples per forward/backward of one replica; score_micro_batch_samples: of a scoring pass.
+    micro_batch_tokens, score_micro_batch_tokens: instead, samples are packed without padding in micro-batches of at
+        most so many tokens of one replica (verl: use_dynamic_bsz, ppo_max_token_len_per_gpu times the ranks that share
+        a sequence; NeMo-RL: sequence_packing). All replicas have equally many, and balanced ones.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
@@ -68,6 +71,8 @@ class ModelUse(Record):
     routing_imbalance: Annotated[float, Field(ge=1, le=1e3)] = 1.0
     micro_batch_samples: Count = 4
     score_micro_batch_samples: Count = 16
+    micro_batch_tokens: Count | None = None
+    score_micro_batch_tokens: Count | None = None
     recompute: Literal["none", "selective", "full"] = "full"
     flash_attention: bool = True
     logits_chunk_tokens: Count | None = None
@@ -234,6 +239,9 @@ class Workload(Record):
 
     prompts x responses_per_prompt = samples. padded: scoring and training compute every sample at the maximum
     length (plain Hugging Face batches); otherwise padding is removed.
+    balanced: the samples of a stage are shared among the replicas of a place by tokens, equally many each (verl's
+        balance_batch, for every mini-batch by itself); otherwise in order. Replicas that are places of their own
+        (models that score with whole copies) keep what they have.
     responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
         up to the longest of them.
     """
@@ -243,6 +251,7 @@ class Workload(Record):
     prompt_tokens: Lengths
     response_tokens: Lengths
     padded: bool = True
+    balanced: bool = False
     responses: Literal["forced", "sampled"] = "forced"
 
     @property
