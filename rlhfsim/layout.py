@@ -298,6 +298,11 @@ def check_real(scenario: Scenario) -> None:
                 f"{use.spec} has a window of {use.shape.window} tokens; real runs attend to all of up to {longest}"
             )
             raise InputError(message, field=f"models.{role}.spec")
+        for field in ("overlap_grad_reduce", "overlap_param_gather"):
+            if getattr(use, field) is not None:
+                raise InputError(
+                    "is given; real runs overlap as DeepSpeed does (allowed: none)", field=f"models.{role}.{field}"
+                )
         if (split := use.ranks_per_replica) > 1:
             message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
             raise InputError(message, field=f"models.{role}.tensor_parallel")

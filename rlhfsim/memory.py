@@ -48,7 +48,8 @@ LOGITS_COPIES = 2.77
 # 1b88ac36.
 LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 
-# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers).
+# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers);
+# without overlap there is one.
 REDUCE_BUCKETS = 2
 
 # CUDA context, NCCL buffers and allocator slack (unverified).
@@ -239,7 +240,8 @@ def training_bytes(
         activations += micro_batch_tokens * output
         logits = _logits(use, micro_batch_tokens, head)
     reduced = min(trained_parameters(use, head, stage), REDUCE_BUCKET_PARAMETERS)
-    buffers = REDUCE_BUCKETS * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
+    buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS
+    buffers = buckets * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
     return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers)
 

@@ -194,7 +194,11 @@ def test_bad_limits_are_refused(field: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("models.actor.micro_batch_tokens", 640), ("models.actor.score_micro_batch_tokens", 640), ("workload.balanced", True)],
+    [
+        ("models.actor.micro_batch_tokens", 640),
+        ("models.actor.score_micro_batch_tokens", 640),
+        ("workload.balanced", True),
+    ],
 )
 def test_real_runs_refuse_what_they_do_not_share_out(field: str, value: Any) -> None:
     with pytest.raises(InputError) as error:

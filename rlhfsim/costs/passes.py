@@ -1,9 +1,9 @@
 """Programs of scoring and training: what each replica of a place computes, and when it must move what.
 
 `lengths` holds one array of token counts per replica, a number per sample (prompt and response; the caller pads where
-the scenario says so). Samples fill micro-batches in the given order, or are packed by tokens (`packing`). Where ranks wait for each other is part of the
-program: at every layer under ZeRO-3 (each gather is a meeting), at every backward under ZeRO-2, at the optimizer step
-under ZeRO-0 and 1.
+the scenario says so). Samples fill micro-batches in the given order, or are packed by tokens (`packing`). Where ranks
+wait for each other is part of the program: at every layer under ZeRO-3 (each gather is a meeting), at every backward
+under ZeRO-2, at the optimizer step under ZeRO-0 and 1.
 
 A transfer has one payload for all replicas of a place; where their token counts differ it is the mean.
 """
@@ -32,6 +32,7 @@ from rlhfsim.model import (
     head_parameters,
     layer_gemms,
     layers_parameters,
+    layers_routed_parameters,
     lora_parameters,
     parameters,
 )
@@ -46,6 +47,9 @@ from .pipeline import PipelineSegment, Role
 from .segment import HostSegment, Op, Segment, Transfer
 
 Lengths = Sequence[np.ndarray]
+
+# In which backward passes gradients are reduced: of every micro-batch, of the last, or once all have ended.
+Reduced = Literal["each", "last", "after"]
 
 # Parameters that one gather of updated weights covers: default of allgather_bucket_size, DeepSpeed,
 # deepspeed/runtime/zero/config.py at 1b88ac36.
@@ -163,12 +167,13 @@ def score_program(
     work = _Work(use, batches, layout, operators, head)
     load = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
-        return [*load, work.pipeline("forward", backward=False)]
+        return [*load, work.pipeline("forward")]
     zero3 = use.zero_stage == 3
     layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.inside_forward())
     ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
     engine = work.engine("forward") if zero3 else []  # what is not sharded is scored without an engine
-    return [*load, work.segment("forward", [layers, ends, *engine], overlapped=zero3, lockstep=zero3)]
+    overlapped = zero3 or use.overlap_tensor_parallel
+    return [*load, work.segment("forward", [layers, ends, *engine], overlapped=overlapped, lockstep=zero3)]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -182,6 +187,8 @@ def train_program(
     *,
     head: Head = "lm",
     host: Host | None = None,
+    first: bool = True,
+    last: bool = True,
 ) -> list[Segment]:
     """One minibatch: forward, recomputation and backward of every micro-batch, gradient reduction, optimizer step.
 
@@ -189,10 +196,10 @@ def train_program(
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` (1e9 parameters by default; deepspeed/runtime/
     zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
     backward. Gradients are reduced in the model's precision.
-    Reductions hide behind the backward where a replica is one rank (DeepSpeed with overlap_comm, DDP, FSDP). With
-    tensor, pipeline or expert parallelism they follow the last one (Megatron-LM without --overlap-grad-reduce, its
-    default), and ZeRO-2 is as ZeRO-1.
-    `host` is needed for an offloaded optimizer.
+    Reductions hide behind the backward, or follow the last one, as `ModelUse.reduces_beside` says. With tensor,
+    pipeline or expert parallelism ZeRO-2 is as ZeRO-1.
+    `host` is needed for an offloaded optimizer. first, last: of the updates between two other uses of the weights; only
+    between updates can the gather of updated weights wait for the next forward pass.
     """
     # The interleaved schedule wants whole rounds of its stages.
     whole = use.pipeline_parallel if use.pipeline_chunks > 1 else 1
@@ -200,21 +207,31 @@ def train_program(
     work = _Work(use, batches, layout, operators, head)
     program = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
-        program += [work.pipeline("forward_backward", backward=True), *work.reduction_after()]
+        beside = operators.gpu.overlaps_communication
+        reduced: Reduced = "last" if use.reduces_beside and beside else "after"
+        gathered = use.gathers_ahead and not first and beside
+        program.append(work.pipeline("forward_backward", reduced, gathered=gathered))
+        program += work.reduction_after() if reduced == "after" else []
     elif use.zero_stage == 3:
         program.append(work.segment("forward_backward", work.passes_zero3(), overlapped=True, lockstep=True))
-    elif use.ranks_together > 1:
-        program += [work.segment("forward_backward", work.passes("after")), *work.reduction_after()]
-    elif use.zero_stage == 2:
-        every = work.segment("forward_backward", work.passes("each"), overlapped=True)
+    elif use.zero_stage == 2 and use.ranks_together == 1:
+        parts = work.passes("each", gathered=use.gathers_ahead and not first)
+        every = work.segment("forward_backward", parts, overlapped=True)
         program += _by_micro_batch(every, work.batches.shape[1])
     else:
-        program.append(work.segment("forward_backward", work.passes("last"), overlapped=True))
-    return program + _optimizer_program(use, work, host)
+        reduced = "last" if use.reduces_beside else "after"
+        parts = work.passes(reduced, gathered=use.gathers_ahead and not first)
+        overlapped = use.reduces_beside or use.overlap_tensor_parallel
+        program.append(work.segment("forward_backward", parts, overlapped=overlapped))
+        program += work.reduction_after() if reduced == "after" else []
+    return program + _optimizer_program(use, work, host, gather=last or not use.gathers_ahead)
 
 
-def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Segment]:
-    """Adam on this rank's share (on the GPU or the host), and the gather of updated weights under ZeRO-1 and 2."""
+def _optimizer_program(use: ModelUse, work: _Work, host: Host | None, *, gather: bool) -> list[Segment]:
+    """Adam on this rank's share (on the GPU or the host), and the gather of updated weights under ZeRO-1 and 2.
+
+    gather: not left to the next forward pass.
+    """
     trained, width = work.trained_rank_parameters(), use.bytes_per_parameter
     routed = work.trained_rank_routed_parameters()
     share = Shards.of(use, work.layout.replicas).largest(trained, routed, 1)
@@ -234,12 +251,8 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Se
     else:
         program = [work.uniform("optimizer", work.operators.optimizer_step(use, share))]
     program += [work.uniform("engine_step", part.time) for part in work.engine("step")]
-    if use.zero_stage in (1, 2):
-        for groups, count in work.replicated(trained, routed):
-            messages = messages_of(count, ALLGATHER_BUCKET_PARAMETERS)
-            program.append(
-                work.transfer_only("gather_weights", Transfer("all_gather", groups, count * width, messages))
-            )
+    if use.zero_stage in (1, 2) and gather:
+        program += [work.transfer_only("gather_weights", t) for t in work.gathers_updated(trained, routed)]
     return program
 
 
@@ -356,6 +369,11 @@ class _Work:
             return lora_parameters(spec, self.use.lora_rank, 1) / t
         return layers_parameters(spec, t, self.use.expert_split()) / spec.layers
 
+    def _layer_routed_parameters(self) -> float:
+        """The part of `trained_layer_parameters` that is in routed experts."""
+        spec, t = self.use.shape, self.use.tensor_parallel
+        return 0.0 if self.use.lora_rank else layers_routed_parameters(spec, t, self.use.expert_split()) / spec.layers
+
     def trained_end_parameters(self) -> float:
         """Embedding and head on one rank; neither with LoRA, only the head with the lower layers frozen."""
         if self.use.lora_rank:
@@ -385,6 +403,14 @@ class _Work:
 
     # Transfers.
 
+    def gathers_updated(self, count: float, routed: float) -> list[Transfer]:
+        """ZeRO-1 and 2: of so many updated weights, `routed` of them in routed experts."""
+        width = self.use.bytes_per_parameter
+        return [
+            Transfer("all_gather", groups, number * width, messages_of(number, ALLGATHER_BUCKET_PARAMETERS))
+            for groups, number in self.replicated(count, routed)
+        ]
+
     def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec = self.use.shape
         return self._gathers(layers_parameters(spec) / spec.layers, layer_matrices(spec) if one_by_one else 0)
@@ -409,9 +435,10 @@ class _Work:
         ahead = messages_of(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
+        blocking = not self.use.gathers_ahead
         if self.use.offload_parameters and self.operators.effects.sync:
-            load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages),)
-        return load + ((Transfer("all_gather", (ranks,), payload, messages),) if len(ranks) > 1 else ())
+            load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages, blocking),)
+        return load + ((Transfer("all_gather", (ranks,), payload, messages, blocking),) if len(ranks) > 1 else ())
 
     def reduces(self, count: float, routed: float = 0.0) -> tuple[Transfer, ...]:
         """The gradients of `count` parameters, `routed` of them in routed experts, over the ranks that have copies.
@@ -427,9 +454,10 @@ class _Work:
             trained = self.trained_rank_parameters()
             return messages_of(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
-        width = self.use.bytes_per_parameter
+        width, blocking = self.use.bytes_per_parameter, not self.use.reduces_beside
         return tuple(
-            Transfer(op, groups, number * width, messages(number)) for groups, number in self.replicated(count, routed)
+            Transfer(op, groups, number * width, messages(number), blocking)
+            for groups, number in self.replicated(count, routed)
         )
 
     def tensor_forward(self, collectives: float = 2) -> tuple[Transfer, ...]:
@@ -443,7 +471,7 @@ class _Work:
             return ()
         payload = collectives * self.tokens.mean(axis=0) * self.use.shape.hidden * self.use.bytes_per_parameter
         ops: tuple[Op, ...] = ("all_gather", "reduce_scatter") if self.use.sequence_parallel else ("all_reduce",)
-        return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives) for op in ops)
+        return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives, blocking=True) for op in ops)
 
     def inside_forward(self, passes: int = 1) -> tuple[Transfer, ...]:
         """What the ranks of a replica, and those that share experts, exchange in so many passes of the mean layer.
@@ -453,7 +481,22 @@ class _Work:
         """
         exchange = self.exchange(passes)
         instead = self.expert_share if exchange and not self.use.shape.shared_expert_ffn else 0
-        return self.tensor_forward(passes * (2 - instead)) + exchange
+        return self._beside_products(self.tensor_forward(passes * (2 - instead))) + exchange
+
+    def _beside_products(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+        """The first piece of each collective, of as many as ranks, blocks; the others run beside the layer's products.
+
+        As in Transformer Engine's ring exchange of user buffers, where a product starts with the piece that is there.
+        (Here they may hide behind all of a layer's compute.)
+        """
+        if not self.use.overlap_tensor_parallel:
+            return transfers
+        first = 1 / self.use.tensor_parallel
+        return tuple(
+            _scaled(replace(t, blocking=blocking), share)
+            for t in transfers
+            for blocking, share in ((False, 1 - first), (True, first))
+        )
 
     def inside_backward(self) -> tuple[Transfer, ...]:
         """With full recomputation the forward's collectives are repeated too."""
@@ -482,12 +525,12 @@ class _Work:
         calls = self.expert_share * passes
         transfers: list[Transfer] = []
         if split.parallel > 1:
-            transfers.append(Transfer("all_to_all", self.layout.expert_groups, 2 * one, 2 * calls))
+            transfers.append(Transfer("all_to_all", self.layout.expert_groups, 2 * one, 2 * calls, blocking=True))
         if split.tensor > 1:
             groups = self.layout.expert_tensor_groups
             transfers += [
-                Transfer("all_gather", groups, one * split.tensor, calls),
-                Transfer("reduce_scatter", groups, one * split.tensor, calls),
+                Transfer("all_gather", groups, one * split.tensor, calls, blocking=True),
+                Transfer("reduce_scatter", groups, one * split.tensor, calls, blocking=True),
             ]
         return tuple(transfers)
 
@@ -497,22 +540,29 @@ class _Work:
 
     # Passes of training: parts in the order backward of layers, forward of layers, ends.
 
-    def passes(self, reduced: Literal["each", "last", "after"]) -> list[_Part]:
+    def passes(self, reduced: Reduced, *, gathered: bool = False) -> list[_Part]:
         """Forward and backward with full weights; gradients are reduced in each or the last micro-batch, or not here.
 
         Order among the micro-batches of a step is free, so the first, which every replica has, is taken as the last.
+        gathered: updated weights come beside the first forward pass; embedding and head have nothing to hide behind.
         """
         layers, spec = self.trained_layers, self.use.shape
-        of_layer, of_ends = (  # experts are split only where reductions come after
-            () if reduced == "after" else self.reduces(count)
-            for count in (self.trained_layer_parameters(), self.trained_end_parameters())
-        )
+        in_layer = self.trained_layer_parameters(), self._layer_routed_parameters()
+        in_ends = self.trained_end_parameters(), 0.0
+        of_layer, of_ends = (() if reduced == "after" else self.reduces(*part) for part in (in_layer, in_ends))
         if reduced == "last":
             of_layer, of_ends = self._only_in_first(of_layer), self._only_in_first(of_ends)
+        updated_layer: tuple[Transfer, ...] = ()
+        updated_ends: tuple[Transfer, ...] = ()
+        if gathered:
+            share = layers / spec.layers
+            updated_layer = self._only_in_first(tuple(_scaled(t, share) for t in self.gathers_updated(*in_layer)))
+            ends = self.gathers_updated(*in_ends)
+            updated_ends = self._only_in_first(tuple(replace(t, blocking=True) for t in ends))
         return [
             _Part(self.layer_backward(), layers, of_layer + self.inside_backward()),
-            _Part(self.layer_forward(), spec.layers, self.inside_forward()),
-            _Part(self.ends_forward(), 1, self.tensor_ends()),
+            _Part(self.layer_forward(), spec.layers, updated_layer + self.inside_forward()),
+            _Part(self.ends_forward(), 1, updated_ends + self.tensor_ends()),
             _Part(self.ends_backward(), 1, of_ends + self.tensor_ends()),
             *self.engine("forward", "backward"),
         ]
@@ -579,8 +629,12 @@ class _Work:
     def transfer_only(self, label: str, transfer: Transfer) -> Segment:
         return Segment(label, np.zeros((len(self.batches), 1)), transfers=(transfer,))
 
-    def pipeline(self, label: str, *, backward: bool) -> PipelineSegment:
-        """1F1B over the pipeline stages; embedding and head are at the two ends."""
+    def pipeline(self, label: str, reduced: Reduced | None = None, *, gathered: bool = False) -> PipelineSegment:
+        """1F1B over the pipeline stages; embedding and head are at the two ends.
+
+        reduced: None: forward passes only. gathered: updated weights come beside the first forward passes.
+        """
+        backward = reduced is not None
         use, spec = self.use, self.use.shape
         stages, virtual = use.pipeline_parallel, use.pipeline_parallel * use.pipeline_chunks
         if spec.layers % virtual and not use.given_stages:
@@ -609,6 +663,11 @@ class _Work:
         collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.inside_forward()]
         if backward:
             collectives += [("backward", _scaled(t, per_stage)) for t in self.inside_backward()]
+        whole = self.trained_rank_parameters(), self.trained_rank_routed_parameters()
+        if reduced == "last":
+            collectives += [("reduce", t) for t in self._only_in_first(self.reduces(*whole))]
+        if gathered:
+            collectives += [("gather", t) for t in self._only_in_first(tuple(self.gathers_updated(*whole)))]
         hop_bytes = self.tokens.mean(axis=0) * spec.hidden * use.bytes_per_parameter
         hop = Transfer("send", self.layout.hops, hop_bytes / (use.tensor_parallel if use.sequence_parallel else 1))
         roles, transfers = zip(*collectives, ("hop", hop), strict=True)
@@ -617,11 +676,13 @@ class _Work:
             busy,
             np.ones(self.batches.shape[1]),
             transfers,
+            int(use.overlap_tensor_parallel),
             bound=bound,
             stages=stages,
             forward_seconds=forward,
             backward_seconds=back,
             roles=roles,
+            pieces=spec.layers / virtual,
         )
 
 
@@ -632,7 +693,7 @@ def _by_micro_batch(segment: Segment, count: int) -> list[Segment]:
     for own in (slice(k, None, count) for k in range(count)):
         share = float(mean[own].sum() / mean.sum()) if mean.sum() else 0.0
         transfers = tuple(
-            Transfer(t.op, t.groups, np.asarray(t.payload_bytes)[own], np.asarray(t.messages)[own])
+            replace(t, payload_bytes=np.asarray(t.payload_bytes)[own], messages=np.asarray(t.messages)[own])
             for t in segment.transfers
         )
         bound = {limit: seconds * share for limit, seconds in segment.bound.items()}
@@ -652,20 +713,23 @@ def _stack(times: list[OperatorTime], first: OperatorTime, last: OperatorTime) -
 
 
 def _scaled(transfer: Transfer, factor: Numbers) -> Transfer:
-    return Transfer(transfer.op, transfer.groups, transfer.payload_bytes * factor, transfer.messages * factor)
+    return replace(transfer, payload_bytes=transfer.payload_bytes * factor, messages=transfer.messages * factor)
 
 
 def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple[Transfer, ...]:
     """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none)."""
-    merged: dict[tuple[Op, tuple[tuple[int, ...], ...]], tuple[np.ndarray, np.ndarray]] = {}
+    merged: dict[tuple[Op, tuple[tuple[int, ...], ...], bool], tuple[np.ndarray, np.ndarray]] = {}
     for p, transfers in enumerate(by_part):
         own = slice(p * micro_batch_count, (p + 1) * micro_batch_count)
         for t in transfers:
             kinds = len(by_part) * micro_batch_count
-            payload, messages = merged.setdefault((t.op, t.groups), (np.zeros(kinds), np.zeros(kinds)))
+            payload, messages = merged.setdefault((t.op, t.groups, t.blocking), (np.zeros(kinds), np.zeros(kinds)))
             payload[own] += t.payload_bytes
             messages[own] += t.messages
-    return tuple(Transfer(op, groups, payload, messages) for (op, groups), (payload, messages) in merged.items())
+    return tuple(
+        Transfer(op, groups, payload, messages, blocking)
+        for (op, groups, blocking), (payload, messages) in merged.items()
+    )
 
 
 def add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, replicas: int) -> None:

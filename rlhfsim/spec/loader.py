@@ -525,6 +525,8 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     own = {"spec", "pipeline_parallel"} & use.keys()
     keys = _LAYOUT if any(use[key] != partner.get(key) for key in own) else _LAYOUT + _LAYOUT_OF_LAYERS
     layout = {key: partner[key] for key in keys if key in partner}
+    if "score_micro_batch_samples" in use:
+        layout.pop("score_micro_batch_tokens", None)
     alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}

@@ -49,6 +49,14 @@ class ModelUse(Record):
         a sequence; NeMo-RL: sequence_packing). All replicas have equally many, and balanced ones.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
+    overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
+        DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
+        replica is one rank, false with tensor, pipeline or expert parallelism (Megatron-LM's default).
+    overlap_param_gather: weights are gathered ahead of the layer that needs them. zero_stage 3: in every pass (FSDP,
+        DeepSpeed); absent: true. zero_stage 1 and 2: updated weights come beside the first forward pass of the next
+        update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
+    overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
+        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
     offload_parameters: weights rest in host memory and stream in for each pass.
     lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
@@ -76,6 +84,9 @@ class ModelUse(Record):
     recompute: Literal["none", "selective", "full"] = "full"
     flash_attention: bool = True
     logits_chunk_tokens: Count | None = None
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
+    overlap_tensor_parallel: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
@@ -110,6 +121,16 @@ class ModelUse(Record):
     def ranks_together(self) -> int:
         """The fewest ranks that hold whole replicas and whole sets of experts."""
         return self.pipeline_parallel * lcm(self.tensor_parallel, self.expert_ranks)
+
+    @property
+    def reduces_beside(self) -> bool:
+        """Whether gradients are reduced beside the backward pass."""
+        return self.ranks_together == 1 if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+
+    @property
+    def gathers_ahead(self) -> bool:
+        """Whether weights are gathered beside a forward pass."""
+        return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -160,6 +181,21 @@ class ModelUse(Record):
             )
         if self.zero_stage == 3 and max(split.values()) > 1:
             raise ValueError("zero_stage 3 shards all experts over all ranks; with expert_parallel use stage 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_is_possible(self) -> ModelUse:
+        if self.overlap_param_gather and self.zero_stage == 0:
+            raise ValueError(
+                "overlap_param_gather is true, but at zero_stage 0 no weights are gathered (allowed: 1 to 3)"
+            )
+        if self.overlap_param_gather and self.zero_stage < 3 and not self.reduces_beside:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce: true, as in Megatron-LM")
+        if self.overlap_tensor_parallel and (self.tensor_parallel == 1 or not self.sequence_parallel):
+            raise ValueError(
+                "overlap_tensor_parallel needs tensor_parallel above 1 and sequence_parallel, given "
+                f"{self.tensor_parallel} and {str(self.sequence_parallel).lower()}"
+            )
         return self
 
     @model_validator(mode="after")
