@@ -49,7 +49,8 @@ class Holding:
 
     @property
     def data_parallel(self) -> int:
-        return len(self.ranks) // self.replica
+        """Ranks with the same part of the weights: those of all replicas, and all that share a sequence."""
+        return len(self.ranks) // self.use.ranks_per_copy
 
 
 def strategy_names() -> list[str]:
@@ -410,7 +411,11 @@ def _tensor_groups(
             yield "generation.tensor_parallel", scenario.generation.tensor_parallel, stage.ranks
         elif stage.kind not in IDLE_KINDS and stage.model in holdings:
             role = stage.model.removeprefix("shadow_")
-            yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
+            use = holdings[stage.model].use
+            yield f"models.{role}.tensor_parallel", use.tensor_parallel, stage.ranks
+            if use.context_parallel > 1:
+                degree = use.tensor_parallel * use.context_parallel
+                yield f"models.{role}.tensor_parallel x context_parallel", degree, stage.ranks
 
 
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:

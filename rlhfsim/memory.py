@@ -16,6 +16,7 @@ from .model import (
     embedding_parameters,
     head_parameters,
     kv_bytes_per_token,
+    kv_heads_per_rank,
     layer_parameters,
     layers_parameters,
     layers_routed_parameters,
@@ -217,8 +218,9 @@ def training_bytes(
     """Forward and backward of micro-batches of so many tokens in sequences of up to `sequence_tokens`.
 
     Activations of trained layers are kept for all micro-batches in flight; with recomputation one layer is whole again
-    at a time. Buffers: gradients on their way to the other ranks.
+    at a time. Buffers: gradients on their way to the other ranks, and what ranks that share sequences exchange.
     """
+    micro_batch_tokens = micro_batch_tokens / use.context_parallel
     spec, layers = use.shape, _trained_layers(use, stage)
     kept = sum(
         micro_batch_tokens
@@ -243,6 +245,7 @@ def training_bytes(
     buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS
     buffers = buckets * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
+    buffers += _exchanged(use, micro_batch_tokens, backward=True)
     return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers)
 
 
@@ -257,10 +260,12 @@ def scoring_bytes(
 ) -> Bytes:
     """A forward pass without gradients: one layer's activations at a time, then the logits."""
     last = stage == use.pipeline_parallel - 1
+    micro_batch_tokens = micro_batch_tokens / use.context_parallel
     return Bytes(
         activations=micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage),
         logits=_logits(use, micro_batch_tokens, head) if last else 0.0,
         gathered=gathered_bytes(use, data_parallel, head),
+        buffers=_exchanged(use, micro_batch_tokens),
     )
 
 
@@ -333,6 +338,22 @@ def _activation_bytes(
         split=use.expert_split(),
         routing_imbalance=use.routing_imbalance if use.expert_parallel > 1 else 1.0,
     )
+
+
+def _exchanged(use: ModelUse, tokens: float, *, backward: bool = False) -> float:
+    """Attention's inputs from other ranks, of one layer: the next piece of keys and values, all pieces, or one's heads.
+
+    With the gradients of as many in the backward (layouts of the exchanges in `costs.passes`; not compared with a
+    framework).
+    """
+    shape, t, c = use.shape, use.tensor_parallel, use.context_parallel
+    if c == 1:
+        return 0.0
+    per_head = tokens * (shape.head_dim + shape.value_head_dim) * use.bytes_per_parameter * (2 if backward else 1)
+    kv_heads = kv_heads_per_rank(shape, t)
+    if use.context_exchange == "all_to_all":
+        return per_head * (shape.heads // t + max(kv_heads, c))
+    return per_head * kv_heads * (c if use.context_exchange == "all_gather" else 1)
 
 
 def _logits(use: ModelUse, tokens: float, head: Head) -> float:

@@ -30,6 +30,7 @@ from rlhfsim.model import (
     Head,
     embedding_parameters,
     head_parameters,
+    kv_heads_per_rank,
     layer_gemms,
     layers_parameters,
     layers_routed_parameters,
@@ -58,7 +59,8 @@ ALLGATHER_BUCKET_PARAMETERS = 5e8
 
 @dataclass(frozen=True)
 class Layout:
-    """The ranks of a place: tensor-parallel ranks are neighbours, then data-parallel replicas, then pipeline stages.
+    """The ranks of a place: tensor-parallel ranks are neighbours, then those that share sequences, then data-parallel
+    replicas, then pipeline stages.
 
     That is Megatron-LM's default order (tp-cp-ep-dp-pp). Routed experts are split in an order of their own over the
     ranks of a stage: the tensor-parallel ranks of an expert are neighbours, then those of the other experts.
@@ -68,26 +70,39 @@ class Layout:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     experts: ExpertSplit = UNSPLIT
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.ranks) % (self.tensor_parallel * self.pipeline_parallel):
+        if len(self.ranks) % (self.tensor_parallel * self.context_parallel * self.pipeline_parallel):
+            shared = f"context_parallel {self.context_parallel} x " if self.context_parallel > 1 else ""
             raise InputError(
                 f"{len(self.ranks)} ranks cannot be split in replicas of tensor_parallel {self.tensor_parallel} x "
-                f"pipeline_parallel {self.pipeline_parallel}"
+                f"{shared}pipeline_parallel {self.pipeline_parallel}"
             )
 
     @classmethod
     def of(cls, ranks: Sequence[int], use: ModelUse) -> Layout:
-        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel, use.expert_split())
+        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel, use.expert_split(), use.context_parallel)
 
     @property
     def replicas(self) -> int:
+        return self.copies // self.context_parallel
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same part of the weights."""
         return len(self.ranks) // (self.tensor_parallel * self.pipeline_parallel)
 
     @cached_property
     def grid(self) -> np.ndarray:
-        """Ranks by (stage, replica, shard)."""
-        return np.array(self.ranks).reshape(self.pipeline_parallel, self.replicas, self.tensor_parallel)
+        """Ranks by (stage, copy of the weights, shard); a replica is so many copies in a row as share its sequences."""
+        return np.array(self.ranks).reshape(self.pipeline_parallel, self.copies, self.tensor_parallel)
+
+    @cached_property
+    def context_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that share sequences and hold the same shard."""
+        grid = self.grid.reshape(-1, self.context_parallel, self.tensor_parallel)
+        return as_groups(grid.transpose(0, 2, 1).reshape(-1, self.context_parallel))
 
     @cached_property
     def tensor_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -95,8 +110,8 @@ class Layout:
 
     @cached_property
     def data_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks that hold the same shard of the weights, one of every replica."""
-        return as_groups(self.grid.transpose(0, 2, 1).reshape(-1, self.replicas))
+        """Ranks that hold the same shard of the weights, one of every copy."""
+        return as_groups(self.grid.transpose(0, 2, 1).reshape(-1, self.copies))
 
     @cached_property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -138,7 +153,8 @@ class Host:
     def sharing_ranks(self, layout: Layout) -> np.ndarray:
         """Of each replica: how many of the layout's ranks are on its fullest node."""
         _, inverse, counts = np.unique(layout.grid // self.gpus_per_node, return_inverse=True, return_counts=True)
-        return np.asarray(counts[inverse].reshape(layout.grid.shape).max(axis=(0, 2)))
+        by_replica = counts[inverse].reshape(layout.pipeline_parallel, layout.replicas, -1)
+        return np.asarray(by_replica.max(axis=(0, 2)))
 
 
 def micro_batches(lengths: Lengths, samples: int, tokens: int | None = None, *, multiple_of: int = 1) -> np.ndarray:
@@ -234,7 +250,7 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None, *, gather:
     """
     trained, width = work.trained_rank_parameters(), use.bytes_per_parameter
     routed = work.trained_rank_routed_parameters()
-    share = Shards.of(use, work.layout.replicas).largest(trained, routed, 1)
+    share = Shards.of(use, work.layout.copies).largest(trained, routed, 1)
     if use.offload_optimizer and work.operators.effects.sync:
         if host is None:
             raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
@@ -314,7 +330,8 @@ class _Work:
 
     def __init__(self, use: ModelUse, batches: np.ndarray, layout: Layout, operators: Operators, head: Head) -> None:
         self.use, self.batches, self.layout, self.operators, self.head = use, batches, layout, operators, head
-        self.tokens = batches.sum(axis=-1)
+        # Of one rank: what ranks share is padded to a multiple of them.
+        self.tokens = np.ceil(batches.sum(axis=-1) / use.context_parallel)
         self.trainable: Literal["all", "lora"] = "lora" if use.lora_rank else "all"
         self.trained_layers = use.trainable_layers or use.shape.layers
 
@@ -322,18 +339,22 @@ class _Work:
 
     def layer_forward(self) -> OperatorTime:
         t, ops = self.use.tensor_parallel, self.operators
-        time = ops.layer_forward(self.use, self.tokens, t) + ops.attention_prefill(self.use, self.batches, t)
-        return ops.with_launches(time)
+        return ops.with_launches(ops.layer_forward(self.use, self.tokens, t) + self.attention())
+
+    def attention(self, *, backward: bool = False) -> OperatorTime:
+        """Of whole sequences; ranks that share them have equal parts (of heads, or early and late pieces)."""
+        degree = self.use.tensor_parallel * self.use.context_parallel
+        return self.operators.attention_prefill(self.use, self.batches, degree, backward=backward)
 
     def layer_backward(self) -> OperatorTime:
         """Backward of a trained layer, after what has to be computed again."""
         t, ops, use = self.use.tensor_parallel, self.operators, self.use
-        attention = ops.attention_prefill(use, self.batches, t, backward=True)
+        attention = self.attention(backward=True)
         time = ops.with_backward_launches(ops.layer_backward(use, self.tokens, t, self.trainable) + attention)
         if use.recompute == "full":
             return time + self.layer_forward()
         if use.recompute == "selective":
-            return time + ops.attention_prefill(use, self.batches, t)
+            return time + self.attention()
         return time
 
     def embedding(self) -> OperatorTime:
@@ -473,8 +494,12 @@ class _Work:
         ops: tuple[Op, ...] = ("all_gather", "reduce_scatter") if self.use.sequence_parallel else ("all_reduce",)
         return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives, blocking=True) for op in ops)
 
-    def inside_forward(self, passes: int = 1) -> tuple[Transfer, ...]:
-        """What the ranks of a replica, and those that share experts, exchange in so many passes of the mean layer.
+    def inside_forward(self) -> tuple[Transfer, ...]:
+        """What the ranks of a replica, and those that share experts, exchange in a forward pass of the mean layer."""
+        return self._between(1) + self.context(1)
+
+    def _between(self, passes: int) -> tuple[Transfer, ...]:
+        """Collectives between the operators of the mean layer in so many passes.
 
         Where experts are split in their own way, their all-to-alls take the place of the MLP's collective, unless a
         shared expert needs that too.
@@ -482,6 +507,40 @@ class _Work:
         exchange = self.exchange(passes)
         instead = self.expert_share if exchange and not self.use.shape.shared_expert_ffn else 0
         return self._beside_products(self.tensor_forward(passes * (2 - instead))) + exchange
+
+    def context(self, passes: int, *, backward: bool = False) -> tuple[Transfer, ...]:
+        """What ranks that share sequences exchange for the attention of one layer, in so many passes.
+
+        ring: keys and values of c - 1 other ranks pass by, with their gradients in the backward, while the attention
+        with the piece before is computed; that takes a c-th of the whole each. all_gather: keys and values of whole
+        sequences; the backward gathers them again and scatters their gradients. all_to_all: queries, keys, values and
+        outputs, or their gradients (Jacobs et al., "DeepSpeed Ulysses", arXiv:2309.14509, 2023, section 3); KV heads
+        are repeated until every rank has one (verl, verl/models/transformers/monkey_patch.py).
+        """
+        use, shape, t, c = self.use, self.use.shape, self.use.tensor_parallel, self.use.context_parallel
+        if c == 1 or not passes:
+            return ()
+        groups = self.layout.context_groups
+        per_head = self.tokens.mean(axis=0) * use.bytes_per_parameter * passes
+        widths = shape.head_dim + shape.value_head_dim
+        kv_heads = kv_heads_per_rank(shape, t)
+        if use.context_exchange == "all_to_all":
+            sent = per_head * widths * (shape.heads // t + max(kv_heads, c))
+            return (Transfer("all_to_all", groups, sent, 4.0 * passes, blocking=True),)
+        kv = per_head * widths * kv_heads
+        if use.context_exchange == "all_gather":
+            gather = Transfer("all_gather", groups, c * kv, 2.0 * passes, blocking=True)
+            scatter = Transfer("reduce_scatter", groups, c * kv, 2.0 * passes, blocking=True)
+            return (gather, scatter) if backward else (gather,)
+        pairs = tuple(
+            (rank, other) for group in groups for rank, other in zip(group, group[1:] + group[:1], strict=True)
+        )
+        hidden: Numbers = 0.0
+        if self.operators.gpu.overlaps_communication:
+            attention = np.asarray(self.attention(backward=backward).seconds).mean(axis=0)
+            hidden = passes * (c - 1) / c * attention
+        sent = (c - 1) * kv * (2 if backward else 1)
+        return (Transfer("send", pairs, sent, passes * (c - 1.0), blocking=True, hidden_seconds=hidden),)
 
     def _beside_products(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
         """The first piece of each collective, of as many as ranks, blocks; the others run beside the layer's products.
@@ -500,7 +559,9 @@ class _Work:
 
     def inside_backward(self) -> tuple[Transfer, ...]:
         """With full recomputation the forward's collectives are repeated too."""
-        return self.inside_forward(2 if self.use.recompute == "full" else 1)
+        again = self.use.recompute == "full"
+        others = self._between(2 if again else 1)
+        return others + self.context(int(self.use.recompute != "none")) + self.context(1, backward=True)
 
     @property
     def expert_share(self) -> float:
@@ -571,11 +632,13 @@ class _Work:
         """Forward and backward with weights gathered for each, gradients reduced at every backward."""
         gather, gather_ends = self.gathers_layer(), self.gathers_ends()
         return [
-            _Part(self.layer_forward(), self.use.shape.layers, gather),
+            _Part(self.layer_forward(), self.use.shape.layers, gather + self.inside_forward()),
             _Part(
                 self.layer_backward(),
                 self.trained_layers,
-                self.gathers_layer(one_by_one=True) + self.reduces(self.trained_layer_parameters()),
+                self.gathers_layer(one_by_one=True)
+                + self.reduces(self.trained_layer_parameters())
+                + self.inside_backward(),
             ),
             _Part(self.ends_forward(), 1, gather_ends),
             _Part(
@@ -713,22 +776,34 @@ def _stack(times: list[OperatorTime], first: OperatorTime, last: OperatorTime) -
 
 
 def _scaled(transfer: Transfer, factor: Numbers) -> Transfer:
-    return replace(transfer, payload_bytes=transfer.payload_bytes * factor, messages=transfer.messages * factor)
+    return replace(
+        transfer,
+        payload_bytes=transfer.payload_bytes * factor,
+        messages=transfer.messages * factor,
+        hidden_seconds=transfer.hidden_seconds * factor,
+    )
 
 
 def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple[Transfer, ...]:
-    """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none)."""
-    merged: dict[tuple[Op, tuple[tuple[int, ...], ...], bool], tuple[np.ndarray, np.ndarray]] = {}
+    """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none).
+
+    Those that hide behind compute of their own stay apart.
+    """
+    kinds = len(by_part) * micro_batch_count
+    merged: dict[tuple[Op, tuple[tuple[int, ...], ...], bool, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     for p, transfers in enumerate(by_part):
         own = slice(p * micro_batch_count, (p + 1) * micro_batch_count)
+        alone = 0
         for t in transfers:
-            kinds = len(by_part) * micro_batch_count
-            payload, messages = merged.setdefault((t.op, t.groups, t.blocking), (np.zeros(kinds), np.zeros(kinds)))
+            alone += bool(np.any(t.hidden_seconds))
+            key = t.op, t.groups, t.blocking, alone if np.any(t.hidden_seconds) else 0
+            payload, messages, hidden = merged.setdefault(key, (np.zeros(kinds), np.zeros(kinds), np.zeros(kinds)))
             payload[own] += t.payload_bytes
             messages[own] += t.messages
+            hidden[own] += t.hidden_seconds
     return tuple(
-        Transfer(op, groups, payload, messages, blocking)
-        for (op, groups, blocking), (payload, messages) in merged.items()
+        Transfer(op, groups, payload, messages, blocking, hidden if alone else 0.0)
+        for (op, groups, blocking, alone), (payload, messages, hidden) in merged.items()
     )
 
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .segment import Elapsed, Route, Segment, transfer_seconds
+from .segment import Elapsed, Route, Segment, exposed_seconds
 
 Role = Literal["forward", "backward", "hop", "gather", "reduce"]
 
@@ -162,7 +162,7 @@ class PipelineSegment(Segment):
         for transfer, role, route, rate in zip(self.transfers, self.roles, routes, rates, strict=True):
             blocks = role in ("forward", "backward") and (transfer.blocking or not self.prefetch)
             seconds = blocking if blocks else beside
-            seconds[role] = seconds[role] + transfer_seconds(transfer, route, rate)
+            seconds[role] = seconds[role] + exposed_seconds(transfer, route, rate)
         chunks = len(self.forward_seconds) // self.stages
         collectives: float | np.ndarray = 0.0  # how much longer they make the steps of the mean stage
 

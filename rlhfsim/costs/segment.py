@@ -40,6 +40,8 @@ class Transfer:
         the input of a reduce_scatter, a rank's send buffer in an all_to_all (its own share included), the message of
         a send or copy.
         A number, or an array over the kinds of repeats of its segment.
+    hidden_seconds: so much of it passes beside the compute that it belongs to; the rest blocks or not, as it may be.
+        Likewise a number or an array.
     blocking: it stops the compute also where the other transfers of its segment run beside it.
     messages: how many separate calls that payload is cut into (each pays the latency); likewise.
     """
@@ -49,6 +51,7 @@ class Transfer:
     payload_bytes: float | np.ndarray
     messages: float | np.ndarray = 1.0
     blocking: bool = False
+    hidden_seconds: float | np.ndarray = 0.0
 
 
 class Route(NamedTuple):
@@ -110,9 +113,9 @@ class Segment:
         beside = np.zeros(len(self.repeats))
         for t, route, rate in zip(self.transfers, routes, rates, strict=True):
             if self.prefetch and t.blocking:
-                blocked = blocked + transfer_seconds(t, route, rate)
+                blocked = blocked + exposed_seconds(t, route, rate)
             else:
-                beside = beside + transfer_seconds(t, route, rate)
+                beside = beside + exposed_seconds(t, route, rate)
         round_seconds = np.maximum(blocked, beside) if self.prefetch else compute + beside
         own = round_seconds @ self.repeats
         # With prefetch the first transfer has nothing to hide behind, and the last compute hides none.
@@ -136,6 +139,11 @@ class HostSegment(Segment):
         )
         longer = max(0.0, streamed - float(alone.max()))
         return Elapsed(float(alone.max()) + longer, alone, np.full(len(alone), longer), alone.max() - alone)
+
+
+def exposed_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:
+    """Of `transfer_seconds`, what does not pass beside its own compute."""
+    return np.maximum(transfer_seconds(transfer, route, rate) - transfer.hidden_seconds, 0.0)
 
 
 def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,7 @@ def sync_program(
     """
     if not operators.effects.sync:
         return []
+    source, destination = (replace(side, context_parallel=1) for side in (source, destination))  # a copy each
     if destination.pipeline_parallel > 1:
         raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
     spec = use.shape

@@ -37,6 +37,8 @@ _LAYOUT = (
     "precision",
     "tensor_parallel",
     "pipeline_parallel",
+    "context_parallel",
+    "context_exchange",
     "sequence_parallel",
     "score_micro_batch_samples",
     "score_micro_batch_tokens",
@@ -249,7 +251,8 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
         )
     if use.ranks_per_replica > gpus:
         raise _error(
-            f"x pipeline_parallel is {use.ranks_per_replica}, but the cluster has {gpus} GPUs",
+            f"x {'context_parallel x ' if use.context_parallel > 1 else ''}pipeline_parallel is "
+            f"{use.ranks_per_replica}, but the cluster has {gpus} GPUs",
             f"{field}.tensor_parallel",
             where,
         )

@@ -35,6 +35,11 @@ class ModelUse(Record):
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
+    context_parallel: ranks that share every sequence, neighbours after the tensor-parallel ones. context_exchange: what
+        they exchange for attention. `ring`: keys and values go round, beside the attention that they are for
+        (Megatron-LM's cp_comm_type p2p). `all_gather`: keys and values of whole sequences first. `all_to_all`: from
+        pieces of sequences to pieces of the heads and back (Ulysses; verl's ulysses_sequence_parallel_size), whose
+        number must divide the heads; KV heads are copied where they are too few.
     first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
         others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
     sequence_parallel: activations between tensor-parallel regions are split as well.
@@ -51,7 +56,7 @@ class ModelUse(Record):
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
     overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
         DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
-        replica is one rank, false with tensor, pipeline or expert parallelism (Megatron-LM's default).
+        replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
     overlap_param_gather: weights are gathered ahead of the layer that needs them. zero_stage 3: in every pass (FSDP,
         DeepSpeed); absent: true. zero_stage 1 and 2: updated weights come beside the first forward pass of the next
         update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
@@ -70,6 +75,8 @@ class ModelUse(Record):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
+    context_parallel: Count = 1
+    context_exchange: Literal["ring", "all_gather", "all_to_all"] = "ring"
     pipeline_chunks: Count = 1
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
@@ -99,6 +106,11 @@ class ModelUse(Record):
 
     @property
     def ranks_per_replica(self) -> int:
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that hold the weights once, unless they are sharded over data-parallel ranks."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
@@ -120,12 +132,14 @@ class ModelUse(Record):
     @property
     def ranks_together(self) -> int:
         """The fewest ranks that hold whole replicas and whole sets of experts."""
-        return self.pipeline_parallel * lcm(self.tensor_parallel, self.expert_ranks)
+        return self.pipeline_parallel * lcm(self.tensor_parallel * self.context_parallel, self.expert_ranks)
 
     @property
     def reduces_beside(self) -> bool:
         """Whether gradients are reduced beside the backward pass."""
-        return self.ranks_together == 1 if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+        if self.overlap_grad_reduce is not None:
+            return self.overlap_grad_reduce
+        return self.zero_stage == 3 or self.ranks_together == 1
 
     @property
     def gathers_ahead(self) -> bool:
@@ -184,6 +198,21 @@ class ModelUse(Record):
         return self
 
     @model_validator(mode="after")
+    def _heads_can_be_split(self) -> ModelUse:
+        shape, degree = self.shape, self.context_parallel
+        if degree == 1 or self.context_exchange != "all_to_all":
+            return self
+        heads, kv_heads = shape.heads // self.tensor_parallel, max(1, shape.kv_heads // self.tensor_parallel)
+        allowed = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        if degree not in allowed:
+            raise ValueError(
+                f"context_parallel is {degree}, but all_to_all must split the {heads} heads of {self.spec} on a "
+                f"tensor-parallel rank, and split or copy its {kv_heads} KV heads, evenly (allowed: "
+                f"{', '.join(map(str, allowed))}; ring and all_gather: any)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _overlap_is_possible(self) -> ModelUse:
         if self.overlap_param_gather and self.zero_stage == 0:
             raise ValueError(
@@ -208,7 +237,7 @@ class ModelUse(Record):
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
             )
-        if self.zero_stage == 3 and self.ranks_per_replica > 1:
+        if self.zero_stage == 3 and self.ranks_per_copy > 1:
             raise ValueError(
                 "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
                 "pipeline_parallel above 1 use stage 0, 1 or 2"
@@ -363,6 +392,7 @@ class Generation(Record):
     def engine_use(self, use: ModelUse) -> ModelUse:
         """How the layers of a model are split and computed in the engine."""
         changes: dict[str, Any] = {
+            "context_parallel": 1,
             "expert_parallel": self.expert_parallel,
             "expert_tensor_parallel": self.tensor_parallel // self.expert_parallel,
             "gemm_precision": self.weights_precision,
