@@ -231,6 +231,7 @@ class Memory:
             update={
                 "tensor_parallel": self.scenario.generation.tensor_parallel,
                 "zero_stage": 0,
+                "shard_ranks": None,
                 "pipeline_parallel": 1,
                 "logits_chunk_tokens": None,
             }

@@ -253,6 +253,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
             use = scenario.generation.engine_use(use).model_copy(
                 update={
                     "zero_stage": 0,
+                    "shard_ranks": None,
                     "pipeline_parallel": 1,
                     "pipeline_chunks": 1,
                     "offload_parameters": False,
@@ -289,9 +290,10 @@ def check_real(scenario: Scenario) -> None:
         raise InputError("is true; real runs share samples out in order (allowed: false)", field="workload.balanced")
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
-        for field in ("micro_batch_tokens", "score_micro_batch_tokens"):
+        for field in ("micro_batch_tokens", "score_micro_batch_tokens", "shard_ranks"):
             if (limit := getattr(use, field)) is not None:
-                message = f"is {limit}; real runs count samples of a micro-batch (allowed: none)"
+                shared = "shard over all ranks" if field == "shard_ranks" else "count samples of a micro-batch"
+                message = f"is {limit}; real runs {shared} (allowed: none)"
                 raise InputError(message, field=f"models.{role}.{field}")
         hf_config(use.shape)  # complains about what cannot be built
         if use.shape.window and longest > use.shape.window:
@@ -431,6 +433,11 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
         raise InputError(
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=field,
+        )
+    if (shard := held.use.shard_ranks) and (len(held.ranks) % shard or stage.size % shard):
+        raise InputError(
+            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})",
+            field=f"models.{stage.model.removeprefix('shadow_')}.shard_ranks",
         )
     if not generates and stage.size % held.use.ranks_together:
         raise InputError(

@@ -132,7 +132,8 @@ class Shards:
     @classmethod
     def of(cls, use: ModelUse, data_parallel: int) -> Shards:
         ranks = data_parallel * use.tensor_parallel
-        return cls(use.zero_stage, data_parallel, ranks / use.expert_ranks)
+        sharing = use.shard_ranks or data_parallel
+        return cls(use.zero_stage, sharing, ranks / use.expert_ranks)
 
     def largest(self, count: float, routed: float, from_stage: int) -> float:
         """What one rank keeps of `count` parameters (`routed` of them in routed experts) that a ZeRO stage shards."""
@@ -274,7 +275,7 @@ def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> floa
 
     An upper limit: FSDP keeps about two layers.
     """
-    if use.zero_stage != 3 or data_parallel == 1:
+    if use.zero_stage != 3 or (use.shard_ranks or data_parallel) == 1:
         return 0.0
     spec = use.shape
     layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())

@@ -16,7 +16,8 @@ import numpy as np
 def balanced_parts(weights: np.ndarray, parts: int, *, equal_counts: bool = False) -> list[list[int]]:
     """Indices of `weights` in so many parts of nearly equal sums; the heaviest first.
 
-    equal_counts: parts have equally many entries (they differ by one where the number does not divide).
+    equal_counts: parts have equally many entries (they differ by one where the number does not divide): one of the
+    heaviest, one of the next heaviest, and so on, so that a few that are very heavy stay unbalanced, as in verl.
 
     Largest differencing: what is shared out so far are ways to fill all parts. The two whose parts differ most are
     joined, the fullest part of one with the emptiest of the other, until one is left.

@@ -200,7 +200,9 @@ LONG = {
 @pytest.mark.parametrize("strategy", ["colocated", "disaggregated"])
 def test_whole_scenarios(strategy: str, split: dict[str, Any]) -> None:
     """Long sequences that 8 replicas cannot share, on ranks that share each of them; memory below that of one rank."""
-    found = scenario(strategy, "engine", **LONG, **{f"models.actor.{name}": value for name, value in split.items()})
+    found = scenario(
+        strategy, "engine", cluster__nodes=4, **LONG, **{f"models.actor.{name}": value for name, value in split.items()}
+    )
     assert found.models.reference.context_parallel == split["context_parallel"]
     assert step_seconds(timeline_of(found)) > 0
 

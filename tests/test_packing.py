@@ -69,7 +69,7 @@ def test_equal_counts_against_brute_force(weights: list[int], parts: int) -> Non
 
 
 def test_many_sequences_are_shared_out_almost_evenly() -> None:
-    tokens = np.random.default_rng(0).lognormal(6, 1, 2048).astype(int)
+    tokens = np.minimum(np.random.default_rng(0).lognormal(6, 0.8, 2048), 2048).astype(int)
     shares = shares_by_tokens(tokens, 64)
     assert {len(own) for own in shares} == {32}
     totals = np.array([own.sum() for own in shares])
@@ -85,8 +85,8 @@ def test_first_fit_decreasing_against_brute_force(weights: list[int], more: int)
     found = first_fit_decreasing(np.array(weights), limit)
     assert sorted(k for part in found for k in part) == list(range(len(weights)))
     assert max(sums(weights, found)) <= limit
-    ways = (n for n in range(1, 8) if any(max(map(sum, way)) <= limit for way in all_ways(weights, min(n, 4))))
-    if (best := next(ways)) <= 4:
+    ways = (n for n in range(1, 5) if any(max(map(sum, way)) <= limit for way in all_ways(weights, n)))
+    if (best := next(ways, 5)) <= 4:
         assert len(found) <= 11 / 9 * best + 6 / 9
 
 
@@ -150,14 +150,19 @@ PACKED: dict[str, Any] = TAIL | {"workload.padded": False}
 
 def test_balancing_takes_away_what_ranks_wait() -> None:
     """Samples in order leave the update waiting for the rank with most tokens; the work stays the same."""
-    split = {"models.actor.zero_stage": 1, "models.actor.micro_batch_samples": 1, "models.critic.zero_stage": 1}
+    split = {
+        "workload.prompts": 512,
+        "models.actor.zero_stage": 1,
+        "models.actor.micro_batch_samples": 1,
+        "models.critic.zero_stage": 1,
+    }
     waits, work = [], []
     for balanced in (False, True):
         timeline = timeline_of(scenario(**PACKED, **split, **{"workload.balanced": balanced}))
         spans = [s for s in timeline.spans if s.firing.stage == "update_actor"]
         waits.append(sum(float(np.mean(s.peer_seconds)) for s in spans))
         work.append(sum(float(np.mean(s.compute_seconds)) for s in spans))
-    assert waits[1] < 0.3 * waits[0]
+    assert waits[1] < 0.1 * waits[0]
     assert work[1] == pytest.approx(work[0], rel=0.05)
 
 

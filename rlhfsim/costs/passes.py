@@ -451,22 +451,23 @@ class _Work:
         """
         if self.use.zero_stage != 3:
             return ()
-        payload, ranks = count * self.use.bytes_per_parameter, self.layout.ranks
+        payload, groups = count * self.use.bytes_per_parameter, self.use.shard_groups(self.layout.ranks)
         whole = parameters(self.use.shape, self.head)
         ahead = messages_of(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
         blocking = not self.use.gathers_ahead
         if self.use.offload_parameters and self.operators.effects.sync:
-            load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages, blocking),)
-        return load + ((Transfer("all_gather", (ranks,), payload, messages, blocking),) if len(ranks) > 1 else ())
+            load = (Transfer("from_host", self.layout.single_ranks, payload / len(groups[0]), messages, blocking),)
+        return load + ((Transfer("all_gather", groups, payload, messages, blocking),) if len(groups[0]) > 1 else ())
 
     def reduces(self, count: float, routed: float = 0.0) -> tuple[Transfer, ...]:
         """The gradients of `count` parameters, `routed` of them in routed experts, over the ranks that have copies.
 
-        Buckets cross the bounds of layers. ZeRO-1 and 2 of DeepSpeed reduce whole buckets to every rank, which then
-        keeps its part (deepspeed/runtime/zero/stage_1_and_2.py, `allreduce_and_scatter`:
-        `use_multi_rank_bucket_allreduce` is true by default in 0.19.8). Megatron's distributed optimizer scatters them.
+        Shards of a group of ranks are summed with those of the other groups. Buckets cross the bounds of layers. ZeRO-1
+        and 2 of DeepSpeed reduce whole buckets to every rank, which then keeps its part (deepspeed/runtime/zero/
+        stage_1_and_2.py, `allreduce_and_scatter`: `use_multi_rank_bucket_allreduce` is true by default in 0.19.8).
+        Megatron's distributed optimizer scatters them.
         """
         stage = self.use.zero_stage
         op: Op = "reduce_scatter" if stage == 3 or (stage and self.use.ranks_per_replica > 1) else "all_reduce"
@@ -476,6 +477,14 @@ class _Work:
             return messages_of(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
         width, blocking = self.use.bytes_per_parameter, not self.use.reduces_beside
+        if self.use.shard_ranks:
+            inside = self.use.shard_groups(self.layout.ranks)
+            across, shard = tuple(zip(*inside, strict=True)), count * width / self.use.shard_ranks
+            both = (
+                Transfer("reduce_scatter", inside, count * width, messages(count), blocking),
+                Transfer("all_reduce", across, shard, messages(count), blocking),
+            )
+            return tuple(t for t in both if len(t.groups[0]) > 1)
         return tuple(
             Transfer(op, groups, number * width, messages(number), blocking)
             for groups, number in self.replicated(count, routed)

@@ -32,6 +32,9 @@ class ModelUse(Record):
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
         3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
+    shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
+        gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
+        fsdp_size). Absent: over all ranks.
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
@@ -73,6 +76,7 @@ class ModelUse(Record):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gemm_precision: Literal["fp8", "int8"] | None = None
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    shard_ranks: Count | None = None
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
     context_parallel: Count = 1
@@ -145,6 +149,11 @@ class ModelUse(Record):
     def gathers_ahead(self) -> bool:
         """Whether weights are gathered beside a forward pass."""
         return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
+
+    def shard_groups(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The ranks that hold all weights once together, under zero_stage 3."""
+        size = self.shard_ranks or len(ranks)
+        return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -242,6 +251,8 @@ class ModelUse(Record):
                 "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
                 "pipeline_parallel above 1 use stage 0, 1 or 2"
             )
+        if self.shard_ranks is not None and self.zero_stage < 3:
+            raise ValueError(f"shard_ranks is {self.shard_ranks}, but weights are sharded at zero_stage 3 only")
         if self.backend == "torch" and self.zero_stage:
             raise ValueError(f"backend torch shards nothing: zero_stage must be 0, given {self.zero_stage}")
         return self
