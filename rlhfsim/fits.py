@@ -360,13 +360,22 @@ class Memory:
     def _host_bytes(self) -> float:
         """Host memory on the fullest node."""
         per_node = self.scenario.cluster.node.gpus_per_node
-        kinds = {rank: self.resting(rank).host for rank in self.rank_kinds}
+        kinds = {rank: self._host_of(rank) for rank in self.rank_kinds}
         if not any(kinds.values()):
             return 0.0
         by_node: dict[int, float] = {}
         for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self.resting(rank).host
+            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self._host_of(rank)
         return max(by_node.values())
+
+    def _host_of(self, rank: int) -> float:
+        """Host memory of one rank: what rests there, and the activations of the stage that leaves most."""
+        leaving = [
+            self.during(stage, rank).host
+            for stage in self.graph.stages()
+            if stage.kind == "train" and rank in stage.ranks and self.holdings[stage.model].use.offload_activations
+        ]
+        return max([self.resting(rank).host, *leaving])
 
     def _fraction(self) -> float | None:
         """The engine's share of the device: what was given, or what it can have."""

@@ -301,6 +301,10 @@ def check_real(scenario: Scenario) -> None:
                 f"{use.spec} has a window of {use.shape.window} tokens; real runs attend to all of up to {longest}"
             )
             raise InputError(message, field=f"models.{role}.spec")
+        for field in ("offload_gradients", "offload_activations"):
+            if getattr(use, field):
+                message = "is true; real runs offload optimizers and weights only (allowed: false)"
+                raise InputError(message, field=f"models.{role}.{field}")
         for field in ("overlap_grad_reduce", "overlap_param_gather"):
             if getattr(use, field) is not None:
                 raise InputError(

@@ -53,6 +53,10 @@ LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 # without overlap there is one.
 REDUCE_BUCKETS = 2
 
+# One layer's activations leave for the host while the next one's are made: the double buffer of Transformer Engine's
+# AsyncDoubleBufferGroupOffloadHandler (transformer_engine/pytorch/cpu_offload.py).
+LAYERS_ON_DEVICE = 2
+
 # CUDA context, NCCL buffers and allocator slack (unverified).
 RESERVED_BYTES = 1.5 * 2**30
 
@@ -117,6 +121,7 @@ def static_bytes(
     per_parameter = MOMENT_BYTES * stepped + (0 if use.precision == "fp32" else MASTER_BYTES)
     share = shards.largest(trained, routed, 1)
     if use.offload_optimizer:
+        gradients = 0.0 if use.offload_gradients else gradients
         return resting + Bytes(gradients=gradients, host=share * (per_parameter + HOST_GRADIENT_BYTES))
     return resting + Bytes(gradients=gradients, optimizer=share * per_parameter)
 
@@ -224,12 +229,13 @@ def training_bytes(
     micro_batch_tokens = micro_batch_tokens / use.context_parallel
     spec, layers = use.shape, _trained_layers(use, stage)
     kept = sum(
-        micro_batch_tokens
-        * _activation_bytes(use, sequence_tokens, use.recompute, kind)
-        * (count / use.pipeline_chunks)
+        micro_batch_tokens * kept_activation_bytes(use, sequence_tokens, kind) * (count / use.pipeline_chunks)
         for kind, count in spec.layer_kinds(layers).items()
     )
-    activations = kept * chunks_in_flight(use, stage, micro_batches)
+    activations, host = kept * chunks_in_flight(use, stage, micro_batches), 0.0
+    if use.offload_activations and layers:
+        largest = max(kept_activation_bytes(use, sequence_tokens, kind) for kind in spec.layer_kinds(layers))
+        activations, host = min(activations, LAYERS_ON_DEVICE * micro_batch_tokens * largest), activations
     if use.recompute != "none":
         activations += micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage)
     logits = 0.0
@@ -247,7 +253,7 @@ def training_bytes(
     buffers = buckets * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
     buffers += _exchanged(use, micro_batch_tokens, backward=True)
-    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers)
+    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers, host=host)
 
 
 def scoring_bytes(
@@ -321,6 +327,11 @@ def _largest_activation_bytes(use: ModelUse, sequence_tokens: float, stage: int)
     """Per token, of the largest layer of a pipeline stage, whole."""
     kinds = use.shape.layer_kinds(use.stage_layers(stage))
     return max(_activation_bytes(use, sequence_tokens, "none", kind) for kind in kinds)
+
+
+def kept_activation_bytes(use: ModelUse, sequence_tokens: float, kind: LayerKind) -> float:
+    """Per token, what a layer keeps from its forward for its backward."""
+    return _activation_bytes(use, sequence_tokens, use.recompute, kind)
 
 
 def _activation_bytes(

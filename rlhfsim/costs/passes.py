@@ -23,6 +23,7 @@ from rlhfsim.memory import (
     REDUCE_BUCKET_PARAMETERS,
     Shards,
     held_parameters,
+    kept_activation_bytes,
     trained_parameters,
     trained_routed_parameters,
 )
@@ -259,8 +260,9 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None, *, gather:
             use, share, host.memory_bytes_per_second, host.sharing_ranks(work.layout)
         )
         streamed = Transfer("host_memory", single, adam_bytes(use) * share)
+        leaving = [] if use.offload_gradients else [Transfer("to_host", single, share * width)]
         program = [
-            work.transfer_only("gradients_to_host", Transfer("to_host", single, share * width)),
+            *(work.transfer_only("gradients_to_host", t) for t in leaving),
             HostSegment("optimizer", adam[:, None], transfers=(streamed,), bound={"host": float(adam.mean())}),
             work.transfer_only("weights_from_host", Transfer("from_host", single, share * width)),
         ]
@@ -490,6 +492,45 @@ class _Work:
             for groups, number in self.replicated(count, routed)
         )
 
+    # What a layer leaves on the host, over PCIe beside its own compute: a copy takes longer only where that is shorter.
+
+    def layer_leaves(self) -> tuple[Transfer, ...]:
+        """Offloaded activations of the mean layer, from its forward."""
+        return self._activations("to_host", self.layer_forward())
+
+    def layer_returns(self) -> tuple[Transfer, ...]:
+        """They come back for its backward; its offloaded gradients leave."""
+        return self._activations("from_host", self.layer_backward()) + self.gradients_leave(
+            self.trained_layer_parameters(), self.layer_backward()
+        )
+
+    def _activations(self, op: Op, beside: OperatorTime) -> tuple[Transfer, ...]:
+        use, kinds = self.use, self.use.shape.layer_kinds()
+        if not use.offload_activations or not self.operators.effects.sync:
+            return ()
+        # Without the scores of attention no layer keeps anything that depends on the length of its sequences.
+        layers = use.shape.layers
+        per_token = sum(n / layers * kept_activation_bytes(use, 1, kind) for kind, n in kinds.items())
+        trained = self.trained_layers / layers if op == "to_host" else 1.0
+        return (self._to_or_from_host(op, trained * per_token * self.tokens.mean(axis=0), beside),)
+
+    def gradients_leave(self, count: float, beside: OperatorTime = NO_TIME) -> tuple[Transfer, ...]:
+        """Offloaded gradients of `count` parameters, this rank's share; those of earlier micro-batches come first."""
+        use = self.use
+        if not use.offload_gradients or not self.operators.effects.sync:
+            return ()
+        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.bytes_per_parameter
+        earlier = np.ones(self.batches.shape[1])
+        earlier[0] = 0.0
+        back, leaving = (self._to_or_from_host(op, share, beside) for op in ("from_host", "to_host"))
+        return (_scaled(back, earlier), leaving)
+
+    def _to_or_from_host(self, op: Op, payload: Numbers, beside: OperatorTime) -> Transfer:
+        hidden: Numbers = 0.0
+        if self.operators.gpu.overlaps_communication:
+            hidden = np.broadcast_to(np.asarray(beside.seconds), self.tokens.shape).mean(axis=0)
+        return Transfer(op, self.layout.single_ranks, payload, blocking=True, hidden_seconds=hidden)
+
     def tensor_forward(self, collectives: float = 2) -> tuple[Transfer, ...]:
         """Collectives over activations; one layer's forward has two, after attention and after the MLP.
 
@@ -630,10 +671,10 @@ class _Work:
             ends = self.gathers_updated(*in_ends)
             updated_ends = self._only_in_first(tuple(replace(t, blocking=True) for t in ends))
         return [
-            _Part(self.layer_backward(), layers, of_layer + self.inside_backward()),
-            _Part(self.layer_forward(), spec.layers, updated_layer + self.inside_forward()),
+            _Part(self.layer_backward(), layers, of_layer + self.inside_backward() + self.layer_returns()),
+            _Part(self.layer_forward(), spec.layers, updated_layer + self.inside_forward() + self.layer_leaves()),
             _Part(self.ends_forward(), 1, updated_ends + self.tensor_ends()),
-            _Part(self.ends_backward(), 1, of_ends + self.tensor_ends()),
+            _Part(self.ends_backward(), 1, of_ends + self.tensor_ends() + self.gradients_leave(in_ends[0])),
             *self.engine("forward", "backward"),
         ]
 
@@ -641,19 +682,22 @@ class _Work:
         """Forward and backward with weights gathered for each, gradients reduced at every backward."""
         gather, gather_ends = self.gathers_layer(), self.gathers_ends()
         return [
-            _Part(self.layer_forward(), self.use.shape.layers, gather + self.inside_forward()),
+            _Part(self.layer_forward(), self.use.shape.layers, gather + self.inside_forward() + self.layer_leaves()),
             _Part(
                 self.layer_backward(),
                 self.trained_layers,
                 self.gathers_layer(one_by_one=True)
                 + self.reduces(self.trained_layer_parameters())
-                + self.inside_backward(),
+                + self.inside_backward()
+                + self.layer_returns(),
             ),
             _Part(self.ends_forward(), 1, gather_ends),
             _Part(
                 self.ends_backward(),
                 1,
-                self.gathers_ends(one_by_one=True) + self.reduces(self.trained_end_parameters()),
+                self.gathers_ends(one_by_one=True)
+                + self.reduces(self.trained_end_parameters())
+                + self.gradients_leave(self.trained_end_parameters()),
             ),
             *self.engine("forward", "backward"),
         ]
@@ -732,9 +776,12 @@ class _Work:
         for time, repeats in times:
             add_bound(bound, time, repeats / stages, len(self.batches))
         per_stage = spec.layers / stages
-        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.inside_forward()]
+        ahead, behind = self.inside_forward(), self.inside_backward()
         if backward:
-            collectives += [("backward", _scaled(t, per_stage)) for t in self.inside_backward()]
+            ahead, behind = ahead + self.layer_leaves(), behind + self.layer_returns()
+        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in ahead]
+        if backward:
+            collectives += [("backward", _scaled(t, per_stage)) for t in behind]
         whole = self.trained_rank_parameters(), self.trained_rank_routed_parameters()
         if reduced == "last":
             collectives += [("reduce", t) for t in self._only_in_first(self.reduces(*whole))]
@@ -765,7 +812,12 @@ def _by_micro_batch(segment: Segment, count: int) -> list[Segment]:
     for own in (slice(k, None, count) for k in range(count)):
         share = float(mean[own].sum() / mean.sum()) if mean.sum() else 0.0
         transfers = tuple(
-            replace(t, payload_bytes=np.asarray(t.payload_bytes)[own], messages=np.asarray(t.messages)[own])
+            replace(
+                t,
+                payload_bytes=np.asarray(t.payload_bytes)[own],
+                messages=np.asarray(t.messages)[own],
+                hidden_seconds=np.broadcast_to(t.hidden_seconds, len(segment.repeats))[own],
+            )
             for t in segment.transfers
         )
         bound = {limit: seconds * share for limit, seconds in segment.bound.items()}

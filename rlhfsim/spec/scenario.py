@@ -66,6 +66,12 @@ class ModelUse(Record):
     overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
         pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
+    offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
+        beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
+        have left there comes back to be added to. Otherwise they leave once, after the last backward.
+    offload_activations: what a layer keeps for its backward goes to the host beside the layer's forward and comes back
+        beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
+        enable_activation_offload); two layers at a time are on the GPU.
     offload_parameters: weights rest in host memory and stream in for each pass.
     lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
@@ -99,6 +105,8 @@ class ModelUse(Record):
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
     offload_optimizer: bool = False
+    offload_gradients: bool = False
+    offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
     trainable_layers: Count | None = None
@@ -218,6 +226,22 @@ class ModelUse(Record):
                 f"context_parallel is {degree}, but all_to_all must split the {heads} heads of {self.spec} on a "
                 f"tensor-parallel rank, and split or copy its {kv_heads} KV heads, evenly (allowed: "
                 f"{', '.join(map(str, allowed))}; ring and all_gather: any)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> ModelUse:
+        if self.offload_gradients and (not self.offload_optimizer or self.zero_stage < 2):
+            raise ValueError(
+                "offload_gradients needs offload_optimizer: true and zero_stage 2 or 3, given "
+                f"{str(self.offload_optimizer).lower()} and {self.zero_stage}"
+            )
+        if self.offload_gradients and self.ranks_together > 1:
+            raise ValueError("offload_gradients needs replicas of one rank (DeepSpeed): no tensor or other parallelism")
+        if self.offload_activations and not self.flash_attention and self.recompute == "none":
+            raise ValueError(
+                "offload_activations leaves out the scores of attention, which are kept without flash_attention "
+                "(allowed: flash_attention, or recompute selective or full)"
             )
         return self
 
