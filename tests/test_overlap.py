@@ -168,6 +168,17 @@ def test_the_first_stage_exposes_what_its_own_pass_cannot_hide(
     assert found[0] == approx(3 * (micro_batches + stages - 1) + ahead + later + behind)
 
 
+def test_other_virtual_stages_move_as_a_whole() -> None:
+    """One stage of two chunks, one micro-batch, forward 0.5 and backward 1 each, 2 seconds a transfer, 10 pieces.
+    Behind: the second chunk's gradients go when its backward has ended (at 2), then the first's. Ahead: the second chunk's
+    weights are there at 4."""
+    forward = np.full((2, 1, 1), 0.5)
+    behind = makespan(forward, 2 * forward, np.zeros(1), 1, reduce=2.0, pieces=10)
+    assert behind[0] == approx(2 + 2 + 2)
+    ahead = makespan(forward, 2 * forward, np.zeros(1), 1, gather=2.0, pieces=10)
+    assert ahead[0] == approx(4 + 0.5 + 2)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     stages=st.integers(1, 4), chunks=st.integers(1, 3), rounds=st.integers(1, 3), seed=st.integers(0, 10**6),
