@@ -75,7 +75,8 @@ def packed_micro_batches(lengths: Sequence[np.ndarray], limit: int, *, multiple_
     Like verl, the heaviest lie in the middle, where a pipeline is full, and meet the heaviest of other replicas.
     """
     limit = max(limit, *(int(own.max(initial=0)) for own in lengths))
-    packed = [balanced_parts(own, _whole(_fewest(lengths, limit), multiple_of)) for own in lengths]
+    fewest = max(1, *(-(-int(own.sum()) // limit) for own in lengths))
+    packed = [balanced_parts(own, _whole(fewest, multiple_of)) for own in lengths]
     if any(own[part].sum() > limit for own, parts in zip(lengths, packed, strict=True) for part in parts):
         bins = [first_fit_decreasing(own, limit) for own in lengths]
         count = _whole(max(map(len, bins)), multiple_of)
@@ -86,10 +87,6 @@ def packed_micro_batches(lengths: Sequence[np.ndarray], limit: int, *, multiple_
         for row, part in zip(batch, _smallest_outside(parts, own), strict=True):
             row[: len(part)] = own[part]
     return batches
-
-
-def _fewest(lengths: Sequence[np.ndarray], limit: int) -> int:
-    return max(1, *(-(-int(own.sum()) // limit) for own in lengths))
 
 
 def _whole(count: int, multiple_of: int) -> int:

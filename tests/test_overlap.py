@@ -170,8 +170,8 @@ def test_the_first_stage_exposes_what_its_own_pass_cannot_hide(
 
 def test_other_virtual_stages_move_as_a_whole() -> None:
     """One stage of two chunks, one micro-batch, forward 0.5 and backward 1 each, 2 seconds a transfer, 10 pieces.
-    Behind: the second chunk's gradients go when its backward has ended (at 2), then the first's. Ahead: the second chunk's
-    weights are there at 4."""
+    Behind: the second chunk's gradients go when its backward has ended (at 2), then the first's. Ahead: the second
+    chunk's weights are there at 4."""
     forward = np.full((2, 1, 1), 0.5)
     behind = makespan(forward, 2 * forward, np.zeros(1), 1, reduce=2.0, pieces=10)
     assert behind[0] == approx(2 + 2 + 2)
