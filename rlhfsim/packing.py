@@ -47,7 +47,7 @@ def first_fit_decreasing(weights: np.ndarray, limit: float) -> list[list[int]]:
     """Indices of `weights` in bins of at most `limit`: each, the heaviest first, in the first bin that has room.
 
     At most 11/9 of the fewest possible bins and 6/9 (Dosa, "The tight bound of first fit decreasing bin-packing
-    algorithm is FFD(I) <= 11/9 OPT(I) + 6/9", 2007).
+    algorithm is FFD(I) <= 11/9 OPT(I) + 6/9", 2007; the title only was read, the tests compare with brute force).
     """
     bins: list[list[int]] = []
     room = np.full(len(weights), float(limit))

@@ -595,8 +595,8 @@ class _Work:
     def _beside_products(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
         """The first piece of each collective, of as many as ranks, blocks; the others run beside the layer's products.
 
-        As in Transformer Engine's ring exchange of user buffers, where a product starts with the piece that is there.
-        (Here they may hide behind all of a layer's compute.)
+        As in Transformer Engine's ring exchange of user buffers, where a product starts with the piece that is there
+        (unverified). Here they may hide behind all of a layer's compute, which is products for the most part.
         """
         if not self.use.overlap_tensor_parallel:
             return transfers
