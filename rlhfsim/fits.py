@@ -33,10 +33,11 @@ from .spec.scenario import ModelUse, Scenario
 # What to turn when a component is the largest one of the worst instant.
 KNOBS = {
     "weights": "a higher zero_stage, tensor_parallel, or offload_parameters for frozen models",
-    "gradients": "zero_stage 2 or 3, or lora_rank",
+    "gradients": "zero_stage 2 or 3, offload_gradients, or lora_rank",
     "optimizer": "zero_stage 1 or higher, offload_optimizer, lora_rank, or more GPUs for the trained models",
     "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
-    "activations": "a smaller micro_batch_samples (or _tokens), recompute: full, or flash_attention",
+    "activations": "a smaller micro_batch_samples (or _tokens), recompute: full, flash_attention, context_parallel, or "
+    "offload_activations",
     "logits": "logits_chunk_tokens, or a smaller micro_batch_samples (or _tokens)",
     "gathered": "generation.tensor_parallel while generating, else tensor_parallel instead of zero_stage 3",
     "engine": "a larger generation.tensor_parallel (engine: hybrid gathers as many bytes while it generates)",
