@@ -33,11 +33,12 @@ from .spec.scenario import ModelUse, Scenario
 # What to turn when a component is the largest one of the worst instant.
 KNOBS = {
     "weights": "a higher zero_stage, tensor_parallel, or offload_parameters for frozen models",
-    "gradients": "zero_stage 2 or 3, or lora_rank",
+    "gradients": "zero_stage 2 or 3, offload_gradients, or lora_rank",
     "optimizer": "zero_stage 1 or higher, offload_optimizer, lora_rank, or more GPUs for the trained models",
     "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
-    "activations": "a smaller micro_batch_samples, recompute: full, or flash_attention",
-    "logits": "logits_chunk_tokens, or a smaller micro_batch_samples",
+    "activations": "a smaller micro_batch_samples (or _tokens), recompute: full, flash_attention, context_parallel, or "
+    "offload_activations",
+    "logits": "logits_chunk_tokens, or a smaller micro_batch_samples (or _tokens)",
     "gathered": "generation.tensor_parallel while generating, else tensor_parallel instead of zero_stage 3",
     "engine": "a larger generation.tensor_parallel (engine: hybrid gathers as many bytes while it generates)",
     "buffers": "zero_stage 0, or lora_rank",
@@ -60,7 +61,8 @@ class Fit:
 
     worst: the fullest instant at maximum lengths; p99_bytes: the same at the 99th percentile of lengths. by_phase: the
     fullest rank of each phase. reason: empty if it fits, else one sentence with the knob that helps.
-    micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit, by model; 0: none does.
+    micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit (or tokens, where these are
+        limited), by model; 0: none does.
     """
 
     fits: bool
@@ -151,23 +153,36 @@ class Memory:
         resting = self.resting(rank, running=stage.model)
         if stage.kind == "generate":
             return resting + self._generating(stage, rank, prompt, response)
+        sequence = prompt + response
+        micro = self._limit(stage) or self._limited_samples(stage) * sequence
+        return resting + self._passing(stage, rank, min(micro, self._most_tokens(stage, sequence)), sequence)
+
+    def _limit(self, stage: Stage) -> int | None:
+        """Tokens of a micro-batch, where they are limited instead of its samples."""
         use = self.holdings[stage.model].use
-        micro = use.micro_batch_samples if stage.kind == "train" else use.score_micro_batch_samples
-        return resting + self._passing(stage, rank, min(micro, self.samples_per_replica(stage)), prompt + response)
+        return use.micro_batch_tokens if stage.kind == "train" else use.score_micro_batch_tokens
+
+    def _limited_samples(self, stage: Stage) -> int:
+        use = self.holdings[stage.model].use
+        return use.micro_batch_samples if stage.kind == "train" else use.score_micro_batch_samples
+
+    def _most_tokens(self, stage: Stage, sequence: int) -> int:
+        """Of all samples that one replica handles in one firing."""
+        return self.samples_per_replica(stage) * sequence
 
     def _needs_memory(self, stage: Stage) -> bool:
         """Not a hand-over, a checkpoint, or a reward that a function computes."""
         return stage.kind not in ("swap", "store") and stage.model in self.holdings
 
-    def _passing(self, stage: Stage, rank: int, samples: int, sequence: int) -> Bytes:
-        """What scoring or training micro-batches of so many samples adds."""
+    def _passing(self, stage: Stage, rank: int, tokens: int, sequence: int) -> Bytes:
+        """What scoring or training micro-batches of so many tokens adds."""
         held = self.holdings[stage.model]
         head, part = head_of(stage.model), self._stage_of(held, rank)
         if stage.kind == "score":
-            return scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, head=head, stage=part)
-        count = ceil(self.samples_per_replica(stage) / samples)
+            return scoring_bytes(held.use, held.data_parallel, tokens, sequence, head=head, stage=part)
+        count = ceil(self._most_tokens(stage, sequence) / tokens)
         return training_bytes(
-            held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, head=head, stage=part
+            held.use, held.data_parallel, tokens, sequence, micro_batches=count, head=head, stage=part
         )
 
     def samples_per_replica(self, stage: Stage) -> int:
@@ -217,6 +232,7 @@ class Memory:
             update={
                 "tensor_parallel": self.scenario.generation.tensor_parallel,
                 "zero_stage": 0,
+                "shard_ranks": None,
                 "pipeline_parallel": 1,
                 "logits_chunk_tokens": None,
             }
@@ -345,13 +361,22 @@ class Memory:
     def _host_bytes(self) -> float:
         """Host memory on the fullest node."""
         per_node = self.scenario.cluster.node.gpus_per_node
-        kinds = {rank: self.resting(rank).host for rank in self.rank_kinds}
+        kinds = {rank: self._host_of(rank) for rank in self.rank_kinds}
         if not any(kinds.values()):
             return 0.0
         by_node: dict[int, float] = {}
         for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self.resting(rank).host
+            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self._host_of(rank)
         return max(by_node.values())
+
+    def _host_of(self, rank: int) -> float:
+        """Host memory of one rank: what rests there, and the activations of the stage that leaves most."""
+        leaving = [
+            self.during(stage, rank).host
+            for stage in self.graph.stages()
+            if stage.kind == "train" and rank in stage.ranks and self.holdings[stage.model].use.offload_activations
+        ]
+        return max([self.resting(rank).host, *leaving])
 
     def _fraction(self) -> float | None:
         """The engine's share of the device: what was given, or what it can have."""
@@ -372,13 +397,17 @@ class Memory:
         return max(0.0, min(shares))
 
     def largest_micro_batches(self) -> dict[str, int]:
-        """By `models.<role>.micro_batch_samples` (and `score_...`): the largest that fits at maximum lengths."""
+        """By `models.<role>.micro_batch_samples` or `_tokens` (and `score_...`): the largest that fits.
+
+        At maximum lengths.
+        """
         found: dict[str, int] = {}
         for stage in self.graph.stages():
             if stage.kind not in ("score", "train") or stage.model not in self.holdings:
                 continue
             role = stage.model.removeprefix("shadow_")
-            key = f"models.{role}." + ("micro_batch_samples" if stage.kind == "train" else "score_micro_batch_samples")
+            unit = "samples" if self._limit(stage) is None else "tokens"
+            key = f"models.{role}." + ("" if stage.kind == "train" else "score_") + f"micro_batch_{unit}"
             size = self._largest(stage)
             found[key] = min(found.get(key, size), size)
         return found
@@ -390,10 +419,12 @@ class Memory:
             for rank in self.rank_kinds
             if rank in stage.ranks
         }
-        low, high = 0, self.samples_per_replica(stage)
+        sequence = sum(self.longest)
+        one = sequence if self._limit(stage) is None else 1
+        low, high = 0, self._most_tokens(stage, sequence) // one
         while low < high:
             middle = (low + high + 1) // 2
-            if all(self._passing(stage, rank, middle, sum(self.longest)).total <= room for rank, room in free.items()):
+            if all(self._passing(stage, rank, middle * one, sequence).total <= room for rank, room in free.items()):
                 low = middle
             else:
                 high = middle - 1

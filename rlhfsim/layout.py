@@ -49,7 +49,8 @@ class Holding:
 
     @property
     def data_parallel(self) -> int:
-        return len(self.ranks) // self.replica
+        """Ranks with the same part of the weights: those of all replicas, and all that share a sequence."""
+        return len(self.ranks) // self.use.ranks_per_copy
 
 
 def strategy_names() -> list[str]:
@@ -252,6 +253,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
             use = scenario.generation.engine_use(use).model_copy(
                 update={
                     "zero_stage": 0,
+                    "shard_ranks": None,
                     "pipeline_parallel": 1,
                     "pipeline_chunks": 1,
                     "offload_parameters": False,
@@ -290,8 +292,15 @@ def check_real(scenario: Scenario) -> None:
             f"is {updates}; a real run keeps a prompt's responses in one mini-batch: it must divide {prompts} prompts"
         )
         raise InputError(message, field="algorithm.minibatches")
+    if scenario.workload.balanced:
+        raise InputError("is true; real runs share samples out in order (allowed: false)", field="workload.balanced")
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
+        for field in ("micro_batch_tokens", "score_micro_batch_tokens", "shard_ranks"):
+            if (limit := getattr(use, field)) is not None:
+                shared = "shard over all ranks" if field == "shard_ranks" else "count samples of a micro-batch"
+                message = f"is {limit}; real runs {shared} (allowed: none)"
+                raise InputError(message, field=f"models.{role}.{field}")
         hf_config(use.shape)  # complains about what cannot be built
         if use.shape.window and longest > use.shape.window:
             message = (
@@ -302,6 +311,15 @@ def check_real(scenario: Scenario) -> None:
         if use.offload_parameters and role in ("actor", "critic") and not sharded:
             message = "is true; real runs offload trained weights only with backend deepspeed and zero_stage 3"
             raise InputError(message, field=f"models.{role}.offload_parameters")
+        for field in ("offload_gradients", "offload_activations"):
+            if getattr(use, field):
+                message = "is true; real runs offload optimizers and weights only (allowed: false)"
+                raise InputError(message, field=f"models.{role}.{field}")
+        for field in ("overlap_grad_reduce", "overlap_param_gather"):
+            if getattr(use, field) is not None:
+                raise InputError(
+                    "is given; real runs overlap as DeepSpeed does (allowed: none)", field=f"models.{role}.{field}"
+                )
         if (split := use.ranks_per_replica) > 1:
             message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
             raise InputError(message, field=f"models.{role}.tensor_parallel")
@@ -431,7 +449,11 @@ def _tensor_groups(
             yield "generation.tensor_parallel", scenario.generation.tensor_parallel, stage.ranks
         elif stage.kind not in IDLE_KINDS and stage.model in holdings:
             role = stage.model.removeprefix("shadow_")
-            yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
+            use = holdings[stage.model].use
+            yield f"models.{role}.tensor_parallel", use.tensor_parallel, stage.ranks
+            if use.context_parallel > 1:
+                degree = use.tensor_parallel * use.context_parallel
+                yield f"models.{role}.tensor_parallel x context_parallel", degree, stage.ranks
 
 
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
@@ -447,6 +469,11 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
         raise InputError(
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=field,
+        )
+    if (shard := held.use.shard_ranks) and (len(held.ranks) % shard or stage.size % shard):
+        raise InputError(
+            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})",
+            field=f"models.{stage.model.removeprefix('shadow_')}.shard_ranks",
         )
     if not generates and stage.size % held.use.ranks_together:
         raise InputError(

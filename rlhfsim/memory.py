@@ -16,6 +16,7 @@ from .model import (
     embedding_parameters,
     head_parameters,
     kv_bytes_per_token,
+    kv_heads_per_rank,
     layer_parameters,
     layers_parameters,
     layers_routed_parameters,
@@ -48,8 +49,13 @@ LOGITS_COPIES = 2.77
 # 1b88ac36.
 LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 
-# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers).
+# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers);
+# without overlap there is one.
 REDUCE_BUCKETS = 2
+
+# One layer's activations leave for the host while the next one's are made: the double buffer of Transformer Engine's
+# AsyncDoubleBufferGroupOffloadHandler (transformer_engine/pytorch/cpu_offload.py).
+LAYERS_ON_DEVICE = 2
 
 # CUDA context, NCCL buffers and allocator slack (unverified).
 RESERVED_BYTES = 1.5 * 2**30
@@ -115,6 +121,7 @@ def static_bytes(
     per_parameter = MOMENT_BYTES * stepped + (0 if use.precision == "fp32" else MASTER_BYTES)
     share = shards.largest(trained, routed, 1)
     if use.offload_optimizer:
+        gradients = 0.0 if use.offload_gradients else gradients
         return resting + Bytes(gradients=gradients, host=share * (per_parameter + HOST_GRADIENT_BYTES))
     return resting + Bytes(gradients=gradients, optimizer=share * per_parameter)
 
@@ -130,7 +137,8 @@ class Shards:
     @classmethod
     def of(cls, use: ModelUse, data_parallel: int) -> Shards:
         ranks = data_parallel * use.tensor_parallel
-        return cls(use.zero_stage, data_parallel, ranks / use.expert_ranks)
+        sharing = use.shard_ranks or data_parallel
+        return cls(use.zero_stage, sharing, ranks / use.expert_ranks)
 
     def largest(self, count: float, routed: float, from_stage: int) -> float:
         """What one rank keeps of `count` parameters (`routed` of them in routed experts) that a ZeRO stage shards."""
@@ -216,16 +224,18 @@ def training_bytes(
     """Forward and backward of micro-batches of so many tokens in sequences of up to `sequence_tokens`.
 
     Activations of trained layers are kept for all micro-batches in flight; with recomputation one layer is whole again
-    at a time. Buffers: gradients on their way to the other ranks.
+    at a time. Buffers: gradients on their way to the other ranks, and what ranks that share sequences exchange.
     """
+    micro_batch_tokens = micro_batch_tokens / use.context_parallel
     spec, layers = use.shape, _trained_layers(use, stage)
     kept = sum(
-        micro_batch_tokens
-        * _activation_bytes(use, sequence_tokens, use.recompute, kind)
-        * (count / use.pipeline_chunks)
+        micro_batch_tokens * kept_activation_bytes(use, sequence_tokens, kind) * (count / use.pipeline_chunks)
         for kind, count in spec.layer_kinds(layers).items()
     )
-    activations = kept * chunks_in_flight(use, stage, micro_batches)
+    activations, host = kept * chunks_in_flight(use, stage, micro_batches), 0.0
+    if use.offload_activations and layers:
+        largest = max(kept_activation_bytes(use, sequence_tokens, kind) for kind in spec.layer_kinds(layers))
+        activations, host = min(activations, LAYERS_ON_DEVICE * micro_batch_tokens * largest), activations
     if use.recompute != "none":
         activations += micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage)
     logits = 0.0
@@ -239,9 +249,11 @@ def training_bytes(
         activations += micro_batch_tokens * output
         logits = _logits(use, micro_batch_tokens, head)
     reduced = min(trained_parameters(use, head, stage), REDUCE_BUCKET_PARAMETERS)
-    buffers = REDUCE_BUCKETS * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
+    buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS
+    buffers = buckets * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
-    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers)
+    buffers += _exchanged(use, micro_batch_tokens, backward=True)
+    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers, host=host)
 
 
 def scoring_bytes(
@@ -255,10 +267,12 @@ def scoring_bytes(
 ) -> Bytes:
     """A forward pass without gradients: one layer's activations at a time, then the logits."""
     last = stage == use.pipeline_parallel - 1
+    micro_batch_tokens = micro_batch_tokens / use.context_parallel
     return Bytes(
         activations=micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage),
         logits=_logits(use, micro_batch_tokens, head) if last else 0.0,
         gathered=gathered_bytes(use, data_parallel, head),
+        buffers=_exchanged(use, micro_batch_tokens),
     )
 
 
@@ -267,7 +281,7 @@ def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> floa
 
     An upper limit: FSDP keeps about two layers.
     """
-    if use.zero_stage != 3 or data_parallel == 1:
+    if use.zero_stage != 3 or (use.shard_ranks or data_parallel) == 1:
         return 0.0
     spec = use.shape
     layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())
@@ -315,6 +329,11 @@ def _largest_activation_bytes(use: ModelUse, sequence_tokens: float, stage: int)
     return max(_activation_bytes(use, sequence_tokens, "none", kind) for kind in kinds)
 
 
+def kept_activation_bytes(use: ModelUse, sequence_tokens: float, kind: LayerKind) -> float:
+    """Per token, what a layer keeps from its forward for its backward."""
+    return _activation_bytes(use, sequence_tokens, use.recompute, kind)
+
+
 def _activation_bytes(
     use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"], kind: LayerKind
 ) -> float:
@@ -331,6 +350,22 @@ def _activation_bytes(
         split=use.expert_split(),
         routing_imbalance=use.routing_imbalance if use.expert_parallel > 1 else 1.0,
     )
+
+
+def _exchanged(use: ModelUse, tokens: float, *, backward: bool = False) -> float:
+    """Attention's inputs from other ranks, of one layer: the next piece of keys and values, all pieces, or one's heads.
+
+    With the gradients of as many in the backward (layouts of the exchanges in `costs.passes`; not compared with a
+    framework).
+    """
+    shape, t, c = use.shape, use.tensor_parallel, use.context_parallel
+    if c == 1:
+        return 0.0
+    per_head = tokens * (shape.head_dim + shape.value_head_dim) * use.bytes_per_parameter * (2 if backward else 1)
+    kv_heads = kv_heads_per_rank(shape, t)
+    if use.context_exchange == "all_to_all":
+        return per_head * (shape.heads // t + max(kv_heads, c))
+    return per_head * kv_heads * (c if use.context_exchange == "all_gather" else 1)
 
 
 def _logits(use: ModelUse, tokens: float, head: Head) -> float:

@@ -440,8 +440,10 @@ def _short_settings(row: Row) -> str:
     """The settings of a row in a few words; `--json` has them in full."""
     used = row.used
     words = [f"TP {used['generation.tensor_parallel']}"]
-    micro = {m for role in ("actor", "critic") if (m := used.get(f"models.{role}.micro_batch_samples")) is not None}
-    words.append("micro-batch " + "/".join(str(m) for m in sorted(micro)))
+    for unit, suffix in (("samples", ""), ("tokens", " tokens")):
+        found = (used.get(f"models.{role}.micro_batch_{unit}") for role in ("actor", "critic"))
+        if micro := {m for m in found if m is not None}:
+            words.append("micro-batch " + "/".join(str(m) for m in sorted(micro)) + suffix)
     if "ranks" in used:
         words.append(" ".join(f"{name} {count}" for name, count in used["ranks"].items()))
     words += [f"{name} {used[key]}" for name in ("batches", "replicas") if (key := f"strategy.{name}") in used]

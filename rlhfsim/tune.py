@@ -180,10 +180,11 @@ def _train_micro_batches(best: Scenario, given: Scenario) -> Iterator[Scenario]:
     for halvings in range(1, 8):
         models = best.models
         for role in ("actor", "critic"):
-            if not _kept(f"models.{role}.micro_batch_samples", given):
-                use: ModelUse = getattr(models, role)
-                size = max(1, use.micro_batch_samples >> halvings)
-                models = models.model_copy(update={role: use.model_copy(update={"micro_batch_samples": size})})
+            use: ModelUse = getattr(models, role)
+            name = "micro_batch_samples" if use.micro_batch_tokens is None else "micro_batch_tokens"
+            if not _kept(f"models.{role}.{name}", given):
+                size = max(_least(name, best), getattr(use, name) >> halvings)
+                models = models.model_copy(update={role: use.model_copy(update={name: size})})
         yield best.model_copy(update={"models": models})
 
 
@@ -207,9 +208,15 @@ def _with_micro_batches(scenario: Scenario, given: Scenario) -> Scenario:
     for key, size in largest.items():
         _, role, name = key.split(".")
         if not _kept(key, given):
-            power = 1 << max(0, size.bit_length() - 1)
+            power = max(_least(name, scenario), 1 << max(0, size.bit_length() - 1))
             models = models.model_copy(update={role: getattr(models, role).model_copy(update={name: power})})
     return scenario.model_copy(update={"models": models})
+
+
+def _least(name: str, scenario: Scenario) -> int:
+    """The smallest micro-batch: one sample, or the tokens of the longest."""
+    workload = scenario.workload
+    return workload.prompt_tokens.longest + workload.response_tokens.longest if name.endswith("_tokens") else 1
 
 
 def _with_generation_batches(scenario: Scenario, given: Scenario) -> Scenario:

@@ -444,7 +444,7 @@ def _sharded_segments(
             label,
             _balanced(axis.compute_seconds, operators.effects) / layers,
             axis.steps * layers,
-            (Transfer("all_gather", (domain,), _weight_bytes(use) / layers, messages),),
+            (Transfer("all_gather", use.shard_groups(domain), _weight_bytes(use) / layers, messages),),
             prefetch=1,
             lockstep=True,
             bound=_bound(tables, phase),
@@ -534,7 +534,7 @@ def _gather(
     own engine never.
     """
     effects, host_seconds = operators.effects, 0.0
-    sharded = use.zero_stage == 3 and len(domain) > 1
+    sharded = use.zero_stage == 3 and len(use.shard_groups(domain)[0]) > 1
     if generation.engine == "zero3_per_token":
         needed = sharded and not effects.decode
     else:
@@ -543,7 +543,7 @@ def _gather(
         return []
     held, wanted = use.tensor_parallel, generation.tensor_parallel
     if sharded:
-        groups: tuple[tuple[int, ...], ...] = (domain,)
+        groups = use.shard_groups(domain)
         payload, calls = _weight_bytes(use), weight_tensors(use.shape)
         host_seconds = float(operators.engine_launches(use, "gather", parameters(use.shape)).seconds)
     elif held > wanted and held % wanted == 0:

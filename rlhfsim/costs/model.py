@@ -16,6 +16,7 @@ from rlhfsim.graph import Message, Stage
 from rlhfsim.layout import Holding
 from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
 from rlhfsim.model import Head, parameters
+from rlhfsim.packing import shares_by_tokens
 from rlhfsim.spec.scenario import Scenario
 
 from .generation import (
@@ -109,8 +110,15 @@ class CostModel:
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward))
+        ends = self._ends(stage, f)
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, ends)
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward, ends))
+
+    def _ends(self, stage: Stage, f: Firing) -> tuple[bool, bool]:
+        """Whether a firing is the first and the last of its stage in an iteration, where it matters to its cost."""
+        if stage.kind != "train" or not self.holdings[stage.model].use.gathers_ahead:
+            return True, True
+        return f.chunk == 0, f.chunk == stage.firings - 1
 
     def ended(self, f: Firing, name: Firing) -> dict[str, float]:
         """Book what an ended firing changes: the version of weights, what engines hold; ages of what it generated."""
@@ -200,7 +208,13 @@ class CostModel:
         return self._programs[key]
 
     def _work(
-        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, reward_seconds: float | None
+        self,
+        stage: Stage,
+        places: list[int],
+        prompts: np.ndarray,
+        responses: np.ndarray,
+        reward_seconds: float | None,
+        ends: tuple[bool, bool],
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
@@ -211,7 +225,7 @@ class CostModel:
             tokens = prompts + responses
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
-            segments = self._pass(stage, ranks, tokens)
+            segments = self._pass(stage, ranks, tokens, ends)
         controller = self._controller(stage, len(prompts))
         if not self.scenario.cluster.gpu.overlaps_communication:
             segments = [replace(s, prefetch=0) for s in segments]
@@ -248,15 +262,17 @@ class CostModel:
         self._finished[prompts.tobytes(), responses.tobytes()] = result.stats
         return result
 
-    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
+    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, ends: tuple[bool, bool]) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
-        shares = per_replica(tokens, layout.replicas)
+        share_out = shares_by_tokens if self.scenario.workload.balanced else per_replica
+        shares = share_out(tokens, layout.replicas)
         if stage.kind == "score":
             return score_program(use, shares, layout, self.operators, head=head)
         node = self.scenario.cluster.node
         host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
-        return train_program(use, shares, layout, self.operators, head=head, host=host)
+        first, last = ends
+        return train_program(use, shares, layout, self.operators, head=head, host=host, first=first, last=last)
 
     def _reward_seconds(self, f: Firing, stage: Stage, ids: np.ndarray) -> float:
         """Of a reward that no model of ours gives."""

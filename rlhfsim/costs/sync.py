@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -38,12 +39,14 @@ def sync_program(
     """
     if not operators.effects.sync:
         return []
+    source, destination = (replace(side, context_parallel=1) for side in (source, destination))  # a copy each
     if destination.pipeline_parallel > 1:
         raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
     spec = use.shape
     count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
     total = float(count * use.bytes_per_parameter)
     copies: list[Segment] = []
+    transfers: list[Transfer | None]
     if method == "reshard":
         transfers = [_reshard(use, source, destination, total)]
         copies = _copy(operators.copy(use, total / destination.tensor_parallel))
@@ -57,9 +60,8 @@ def sync_program(
         payload = routed / source.pipeline_parallel / source.experts.tensor
         gather = Transfer("all_gather", source.expert_groups, payload, messages_of(payload, bucket_bytes))
         transfers = [gather, *transfers]
-    if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
-        gather = Transfer("all_gather", (source.ranks,), total, float(weight_tensors(spec)))
-        transfers = [gather, *transfers]
+    if method != "reshard" and use.zero_stage == 3:
+        transfers = [_gathered(use, source, total), *transfers]
     return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None] + copies
 
 
@@ -107,14 +109,18 @@ def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -
     Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
     """
     if use.zero_stage == 3:
-        if len(source.ranks) == 1:
-            return None
-        return Transfer("all_gather", (source.ranks,), total, float(weight_tensors(use.shape)))
+        return _gathered(use, source, total)
     size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
     if size <= 1:
         return None
     by_replica = source.grid.transpose(1, 2, 0).reshape(-1, size)
     return Transfer("all_gather", as_groups(by_replica), total / destination.tensor_parallel, float(use.shape.layers))
+
+
+def _gathered(use: ModelUse, source: Layout, total: float) -> Transfer | None:
+    """ZeRO-3: all weights on every rank, from those that hold them once together."""
+    groups = use.shard_groups(source.ranks)
+    return Transfer("all_gather", groups, total, float(weight_tensors(use.shape))) if len(groups[0]) > 1 else None
 
 
 def _transfer_segment(label: str, transfer: Transfer) -> Segment:

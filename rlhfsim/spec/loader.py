@@ -37,8 +37,11 @@ _LAYOUT = (
     "precision",
     "tensor_parallel",
     "pipeline_parallel",
+    "context_parallel",
+    "context_exchange",
     "sequence_parallel",
     "score_micro_batch_samples",
+    "score_micro_batch_tokens",
     "flash_attention",
     "logits_chunk_tokens",
     "gemm_precision",
@@ -196,6 +199,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
         _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
+        _check_packing(f"models.{role}", getattr(scenario.models, role), scenario, where)
     _check_generation(scenario, where)
     _check_lengths(scenario, where)
 
@@ -247,7 +251,8 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
         )
     if use.ranks_per_replica > gpus:
         raise _error(
-            f"x pipeline_parallel is {use.ranks_per_replica}, but the cluster has {gpus} GPUs",
+            f"x {'context_parallel x ' if use.context_parallel > 1 else ''}pipeline_parallel is "
+            f"{use.ranks_per_replica}, but the cluster has {gpus} GPUs",
             f"{field}.tensor_parallel",
             where,
         )
@@ -262,6 +267,20 @@ def _check_precision(field: str, use: ModelUse, cluster: Cluster, where: Where) 
     else:
         return
     raise _error(message, f"{field}.gemm_precision", where)
+
+
+def _check_packing(field: str, use: ModelUse, scenario: Scenario, where: Where) -> None:
+    longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
+    for name in ("micro_batch_tokens", "score_micro_batch_tokens"):
+        limit = getattr(use, name)
+        if limit is None:
+            continue
+        if scenario.workload.padded:
+            message = f"is {limit}, but samples are only packed without padding: workload.padded must be false"
+            raise _error(message, f"{field}.{name}", where)
+        if limit < longest:
+            message = f"is {limit}, but prompt and response may have {longest} tokens: at least as many are needed"
+            raise _error(message, f"{field}.{name}", where)
 
 
 def _check_generation(scenario: Scenario, where: Where) -> None:
@@ -509,6 +528,8 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     own = {"spec", "pipeline_parallel"} & use.keys()
     keys = _LAYOUT if any(use[key] != partner.get(key) for key in own) else _LAYOUT + _LAYOUT_OF_LAYERS
     layout = {key: partner[key] for key in keys if key in partner}
+    if "score_micro_batch_samples" in use:
+        layout.pop("score_micro_batch_tokens", None)
     alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}

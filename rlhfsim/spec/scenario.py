@@ -32,9 +32,17 @@ class ModelUse(Record):
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
         3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
+    shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
+        gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
+        fsdp_size). Absent: over all ranks.
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
+    context_parallel: ranks that share every sequence, neighbours after the tensor-parallel ones. context_exchange: what
+        they exchange for attention. `ring`: keys and values go round, beside the attention that they are for
+        (Megatron-LM's cp_comm_type p2p). `all_gather`: keys and values of whole sequences first. `all_to_all`: from
+        pieces of sequences to pieces of the heads and back (Ulysses; verl's ulysses_sequence_parallel_size), whose
+        number must divide the heads; KV heads are copied where they are too few.
     first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
         others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
     sequence_parallel: activations between tensor-parallel regions are split as well.
@@ -44,9 +52,26 @@ class ModelUse(Record):
     routing_imbalance: rows of the busiest expert-parallel rank over the mean; 1: balanced. Without expert_parallel all
         experts are on one rank, and it counts for nothing.
     micro_batch_samples: samples per forward/backward of one replica; score_micro_batch_samples: of a scoring pass.
+    micro_batch_tokens, score_micro_batch_tokens: instead, samples are packed without padding in micro-batches of at
+        most so many tokens of one replica (verl: use_dynamic_bsz, ppo_max_token_len_per_gpu times the ranks that share
+        a sequence; NeMo-RL: sequence_packing). All replicas have equally many, and balanced ones.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
+    overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
+        DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
+        replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
+    overlap_param_gather: weights are gathered ahead of the layer that needs them. zero_stage 3: in every pass (FSDP,
+        DeepSpeed); absent: true. zero_stage 1 and 2: updated weights come beside the first forward pass of the next
+        update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
+    overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
+        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
+    offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
+        beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
+        have left there comes back to be added to. Otherwise they leave once, after the last backward.
+    offload_activations: what a layer keeps for its backward goes to the host beside the layer's forward and comes back
+        beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
+        enable_activation_offload); two layers at a time are on the GPU.
     offload_parameters: weights rest in host memory and stream in for each pass.
     lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
@@ -57,8 +82,11 @@ class ModelUse(Record):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gemm_precision: Literal["fp8", "int8"] | None = None
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    shard_ranks: Count | None = None
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
+    context_parallel: Count = 1
+    context_exchange: Literal["ring", "all_gather", "all_to_all"] = "ring"
     pipeline_chunks: Count = 1
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
@@ -68,10 +96,17 @@ class ModelUse(Record):
     routing_imbalance: Annotated[float, Field(ge=1, le=1e3)] = 1.0
     micro_batch_samples: Count = 4
     score_micro_batch_samples: Count = 16
+    micro_batch_tokens: Count | None = None
+    score_micro_batch_tokens: Count | None = None
     recompute: Literal["none", "selective", "full"] = "full"
     flash_attention: bool = True
     logits_chunk_tokens: Count | None = None
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
+    overlap_tensor_parallel: bool = False
     offload_optimizer: bool = False
+    offload_gradients: bool = False
+    offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
     trainable_layers: Count | None = None
@@ -83,6 +118,11 @@ class ModelUse(Record):
 
     @property
     def ranks_per_replica(self) -> int:
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that hold the weights once, unless they are sharded over data-parallel ranks."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
@@ -104,7 +144,24 @@ class ModelUse(Record):
     @property
     def ranks_together(self) -> int:
         """The fewest ranks that hold whole replicas and whole sets of experts."""
-        return self.pipeline_parallel * lcm(self.tensor_parallel, self.expert_ranks)
+        return self.pipeline_parallel * lcm(self.tensor_parallel * self.context_parallel, self.expert_ranks)
+
+    @property
+    def reduces_beside(self) -> bool:
+        """Whether gradients are reduced beside the backward pass."""
+        if self.overlap_grad_reduce is not None:
+            return self.overlap_grad_reduce
+        return self.zero_stage == 3 or self.ranks_together == 1
+
+    @property
+    def gathers_ahead(self) -> bool:
+        """Whether weights are gathered beside a forward pass."""
+        return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
+
+    def shard_groups(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The ranks that hold all weights once together, under zero_stage 3."""
+        size = self.shard_ranks or len(ranks)
+        return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -158,6 +215,52 @@ class ModelUse(Record):
         return self
 
     @model_validator(mode="after")
+    def _heads_can_be_split(self) -> ModelUse:
+        shape, degree = self.shape, self.context_parallel
+        if degree == 1 or self.context_exchange != "all_to_all":
+            return self
+        heads, kv_heads = shape.heads // self.tensor_parallel, max(1, shape.kv_heads // self.tensor_parallel)
+        allowed = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        if degree not in allowed:
+            raise ValueError(
+                f"context_parallel is {degree}, but all_to_all must split the {heads} heads of {self.spec} on a "
+                f"tensor-parallel rank, and split or copy its {kv_heads} KV heads, evenly (allowed: "
+                f"{', '.join(map(str, allowed))}; ring and all_gather: any)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> ModelUse:
+        if self.offload_gradients and (not self.offload_optimizer or self.zero_stage < 2):
+            raise ValueError(
+                "offload_gradients needs offload_optimizer: true and zero_stage 2 or 3, given "
+                f"{str(self.offload_optimizer).lower()} and {self.zero_stage}"
+            )
+        if self.offload_gradients and self.ranks_together > 1:
+            raise ValueError("offload_gradients needs replicas of one rank (DeepSpeed): no tensor or other parallelism")
+        if self.offload_activations and not self.flash_attention and self.recompute == "none":
+            raise ValueError(
+                "offload_activations leaves out the scores of attention, which are kept without flash_attention "
+                "(allowed: flash_attention, or recompute selective or full)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_is_possible(self) -> ModelUse:
+        if self.overlap_param_gather and self.zero_stage == 0:
+            raise ValueError(
+                "overlap_param_gather is true, but at zero_stage 0 no weights are gathered (allowed: 1 to 3)"
+            )
+        if self.overlap_param_gather and self.zero_stage < 3 and not self.reduces_beside:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce: true, as in Megatron-LM")
+        if self.overlap_tensor_parallel and (self.tensor_parallel == 1 or not self.sequence_parallel):
+            raise ValueError(
+                "overlap_tensor_parallel needs tensor_parallel above 1 and sequence_parallel, given "
+                f"{self.tensor_parallel} and {str(self.sequence_parallel).lower()}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> ModelUse:
         if self.trainable_layers is not None and self.trainable_layers > self.shape.layers:
             raise ValueError(
@@ -167,11 +270,13 @@ class ModelUse(Record):
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
             )
-        if self.zero_stage == 3 and self.ranks_per_replica > 1:
+        if self.zero_stage == 3 and self.ranks_per_copy > 1:
             raise ValueError(
                 "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
                 "pipeline_parallel above 1 use stage 0, 1 or 2"
             )
+        if self.shard_ranks is not None and self.zero_stage < 3:
+            raise ValueError(f"shard_ranks is {self.shard_ranks}, but weights are sharded at zero_stage 3 only")
         if self.backend == "torch" and self.zero_stage:
             raise ValueError(f"backend torch shards nothing: zero_stage must be 0, given {self.zero_stage}")
         return self
@@ -234,6 +339,9 @@ class Workload(Record):
 
     prompts x responses_per_prompt = samples. padded: scoring and training compute every sample at the maximum
     length (plain Hugging Face batches); otherwise padding is removed.
+    balanced: the samples of a stage are shared among the replicas of a place by tokens, equally many each (verl's
+        balance_batch, for every mini-batch by itself); otherwise in order. Replicas that are places of their own
+        (models that score with whole copies) keep what they have.
     responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
         up to the longest of them.
     """
@@ -243,6 +351,7 @@ class Workload(Record):
     prompt_tokens: Lengths
     response_tokens: Lengths
     padded: bool = True
+    balanced: bool = False
     responses: Literal["forced", "sampled"] = "forced"
 
     @property
@@ -318,6 +427,7 @@ class Generation(Record):
     def engine_use(self, use: ModelUse) -> ModelUse:
         """How the layers of a model are split and computed in the engine."""
         changes: dict[str, Any] = {
+            "context_parallel": 1,
             "expert_parallel": self.expert_parallel,
             "expert_tensor_parallel": self.tensor_parallel // self.expert_parallel,
             "gemm_precision": self.weights_precision,
