@@ -6,7 +6,7 @@ Between the graph (ranks and order) and the costs (bytes and seconds): nothing h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from types import ModuleType
@@ -267,6 +267,8 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
     for stage in graph.stages():
         if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
+    if scenario.cluster.parts:
+        _check_kinds(scenario, graph, found)
     return found
 
 
@@ -345,10 +347,12 @@ def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str)
 
 def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:
     """What a user should know about a layout that works and may surprise."""
-    notes, per_node = [], scenario.cluster.node.gpus_per_node
+    notes, nodes = _notes_on_kinds(scenario, graph), scenario.cluster.rank_nodes
+    sizes = sorted({part.node.gpus_per_node for part in scenario.cluster.all_parts})
+    per_node = " or ".join(map(str, sizes))
     for field, degree, ranks in dict.fromkeys(_tensor_groups(scenario, graph, holdings)):
         groups = (ranks[i : i + degree] for i in range(0, len(ranks), degree))
-        apart = next((g for g in groups if len({r // per_node for r in g}) > 1), None)
+        apart = next((g for g in groups if len({nodes[r] for r in g}) > 1), None)
         if apart:
             notes.append(
                 f"{field} {degree}: ranks {rank_text(apart)} are on several nodes of {per_node} GPUs; what they "
@@ -400,6 +404,50 @@ def _tensor_groups(
         elif stage.kind not in IDLE_KINDS and stage.model in holdings:
             role = stage.model.removeprefix("shadow_")
             yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
+
+
+def _notes_on_kinds(scenario: Scenario, graph: StageGraph) -> list[str]:
+    """Stages on machines of several kinds."""
+    notes = []
+    for stage in graph.stages() if scenario.cluster.parts else ():
+        if stage.kind not in IDLE_KINDS and len(kinds := _kinds(scenario, stage.ranks)) > 1:
+            notes.append(
+                f"stage {stage.name} is on {' and '.join(kinds)}: where its ranks meet, the slowest is waited for"
+            )
+    return notes
+
+
+def _check_kinds(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
+    """Raises InputError where ranks of different machines cannot work together."""
+    for field, degree, ranks in _tensor_groups(scenario, graph, holdings):
+        for group in (ranks[i : i + degree] for i in range(0, len(ranks), degree)):
+            if len(kinds := _kinds(scenario, group)) > 1:
+                raise InputError(
+                    f"is {degree}, but ranks {rank_text(group)} of one group are of {' and '.join(kinds)}; a group "
+                    "must be of one kind (strategy.split or ranks, or another order of cluster.parts)",
+                    field=field,
+                )
+    overheads = [bool(scenario.overheads_of(part).deepspeed) for part in scenario.cluster.parts]
+    rank_kinds = scenario.cluster.rank_kinds
+    for stage in graph.stages():
+        kinds = _kinds(scenario, stage.ranks)
+        if len(kinds) > 1 and stage.unfinished != "wait":
+            raise InputError(
+                f"stage {stage.name} is on {' and '.join(kinds)}; engines that keep responses for a later firing must "
+                "be of one kind",
+                field=f"strategy ({scenario.strategy.name})",
+            )
+        if stage.kind not in IDLE_KINDS and len({overheads[rank_kinds[r]] for r in stage.ranks}) > 1:
+            raise InputError(
+                f"are measured for some of the machines of stage {stage.name} ({' and '.join(kinds)}) and not for all",
+                field="overheads.deepspeed",
+            )
+
+
+def _kinds(scenario: Scenario, ranks: Iterable[int]) -> list[str]:
+    """Names of the parts with the different machines among ranks."""
+    kinds = scenario.cluster.rank_kinds
+    return [scenario.cluster.all_parts[k].name for k in dict.fromkeys(kinds[r] for r in ranks)]
 
 
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:

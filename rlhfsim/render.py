@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -126,7 +127,8 @@ def draw_fit(setup: Setup, fit: Fit, path: str) -> None:
     from .plot import memory_figure
 
     phases = {phase: instant.bytes.components for phase, instant in fit.by_phase.items()}
-    memory_figure(phases, path, capacity_bytes=fit.capacity_bytes, title=f"{setup.label} on {_cluster(setup.scenario)}")
+    capacity = {phase: instant.capacity_bytes for phase, instant in fit.by_phase.items()}
+    memory_figure(phases, path, capacity_bytes=capacity, title=f"{setup.label} on {_cluster(setup.scenario)}")
 
 
 def print_fit_reason(fit: Fit) -> None:
@@ -141,8 +143,7 @@ def _memory_table(fit: Fit) -> Table:
         table.add_column(name, justify="right")
     for phase, instant in fit.by_phase.items():
         parts = [three(instant.bytes.components[c] / 2**30) for c in components]
-        free = (fit.capacity_bytes - instant.bytes.total) / 2**30
-        table.add_row(phase, *parts, three(instant.bytes.total / 2**30), three(free))
+        table.add_row(phase, *parts, three(instant.bytes.total / 2**30), three(-instant.missing_bytes / 2**30))
     return table
 
 
@@ -158,7 +159,7 @@ def _short_memory_table(fit: Fit) -> Table:
         table.add_row(
             phase,
             three(instant.bytes.total / 2**30),
-            three((fit.capacity_bytes - instant.bytes.total) / 2**30),
+            three(-instant.missing_bytes / 2**30),
             f"{largest} {three(components[largest] / 2**30)}",
         )
     return table
@@ -311,8 +312,8 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     _print_groups(out, timeline)
     if peak := memory_peak(timeline):
         out.print(
-            f"Peak memory {gib(peak.bytes)} of {gib(fit.capacity_bytes)}, in {peak.phase} on rank {peak.rank} "
-            f"from {human_seconds(peak.seconds)} on."
+            f"Peak memory {gib(peak.bytes)} of {gib(setup.memory.capacity_of(peak.rank))}, in {peak.phase} on rank "
+            f"{peak.rank} from {human_seconds(peak.seconds)} on."
         )
     _print_unverified(out, scenario)
 
@@ -380,11 +381,11 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 def baseline_settings(comparison: Comparison) -> dict[str, Any]:
     """What a speedup over the baseline depends on: its engine, per-GPU batch and network."""
     scenario = comparison.base.scenario
-    network = scenario.cluster.network
+    networks = [part.network for part in scenario.cluster.all_parts]
     return {
         "engine": scenario.generation.engine,
         "samples_per_gpu": scenario.workload.samples / scenario.cluster.gpus,
-        "network_bytes_per_second_per_node": network.nics_per_node * network.nic_bytes_per_second.value,
+        "network_bytes_per_second_per_node": min(n.nics_per_node * n.nic_bytes_per_second.value for n in networks),
     }
 
 
@@ -473,15 +474,16 @@ def unverified(scenario: Scenario) -> list[str]:
         "eager_layer_seconds": not scenario.generation.graphs,
     }
     names += [f"overheads.{name}" for name, used in defaults.items() if used and getattr(overheads, name) is None]
-    kernels = scenario.cluster.gpu.kernels
-    if not all(fit.measured for fit in kernels_of(kernels).fits().values()):
-        names.append(f"kernel curves {kernels} (some copied from another architecture)")
+    for kernels in dict.fromkeys(part.gpu.kernels for part in scenario.cluster.all_parts):
+        if not all(fit.measured for fit in kernels_of(kernels).fits().values()):
+            names.append(f"kernel curves {kernels} (some copied from another architecture)")
     return names
 
 
 def _is_used(name: str, scenario: Scenario) -> bool:
     """Whether a number of the cluster can change this scenario's result."""
     uses = [getattr(scenario.models, role) for role in ROLES]
+    name = re.sub(r"^cluster\.parts\.\d+", "cluster", name)
     if name.startswith("cluster.gpu.flops_per_second."):
         return name.rpartition(".")[2] in {use.precision for use in uses}
     if name.startswith("cluster.node.host_memory"):
@@ -497,8 +499,8 @@ def _print_unverified(out: Console, scenario: Scenario) -> None:
 
 
 def _cluster(scenario: Scenario) -> str:
-    cluster = scenario.cluster
-    return f"{cluster.gpus} x {cluster.gpu.name} ({cluster.nodes} node{'s' if cluster.nodes > 1 else ''})"
+    parts = scenario.cluster.all_parts
+    return " + ".join(f"{p.gpus} x {p.gpu.name} ({p.nodes} node{'s' if p.nodes > 1 else ''})" for p in parts)
 
 
 # -- validate -----------------------------------------------------------------------------------------------------

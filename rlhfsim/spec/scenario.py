@@ -473,6 +473,13 @@ class Scenario(Record):
             )
         return steps
 
+    def overheads_of(self, part: Cluster) -> Overheads:
+        """Those on the machines of a part of the cluster: what the scenario says, then what the part does."""
+        if not self.cluster.parts:
+            return self.overheads
+        said = {name: getattr(self.overheads, name) for name in self.overheads.model_fields_set}
+        return part.overheads.model_copy(update=said)
+
     @property
     def gen_prompts(self) -> int:
         """Prompts that are generated in a round."""
