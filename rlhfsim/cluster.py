@@ -366,6 +366,7 @@ class ClusterTopology:
                 self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent, curve.measured
             )
         usage, nodes = self._usage(op, members)
+        op = "send" if op == "host_send" else op  # through shared memory or the network, as late as from GPU to GPU
         latency = max(self._latency(op, *group) for group in self._kinds_of_groups(members, nodes))
         shapes = [self._shape(op, int(sizes.max()), int(nodes.max()), part.collectives) for part in parts]
         return Route(self._named(usage), latency, *min(shapes))
@@ -417,7 +418,8 @@ class ClusterTopology:
 
     def _usage(self, op: Op, members: _Members) -> tuple[np.ndarray, np.ndarray]:
         """Link time per payload byte on every link, and how many nodes each group spans."""
-        ranks, parts = members.ranks, self._parts
+        ranks, parts, on_hosts = members.ranks, self._parts, op == "host_send"
+        op = "send" if on_hosts else op
         part = self._part_of[ranks]
         on_node = members.level(self._node_of[ranks])
         trees = [parts[k].collectives.two_node_tree_efficiency for k in np.unique(part)]
@@ -454,9 +456,10 @@ class ClusterTopology:
             slot = (slot[0] + by_slot[0], slot[1] + by_slot[1])
         usage = self._assemble(
             ranks,
-            inside=inside,
-            pcie=slot,
-            switch=_times(crossing, port) if crossing else None,
+            inside=None if on_hosts else inside,
+            pcie=None if on_hosts else slot,
+            switch=_times(crossing, port) if crossing and not on_hosts else None,
+            memory=np.ones(len(ranks)) if on_hosts else None,  # read there, written here; in one node both
             network=_times(by_node, network),
             leaf=_times(by_leaf, network),
             between=_times(by_part, network) if by_part else None,

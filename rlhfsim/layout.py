@@ -276,14 +276,18 @@ def check_real(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
-    for field, value, allowed in (
-        ("name", scenario.algorithm.name, ("ppo",)),
-        ("old_log_prob", scenario.algorithm.old_log_prob, ("always",)),
-        ("reward", scenario.algorithm.reward, ("model", "function")),
-    ):
+    chosen, sync = scenario.algorithm, scenario.weight_sync
+    allowed_values: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("algorithm.name", chosen.name, ("ppo",)),
+        ("algorithm.old_log_prob", chosen.old_log_prob, ("always",)),
+        ("algorithm.reward", chosen.reward, ("model", "function")),
+        ("weight_sync.through", sync.through, ("gpu",)),
+        ("weight_sync.senders", sync.senders, ("replica", "stage_heads", "first_rank")),  # the same with whole replicas
+    )
+    for field, value, allowed in allowed_values:
         if value not in allowed:
             message = f"is {value!r}, which real runs do not have yet (allowed: {', '.join(allowed)})"
-            raise InputError(message, field=f"algorithm.{field}")
+            raise InputError(message, field=field)
     if "reference" not in scenario.roles:
         raise InputError("leaves out the reference, which real runs need", field="algorithm.reference")
     for role in scenario.roles:

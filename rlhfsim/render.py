@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -36,6 +37,7 @@ from .metrics import (
 from .simulate import Setup, kernels_of, model_flops_utilisation, periodic_seconds, rounds_of, slack, trained_lengths_of
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
+from .sync_cost import SyncCost, weight_syncs
 from .timeline import Timeline
 from .validate import Result
 
@@ -198,6 +200,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
             "bound_by": bound_by(timeline),
             "idle_share": idle_share(timeline),
             "rank_groups": _group_shares(timeline),
+            "weight_syncs": [asdict(sync) for sync in weight_syncs(setup)],
             "slack_seconds": slack(setup, timeline),
             "overlap_share": overlap_share(timeline),
             "memory_peaks": {
@@ -273,6 +276,15 @@ def _off_policy_line(age: OffPolicySummary) -> str:
     return f"Per iteration: {', '.join(words)}."
 
 
+def _sync_line(sync: SyncCost) -> str:
+    words = [f"{three(sync.floor_seconds)} s at the rates of links and storage"]
+    if sync.sent_bytes:
+        words[0] += f" ({three(sync.sent_bytes / 1e9)} GB sent; {sync.busiest_link or 'no link'} is busiest)"
+    if sync.overhead_seconds:
+        words.append(f"{three(sync.overhead_seconds)} s per tensor and bucket")
+    return f"{sync.stage} takes {human_seconds(sync.seconds)} alone: {', '.join(words)}."
+
+
 def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     out, scenario = console(), setup.scenario
     seconds = step_seconds(timeline)
@@ -305,6 +317,9 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         out.print(line)
     if age := off_policy_summary(timeline):
         out.print(_off_policy_line(age))
+    for sync in weight_syncs(setup):
+        if sync.sent_bytes or sync.overhead_seconds:
+            out.print(_sync_line(sync))
     out.print(
         f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle; "
         f"model FLOPs utilisation {model_flops_utilisation(setup, seconds):.1%}."

@@ -100,10 +100,13 @@ def _run(
 ) -> list[Span]:
     from .sim.run import run  # SimPy is not needed by those who only ask what fits
 
-    cluster = setup.scenario.cluster
-    collectives = [_collectives_of(part) for part in cluster.all_parts]
-    topology = ClusterTopology(cluster, collectives, setup.scenario.effects)
-    return run(folded, costs_of(setup, folded, lengths, seed), topology, iterations)
+    return run(folded, costs_of(setup, folded, lengths, seed), topology_of(setup.scenario), iterations)
+
+
+def topology_of(scenario: Scenario) -> ClusterTopology:
+    """The links of the scenario's cluster, with what its kernels' files measured."""
+    collectives = [_collectives_of(part) for part in scenario.cluster.all_parts]
+    return ClusterTopology(scenario.cluster, collectives, scenario.effects)
 
 
 def _collectives_of(part: Cluster) -> Collectives:

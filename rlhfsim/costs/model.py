@@ -362,6 +362,8 @@ class CostModel:
                 method="reshard" if same else choice.method,
                 bucket_bytes=choice.bucket_bytes,
                 head=head_of(stage.model),
+                path=choice,
+                rank_nodes=self._nodes,
             ),
         )
         return [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
@@ -395,7 +397,10 @@ def _seconds(program: list[Segment]) -> float:
 
 def _between_ranks(segment: Segment) -> Segment | None:
     """A sync's segment without what a rank would send to itself (copies that share some of their ranks)."""
-    groups = [tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1) for t in segment.transfers]
+    groups = [
+        tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1 or t.op in ("to_host", "from_host"))
+        for t in segment.transfers
+    ]
     moved = tuple(replace(t, groups=g) for t, g in zip(segment.transfers, groups, strict=True) if g)
     return None if segment.transfers and not moved else replace(segment, transfers=moved)
 
