@@ -37,12 +37,12 @@ from .metrics import (
 from .simulate import Setup, kernels_of, model_flops_utilisation, periodic_seconds, rounds_of, slack, trained_lengths_of
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
-from .sync_cost import SyncCost, weight_syncs
 from .timeline import Timeline
 from .validate import Result
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
+    from .sync_cost import SyncCost
 
 
 def console() -> Console:
@@ -171,6 +171,8 @@ def _short_memory_table(fit: Fit) -> Table:
 
 
 def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[str, Any]:
+    from .sync_cost import weight_syncs  # needs the simulator, which `fits` does without
+
     scenario = setup.scenario
     found: dict[str, Any] = {
         "scenario": scenario.name,
@@ -286,6 +288,8 @@ def _sync_line(sync: SyncCost) -> str:
 
 
 def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
+    from .sync_cost import weight_syncs
+
     out, scenario = console(), setup.scenario
     seconds = step_seconds(timeline)
     out.print(
