@@ -53,20 +53,27 @@ class Instant:
     rank: int
     phase: str
     bytes: Bytes
+    capacity_bytes: float
+
+    @property
+    def missing_bytes(self) -> float:
+        """Negative where there is room."""
+        return self.bytes.total - self.capacity_bytes
 
 
 @dataclass(frozen=True)
 class Fit:
     """Whether everything fits, and what decides it.
 
-    worst: the fullest instant at maximum lengths; p99_bytes: the same at the 99th percentile of lengths. by_phase: the
-    fullest rank of each phase. reason: empty if it fits, else one sentence with the knob that helps.
+    worst: the instant with the least room at maximum lengths; p99_bytes: the same at the 99th percentile of lengths.
+    by_phase: the rank with the least room in each phase. kv_capacity_tokens: of the engine with the smallest cache.
+    host_bytes, host_capacity_bytes: of the node with the least room. reason: empty if it fits, else one sentence with
+    the knob that helps.
     micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit (or tokens, where these are
         limited), by model; 0: none does.
     """
 
     fits: bool
-    capacity_bytes: float
     worst: Instant
     p99_bytes: float
     by_phase: dict[str, Instant]
@@ -76,6 +83,11 @@ class Fit:
     memory_fraction: float | None
     micro_batches: dict[str, int]
     reason: str
+
+    @property
+    def capacity_bytes(self) -> float:
+        """Of the GPU of the worst instant."""
+        return self.worst.capacity_bytes
 
     @property
     def limiting(self) -> tuple[str, str]:
@@ -89,7 +101,7 @@ class Memory:
 
     def __init__(self, scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
         self.scenario, self.graph, self.holdings = scenario, graph, holdings
-        self.capacity_bytes = scenario.cluster.gpu.memory_bytes.value
+        self._kinds, self._parts = scenario.cluster.rank_kinds, scenario.cluster.all_parts
         workload = scenario.workload
         self.longest = workload.prompt_tokens.longest, workload.response_tokens.longest
         self._resting: dict[tuple[int, str], Bytes] = {}
@@ -98,7 +110,7 @@ class Memory:
 
     @cached_property
     def rank_kinds(self) -> list[int]:
-        """One rank of every kind: those that hold the same shards and run the same stages."""
+        """One rank of every kind: those of like machines that hold the same shards and run the same stages."""
         kinds: dict[int, list[object]] = defaultdict(list)  # rank -> what it holds and runs
         for name, held in self.holdings.items():
             for position, rank in enumerate(held.ranks):
@@ -106,8 +118,12 @@ class Memory:
         for stage in self.graph.stages():
             for rank in stage.ranks:
                 kinds[rank].append(stage.name)
-        firsts = {tuple(kinds[rank]): rank for rank in sorted(kinds, reverse=True)}
+        firsts = {(self._kinds[rank], *kinds[rank]): rank for rank in sorted(kinds, reverse=True)}
         return sorted(firsts.values())
+
+    def capacity_of(self, rank: int) -> float:
+        """Bytes of a rank's GPU."""
+        return self._parts[self._kinds[rank]].gpu.memory_bytes.value
 
     @staticmethod
     def _stage_of(holding: Holding, rank: int) -> int:
@@ -121,7 +137,7 @@ class Memory:
         return self._resting[rank, running]
 
     def _rest(self, rank: int, running: str) -> Bytes:
-        found = reserved_bytes(self.scenario.overheads)
+        found = reserved_bytes(self.scenario.overheads_of(self._parts[self._kinds[rank]]))
         for name, held in self.holdings.items():
             if rank in held.ranks and name != "shadow_actor":
                 found += static_bytes(
@@ -267,64 +283,76 @@ class Memory:
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
         """Tokens for which a paged cache has room: within the engine's fraction, or in what is left."""
         fraction = self.scenario.generation.memory_fraction
-        free = self.capacity_bytes - self.resting(rank, running=stage.model).total - engine.total
+        capacity = self.capacity_of(rank)
+        free = capacity - self.resting(rank, running=stage.model).total - engine.total
         if fraction is not None:
             own = self.holdings[stage.model].use
             weights = (
                 0.0 if self._sleeps(self.holdings[stage.model]) else engine_weight_bytes(own, self.scenario.generation)
             )
-            free = min(free, fraction * self.capacity_bytes - engine.total - weights)
+            free = min(free, fraction * capacity - engine.total - weights)
         return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use, sum(self.longest)))
 
     @cached_property
-    def kv_capacity_tokens(self) -> float | None:
-        """Tokens in the cache of one continuous engine; None: no such engine, or memory is infinite."""
+    def kv_capacity_by_kind(self) -> dict[int, float] | None:
+        """Tokens in the cache of one continuous engine, by the kind of its machines (`Cluster.rank_kinds`).
+
+        None: no such engine, or memory is infinite.
+        """
         if not self.scenario.generation.continuous or not self.scenario.effects.memory:
             return None
-        rooms = []
+        found: dict[int, float] = {}
         for stage in self._generating_stages():
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    rooms.append(
-                        self._kv_room(stage, rank, replace(self._generating(stage, rank, *self.longest), kv_cache=0.0))
-                    )
-        return min(rooms)
+                    engine = replace(self._generating(stage, rank, *self.longest), kv_cache=0.0)
+                    room, kind = self._kv_room(stage, rank, engine), self._kinds[rank]
+                    found[kind] = min(found.get(kind, room), room)
+        return found
+
+    @property
+    def kv_capacity_tokens(self) -> float | None:
+        """The same of the engine with the smallest cache."""
+        found = self.kv_capacity_by_kind
+        return None if found is None else min(found.values())
 
     def _generating_stages(self) -> list[Stage]:
         return [s for s in self.graph.stages() if s.kind == "generate"]
 
     def of_stage(self, stage: Stage) -> Iterator[Instant]:
         """One stage on every kind of rank that runs it."""
-        return (Instant(r, stage.name, self.during(stage, r)) for r in self.rank_kinds if r in stage.ranks)
+        return (self._instant(r, stage.name, self.during(stage, r)) for r in self.rank_kinds if r in stage.ranks)
+
+    def _instant(self, rank: int, phase: str, found: Bytes) -> Instant:
+        return Instant(rank, phase, found, self.capacity_of(rank))
 
     def instants(self, tokens: tuple[int, int] | None = None) -> Iterator[Instant]:
         """Every phase on every kind of rank."""
         for rank in self.rank_kinds:
-            yield Instant(rank, "resting", self.resting(rank))
+            yield self._instant(rank, "resting", self.resting(rank))
             for stage in self.graph.stages():
                 if rank in stage.ranks and self._needs_memory(stage):
-                    yield Instant(rank, stage.name, self.during(stage, rank, tokens))
+                    yield self._instant(rank, stage.name, self.during(stage, rank, tokens))
 
     # -- the answer ---------------------------------------------------------------------------------------
 
     def fit(self, p99_tokens: tuple[int, int] | None = None) -> Fit:
         """Test every instant at maximum lengths (and at `p99_tokens`) against the device, and the host's share."""
         instants = list(self.instants())
-        worst = max(instants, key=lambda i: i.bytes.total)
+        worst = max(instants, key=lambda i: i.missing_bytes)
         by_phase: dict[str, Instant] = {}
         for instant in instants:
             phase = instant.phase.split(".")[0]
-            if phase not in by_phase or instant.bytes.total > by_phase[phase].bytes.total:
+            if phase not in by_phase or instant.missing_bytes > by_phase[phase].missing_bytes:
                 by_phase[phase] = instant
-        p99 = max(i.bytes.total for i in self.instants(p99_tokens)) if p99_tokens else worst.bytes.total
-        host, host_capacity = self._host_bytes(), self.scenario.cluster.node.host_memory_bytes.value
+        p99 = max(self.instants(p99_tokens), key=lambda i: i.missing_bytes) if p99_tokens else worst
+        host, host_capacity = self._host_bytes()
         reason = self._reason(worst, host, host_capacity) if self.scenario.effects.memory else ""
         kv = self.kv_capacity_tokens
         return Fit(
             not reason,
-            self.capacity_bytes,
             worst,
-            p99,
+            p99.bytes.total,
             by_phase,
             host,
             host_capacity,
@@ -335,13 +363,13 @@ class Memory:
         )
 
     def _reason(self, worst: Instant, host: float, host_capacity: float) -> str:
-        if worst.bytes.total > self.capacity_bytes:
+        if worst.missing_bytes > 0:
             components = worst.bytes.components
             largest = max(components, key=lambda name: components[name])
-            over = (worst.bytes.total - self.capacity_bytes) / 2**30
+            over = worst.missing_bytes / 2**30
             return (
                 f"{worst.phase} on rank {worst.rank} needs {worst.bytes.total / 2**30:.3g} GiB of "
-                f"{self.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
+                f"{worst.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
                 f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}"
             )
         if host > host_capacity:
@@ -358,16 +386,18 @@ class Memory:
             )
         return ""
 
-    def _host_bytes(self) -> float:
-        """Host memory on the fullest node."""
-        per_node = self.scenario.cluster.node.gpus_per_node
-        kinds = {rank: self._host_of(rank) for rank in self.rank_kinds}
-        if not any(kinds.values()):
-            return 0.0
-        by_node: dict[int, float] = {}
+    def _host_bytes(self) -> tuple[float, float]:
+        """Host memory that is used and that there is, on the node with the least room."""
+        there = [part.node.host_memory_bytes.value for part in self._parts]
+        if not any(self._host_of(rank) for rank in self.rank_kinds):
+            return 0.0, min(there)
+        used: dict[tuple[int, float], float] = {}
+        nodes = self.scenario.cluster.rank_nodes
         for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self._host_of(rank)
-        return max(by_node.values())
+            node = nodes[rank], there[self._kinds[rank]]
+            used[node] = used.get(node, 0.0) + self._host_of(rank)
+        fullest = max(used, key=lambda node: used[node] - node[1])
+        return used[fullest], fullest[1]
 
     def _host_of(self, rank: int) -> float:
         """Host memory of one rank: what rests there, and the activations of the stage that leaves most."""
@@ -393,7 +423,7 @@ class Memory:
                         if self._sleeps(self.holdings[stage.model])
                         else engine_weight_bytes(self.holdings[stage.model].use, self.scenario.generation)
                     )
-                    shares.append(1 - resting / self.capacity_bytes)
+                    shares.append(1 - resting / self.capacity_of(rank))
         return max(0.0, min(shares))
 
     def largest_micro_batches(self) -> dict[str, int]:
@@ -415,7 +445,7 @@ class Memory:
     def _largest(self, stage: Stage) -> int:
         """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
         free = {
-            rank: self.capacity_bytes - self.resting(rank, running=stage.model).total
+            rank: self.capacity_of(rank) - self.resting(rank, running=stage.model).total
             for rank in self.rank_kinds
             if rank in stage.ranks
         }

@@ -6,7 +6,7 @@ Between the graph (ranks and order) and the costs (bytes and seconds): nothing h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from types import ModuleType
@@ -269,6 +269,8 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
     for stage in graph.stages():
         if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
+    if scenario.cluster.parts:
+        _check_kinds(scenario, graph, found)
     return found
 
 
@@ -276,13 +278,17 @@ def check_real(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.prompt_tokens.longest + scenario.workload.response_tokens.longest
-    for field, value, allowed in (
-        ("old_log_prob", scenario.algorithm.old_log_prob, ("always",)),
-        ("reward", scenario.algorithm.reward, ("model", "function")),
-    ):
+    chosen, sync = scenario.algorithm, scenario.weight_sync
+    allowed_values: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("algorithm.old_log_prob", chosen.old_log_prob, ("always",)),
+        ("algorithm.reward", chosen.reward, ("model", "function")),
+        ("weight_sync.through", sync.through, ("gpu",)),
+        ("weight_sync.senders", sync.senders, ("replica", "stage_heads", "first_rank")),  # the same with whole replicas
+    )
+    for field, value, allowed in allowed_values:
         if value not in allowed:
             message = f"is {value!r}, which real runs do not have yet (allowed: {', '.join(allowed)})"
-            raise InputError(message, field=f"algorithm.{field}")
+            raise InputError(message, field=field)
     if scenario.rounds > 1:
         message = "makes rounds of generation, which real runs do not have (allowed: 1 and no gen_prompts)"
         raise InputError(message, field="algorithm.filter_accept_probability")
@@ -395,10 +401,12 @@ def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str)
 
 def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:
     """What a user should know about a layout that works and may surprise."""
-    notes, per_node = [], scenario.cluster.node.gpus_per_node
+    notes, nodes = _notes_on_kinds(scenario, graph), scenario.cluster.rank_nodes
+    sizes = sorted({part.node.gpus_per_node for part in scenario.cluster.all_parts})
+    per_node = " or ".join(map(str, sizes))
     for field, degree, ranks in dict.fromkeys(_tensor_groups(scenario, graph, holdings)):
         groups = (ranks[i : i + degree] for i in range(0, len(ranks), degree))
-        apart = next((g for g in groups if len({r // per_node for r in g}) > 1), None)
+        apart = next((g for g in groups if len({nodes[r] for r in g}) > 1), None)
         if apart:
             notes.append(
                 f"{field} {degree}: ranks {rank_text(apart)} are on several nodes of {per_node} GPUs; what they "
@@ -454,6 +462,50 @@ def _tensor_groups(
             if use.context_parallel > 1:
                 degree = use.tensor_parallel * use.context_parallel
                 yield f"models.{role}.tensor_parallel x context_parallel", degree, stage.ranks
+
+
+def _notes_on_kinds(scenario: Scenario, graph: StageGraph) -> list[str]:
+    """Stages on machines of several kinds."""
+    notes = []
+    for stage in graph.stages() if scenario.cluster.parts else ():
+        if stage.kind not in IDLE_KINDS and len(kinds := _kinds(scenario, stage.ranks)) > 1:
+            notes.append(
+                f"stage {stage.name} is on {' and '.join(kinds)}: where its ranks meet, the slowest is waited for"
+            )
+    return notes
+
+
+def _check_kinds(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
+    """Raises InputError where ranks of different machines cannot work together."""
+    for field, degree, ranks in _tensor_groups(scenario, graph, holdings):
+        for group in (ranks[i : i + degree] for i in range(0, len(ranks), degree)):
+            if len(kinds := _kinds(scenario, group)) > 1:
+                raise InputError(
+                    f"is {degree}, but ranks {rank_text(group)} of one group are of {' and '.join(kinds)}; a group "
+                    "must be of one kind (strategy.split or ranks, or another order of cluster.parts)",
+                    field=field,
+                )
+    overheads = [bool(scenario.overheads_of(part).deepspeed) for part in scenario.cluster.parts]
+    rank_kinds = scenario.cluster.rank_kinds
+    for stage in graph.stages():
+        kinds = _kinds(scenario, stage.ranks)
+        if len(kinds) > 1 and stage.unfinished != "wait":
+            raise InputError(
+                f"stage {stage.name} is on {' and '.join(kinds)}; engines that keep responses for a later firing must "
+                "be of one kind",
+                field=f"strategy ({scenario.strategy.name})",
+            )
+        if stage.kind not in IDLE_KINDS and len({overheads[rank_kinds[r]] for r in stage.ranks}) > 1:
+            raise InputError(
+                f"are measured for some of the machines of stage {stage.name} ({' and '.join(kinds)}) and not for all",
+                field="overheads.deepspeed",
+            )
+
+
+def _kinds(scenario: Scenario, ranks: Iterable[int]) -> list[str]:
+    """Names of the parts with the different machines among ranks."""
+    kinds = scenario.cluster.rank_kinds
+    return [scenario.cluster.all_parts[k].name for k in dict.fromkeys(kinds[r] for r in ranks)]
 
 
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:

@@ -48,6 +48,7 @@ def _field_docs() -> dict[str, str]:
         "cluster.node": hardware.Node,
         "cluster.gpu": hardware.Gpu,
         "cluster.network": hardware.Network,
+        "cluster.between": hardware.Interconnect,
         "models": records.Models,
         "models.<role>": records.ModelUse,
         "workload": records.Workload,

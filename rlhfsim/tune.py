@@ -85,7 +85,7 @@ def _score(scenario: Scenario) -> _Score:
 
 def _excess(fit: Fit) -> float:
     """Bytes that are missing; a trifle where only an engine's cache is too small for one sequence."""
-    return max(1.0, fit.worst.bytes.total - fit.capacity_bytes, fit.host_bytes - fit.host_capacity_bytes)
+    return max(1.0, fit.worst.missing_bytes, fit.host_bytes - fit.host_capacity_bytes)
 
 
 def _kept(key: str, given: Scenario) -> bool:
@@ -127,11 +127,11 @@ def _tensor_parallel(best: Scenario, given: Scenario) -> Iterator[Scenario]:
 
 def _engine_sizes(best: Scenario, given: Scenario) -> list[Scenario]:
     """Engine sizes inside a node that divide the heads."""
-    generation, node = best.generation, best.cluster.node.gpus_per_node
+    generation, nodes = best.generation, [part.node.gpus_per_node for part in best.cluster.all_parts]
     if generation.engine == "zero3_per_token" or _kept("generation.tensor_parallel", given):
         return [best]
     choices = tensor_parallel_choices(best.models.actor.shape)
-    sizes = [t for t in choices if t <= node and node % t == 0 and t & (t - 1) == 0]
+    sizes = [t for t in choices if all(node % t == 0 for node in nodes) and t & (t - 1) == 0]
     return [_with_generation(best, tensor_parallel=t) for t in sizes]
 
 
@@ -227,7 +227,7 @@ def _with_generation_batches(scenario: Scenario, given: Scenario) -> Scenario:
     memory = prepare(scenario).memory
     stage = next(s for s in memory.graph.stages() if s.kind == "generate")
     size = memory.samples_per_replica(stage)
-    while size > 1 and max(i.bytes.total for i in memory.of_stage(stage)) > memory.capacity_bytes:
+    while size > 1 and any(i.missing_bytes > 0 for i in memory.of_stage(stage)):
         size = -(-size // 2)
         scenario = _with_generation(scenario, batch_samples=size)
         memory = prepare(scenario).memory

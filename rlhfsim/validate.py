@@ -236,11 +236,11 @@ def digest(path: Path) -> str:
 
 def _check_role(case: Case, scenario: Scenario, path: Path) -> None:
     """A spec remembers what it was fitted on; such a case is no prediction."""
-    fitted_on = set(scenario.cluster.gpu.fitted_on)
+    fitted_on = {used for part in scenario.cluster.all_parts for used in part.gpu.fitted_on}
     files = [path] + ([path.parent / case.timeline] if case.timeline else [])
     if case.role == "prediction" and (used := [f.name for f in files if digest(f) in fitted_on]):
         raise InputError(
-            f"is 'prediction', but {scenario.cluster.gpu.name} was fitted on {', '.join(used)}",
+            f"is 'prediction', but {scenario.cluster.name} was fitted on {', '.join(used)}",
             field="role",
             where=str(path),
         )

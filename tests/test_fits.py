@@ -136,10 +136,10 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(strategy: str, engin
         most = min(setup.memory.samples_per_replica(s) for s in mine)
         name = mine[0].name.split(".")[0]
         if largest:
-            assert with_micro_batch(scene, key, largest).by_phase[name].bytes.total <= setup.memory.capacity_bytes
+            assert with_micro_batch(scene, key, largest).by_phase[name].bytes.total <= setup.fit().capacity_bytes
         if largest < most:
             limited += 1
-            assert with_micro_batch(scene, key, largest + 1).by_phase[name].bytes.total > setup.memory.capacity_bytes
+            assert with_micro_batch(scene, key, largest + 1).by_phase[name].bytes.total > setup.fit().capacity_bytes
     assert limited >= 2
 
 

@@ -169,12 +169,14 @@ def generation_program(
     kv_capacity_tokens: float | None = None,
     domain: Sequence[int] | None = None,
     steps: StepSeconds | None = None,
+    engines: Sequence[tuple[StepSeconds, float | None]] | None = None,
 ) -> GenerationResult:
     """Segments of one place that generates the responses to its prompts.
 
     prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
     replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
-    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places.
+    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. engines: steps and
+    KV capacity of every replica, where they differ.
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
@@ -192,13 +194,14 @@ def generation_program(
     gather = _gather(use, generation, holders, len(prompts), operators)
     if not sum(map(len, prompts)):
         return GenerationResult([])
-    steps = steps or StepSeconds(operators, use, generation)
+    if not engines:
+        engines = [(steps or StepSeconds(operators, use, generation), kv_capacity_tokens)] * len(prompts)
     if not operators.effects.decode:
         return GenerationResult([*gather, *_proportional(use, generation, prompts, responses, ranks, operators)])
     # Without shards plain generation needs no other rank: each replica stops at its own longest response.
     together = generation.engine == "zero3_per_token" and use.zero_stage == 3 and len(holders) > 1
     until = _longest(responses, generation.batch_samples) if together else None
-    tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps)
+    tables = _tables(generation, prompts, responses, engines, until)
     if together:
         segments = _sharded_segments(use, tables, holders, operators)
     else:
@@ -372,17 +375,16 @@ def _tables(
     generation: Generation,
     prompts: list[np.ndarray],
     responses: list[np.ndarray],
-    kv_capacity_tokens: float | None,
+    engines: Sequence[tuple[StepSeconds, float | None]],
     until: list[int] | None,
-    steps: StepSeconds,
 ) -> list[_Steps]:
-    """One entry per replica; replicas with the same lengths are computed once."""
-    blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
-    done: dict[tuple[bytes, bytes], _Steps] = {}
+    """One entry per replica; replicas with the same lengths on the same machines are computed once."""
+    done: dict[tuple[bytes, bytes, int, float | None], _Steps] = {}
     tables = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        key = prompt.tobytes(), response.tobytes()
+    for prompt, response, (steps, kv_capacity_tokens) in zip(prompts, responses, engines, strict=True):
+        key = prompt.tobytes(), response.tobytes(), id(steps), kv_capacity_tokens
         if key not in done:
+            blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
             if generation.continuous:
                 runs = continuous_runs(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from .generation import (
     generation_program,
     route_samples,
 )
+from .mixed import mixed_program
 from .operators import Operators
 from .passes import Host, Layout, controller_program, firing_program, score_program, train_program
 from .rewards import function_seconds, queue_seconds
@@ -49,7 +50,8 @@ def head_of(model: str) -> Head:
 class CostModel:
     """The cost of every firing of one scenario's (folded) graph.
 
-    lengths: prompt and response tokens of every sample, by iteration. kv_capacity_tokens: of one engine, by model copy.
+    operators: of each part of the cluster. lengths: prompt and response tokens of every sample, by iteration.
+    kv_capacity_tokens: of one engine, by the kind of its ranks (`Cluster.rank_kinds`); None: unlimited.
     batches: numbers of the samples that are kept and train, by iteration (None: all). reward_seconds: what a judge or
         sandbox takes for every sample, by iteration.
     """
@@ -59,9 +61,9 @@ class CostModel:
         scenario: Scenario,
         fold: Fold,
         holdings: dict[str, Holding],
-        operators: Operators,
+        operators: Sequence[Operators],
         lengths: list[tuple[np.ndarray, np.ndarray]],
-        kv_capacity_tokens: float | None,
+        kv_capacity_tokens: Mapping[int, float] | None,
         *,
         batches: list[np.ndarray] | None = None,
         reward_seconds: list[np.ndarray] | None = None,
@@ -69,9 +71,10 @@ class CostModel:
         self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
         self.batches, self.reward_seconds = batches, reward_seconds
-        self._steps: dict[str, StepSeconds] = {}
+        self._kinds, self._nodes = np.array(scenario.cluster.rank_kinds), scenario.cluster.rank_nodes
+        self._steps: dict[tuple[str, int], StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
-        self._finished: dict[tuple[bytes, bytes], list[GenerationStats]] = {}
+        self._finished: dict[tuple[bytes, bytes, bytes], list[GenerationStats]] = {}
         self._arrived: dict[int, np.ndarray] = {}
         workload = scenario.workload
         self._together = {
@@ -100,7 +103,7 @@ class CostModel:
         if stage.kind == "sync":
             return self._remember((f.stage,), lambda: self._sync(stage))
         if f.stage in self._rollouts.stages:
-            begin = [] if f in self._paused else self._controller(stage, len(self.numbers(f)))
+            begin = [] if f in self._paused else self._controller(stage, stage.ranks, len(self.numbers(f)))
             return [*begin, *self._rollouts.segments(f)]
         self._begun_with[f] = self._versions.get(stage.model, 0)
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
@@ -202,6 +205,19 @@ class CostModel:
 
     # -- the work of a firing -----------------------------------------------------------------------------
 
+    def _kinds_of(self, ranks: Iterable[int]) -> np.ndarray:
+        """The kinds of machines of ranks (`Cluster.rank_kinds`)."""
+        return np.asarray(self._kinds[list(ranks)])
+
+    def _operators_of(self, ranks: Iterable[int]) -> dict[int, Operators]:
+        """Operators by the kinds of machines among these ranks."""
+        kinds = np.unique(self._kinds_of(ranks)).tolist() if len(self.operators) > 1 else [0]
+        return {kind: self.operators[kind] for kind in kinds}
+
+    def _slowest(self, ranks: Iterable[int], make: Callable[[Operators], list[Segment]]) -> list[Segment]:
+        """The program on the machines, among these ranks', on which it takes longest."""
+        return max((make(operators) for operators in self._operators_of(ranks).values()), key=_seconds)
+
     def _remember(self, key: tuple[Any, ...], make: Callable[[], list[Segment]]) -> list[Segment]:
         if key not in self._programs:
             self._programs[key] = make()
@@ -226,8 +242,8 @@ class CostModel:
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
             segments = self._pass(stage, ranks, tokens, ends)
-        controller = self._controller(stage, len(prompts))
-        if not self.scenario.cluster.gpu.overlaps_communication:
+        controller = self._controller(stage, ranks, len(prompts))
+        if not all(operators.gpu.overlaps_communication for operators in self._operators_of(ranks).values()):
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
@@ -245,43 +261,70 @@ class CostModel:
 
     def _generation(self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray) -> GenerationResult:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
-        shares = self._shares(stage, prompts, responses)
-        if stage.model not in self._steps:
-            self._steps[stage.model] = StepSeconds(self.operators, holding.use, generation)
-        result = generation_program(
-            holding.use,
-            generation,
-            [prompts[s] for s in shares],
-            [responses[s] for s in shares],
-            stage.ranks_of(place),
-            self.operators,
-            kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None,
-            domain=holding.ranks,
-            steps=self._steps[stage.model],
-        )
-        self._finished[prompts.tobytes(), responses.tobytes()] = result.stats
-        return result
+        shares, ranks = self._shares(stage, prompts, responses), stage.ranks_of(place)
+        kinds = self._kinds_of(ranks).reshape(1, -1, generation.tensor_parallel)
+        engines = [(self._steps_of(stage.model, kind), self._kv_capacity(kind)) for kind in kinds[0, :, 0].tolist()]
+        results = {
+            kind: generation_program(
+                holding.use,
+                generation,
+                [prompts[s] for s in shares],
+                [responses[s] for s in shares],
+                ranks,
+                operators,
+                domain=holding.ranks,
+                engines=engines,
+            )
+            for kind, operators in self._operators_of(ranks).items()
+        }
+        segments = mixed_program({kind: result.segments for kind, result in results.items()}, kinds)
+        stats = next(iter(results.values())).stats
+        self._finished[self._lengths_on(ranks, prompts, responses)] = stats
+        return GenerationResult(segments, stats)
+
+    def _lengths_on(
+        self, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray
+    ) -> tuple[bytes, bytes, bytes]:
+        """What the seconds of engines depend on."""
+        return prompts.tobytes(), responses.tobytes(), self._kinds_of(ranks).tobytes()
+
+    def _steps_of(self, model: str, kind: int) -> StepSeconds:
+        if (model, kind) not in self._steps:
+            use = self.holdings[model].use
+            self._steps[model, kind] = StepSeconds(self.operators[kind], use, self.scenario.generation)
+        return self._steps[model, kind]
+
+    def _kv_capacity(self, kind: int) -> float | None:
+        if self.kv_capacity_tokens is None or not self.scenario.generation.continuous:
+            return None
+        return self.kv_capacity_tokens[kind]
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, ends: tuple[bool, bool]) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
         share_out = shares_by_tokens if self.scenario.workload.balanced else per_replica
         shares = share_out(tokens, layout.replicas)
-        if stage.kind == "score":
-            return score_program(use, shares, layout, self.operators, head=head)
-        node = self.scenario.cluster.node
-        host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
         first, last = ends
-        return train_program(use, shares, layout, self.operators, head=head, host=host, first=first, last=last)
+
+        def on(kind: int, operators: Operators) -> list[Segment]:
+            if stage.kind == "score":
+                return score_program(use, shares, layout, operators, head=head)
+            node = self.scenario.cluster.all_parts[kind].node
+            host = Host(node.host_memory_bytes_per_second.value, self._nodes)
+            return train_program(use, shares, layout, operators, head=head, host=host, first=first, last=last)
+
+        programs = {kind: on(kind, operators) for kind, operators in self._operators_of(ranks).items()}
+        kinds = self._kinds[layout.grid].reshape(layout.pipeline_parallel, layout.replicas, -1)
+        return mixed_program(programs, kinds)
 
     def _reward_seconds(self, f: Firing, stage: Stage, ids: np.ndarray) -> float:
         """Of a reward that no model of ours gives."""
-        chosen, per_node = self.scenario.algorithm, self.scenario.cluster.node.gpus_per_node
+        chosen = self.scenario.algorithm
         if self.reward_seconds is None:
-            return function_seconds(stage, len(ids), chosen, per_node)
+            return function_seconds(stage, len(ids), chosen, self._nodes)
         latencies = self.reward_seconds[f.iteration % len(self.reward_seconds)][ids]
         arrivals = self._arrivals(f.iteration)[ids] if chosen.reward_streams else np.zeros(len(ids))
-        return queue_seconds(stage.ranks_of(f.place), arrivals, latencies, chosen, per_node)
+        return queue_seconds(stage.ranks_of(f.place), arrivals, latencies, chosen, self._nodes)
 
     def _reward(self, seconds: float) -> list[Segment]:
         chosen = self.scenario.algorithm.reward
@@ -306,7 +349,7 @@ class CostModel:
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
                 ids = self.numbers(f)
                 prompts, responses = self._lengths(f, ids)
-                stats = self._finished.get((prompts.tobytes(), responses.tobytes()))
+                stats = self._finished.get(self._lengths_on(gen.ranks_of(f.place), prompts, responses))
                 if stats is None:
                     stats = self._generation(gen, f.place, prompts, responses).stats
                 for share, engine in zip(self._shares(gen, prompts, responses), stats, strict=bool(stats)):
@@ -326,14 +369,19 @@ class CostModel:
             if target.use.zero_stage == 3 and not same
             else Layout.of(target.ranks, target.use)
         )
-        segments = sync_program(
-            source.use,
-            Layout.of(source.ranks, source.use),
-            held,
-            self.operators,
-            method="reshard" if same else choice.method,
-            bucket_bytes=choice.bucket_bytes,
-            head=head_of(stage.model),
+        segments = self._slowest(
+            stage.ranks,
+            lambda operators: sync_program(
+                source.use,
+                Layout.of(source.ranks, source.use),
+                held,
+                operators,
+                method="reshard" if same else choice.method,
+                bucket_bytes=choice.bucket_bytes,
+                head=head_of(stage.model),
+                path=choice,
+                rank_nodes=self._nodes,
+            ),
         )
         return [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
 
@@ -347,21 +395,29 @@ class CostModel:
         seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
         return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 
-    def _controller(self, stage: Stage, samples: int) -> list[Segment]:
+    def _controller(self, stage: Stage, ranks: tuple[int, ...], samples: int) -> list[Segment]:
         """What the controller and the start of any firing take."""
-        return [
-            *controller_program(self._controller_bytes(stage, samples), self.operators),
-            *firing_program(self.operators),
-        ]
+        moved = self._controller_bytes(stage, samples)
+        return self._slowest(
+            ranks, lambda operators: [*controller_program(moved, operators), *firing_program(operators)]
+        )
 
     def _controller_bytes(self, stage: Stage, samples: int) -> float:
         """Padded tokens and masks out to the workers of all places, one field back."""
         return samples * stage.places * self.padded_tokens * (2 * 8 + 4)
 
 
+def _seconds(program: list[Segment]) -> float:
+    """Of its compute, on the slowest replica."""
+    return sum(float((s.compute_seconds @ s.repeats).max()) for s in program)
+
+
 def _between_ranks(segment: Segment) -> Segment | None:
     """A sync's segment without what a rank would send to itself (copies that share some of their ranks)."""
-    groups = [tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1) for t in segment.transfers]
+    groups = [
+        tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1 or t.op in ("to_host", "from_host"))
+        for t in segment.transfers
+    ]
     moved = tuple(replace(t, groups=g) for t, g in zip(segment.transfers, groups, strict=True) if g)
     return None if segment.transfers and not moved else replace(segment, transfers=moved)
 

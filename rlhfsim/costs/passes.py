@@ -146,14 +146,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Host:
-    """What offloaded work shares: the memory bandwidth of a node, with the ranks of as many GPUs."""
+    """What offloaded work shares: the memory bandwidth of a node. rank_nodes: the node of every rank of the cluster."""
 
     memory_bytes_per_second: float
-    gpus_per_node: int
+    rank_nodes: Sequence[int]
 
     def sharing_ranks(self, layout: Layout) -> np.ndarray:
         """Of each replica: how many of the layout's ranks are on its fullest node."""
-        _, inverse, counts = np.unique(layout.grid // self.gpus_per_node, return_inverse=True, return_counts=True)
+        nodes = np.asarray(self.rank_nodes)[layout.grid]
+        _, inverse, counts = np.unique(nodes, return_inverse=True, return_counts=True)
         by_replica = counts[inverse].reshape(layout.pipeline_parallel, layout.replicas, -1)
         return np.asarray(by_replica.max(axis=(0, 2)))
 

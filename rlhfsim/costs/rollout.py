@@ -10,6 +10,7 @@ and not thrown away are at most (version + staleness + 1) batches.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +37,7 @@ def base_name(stage: str) -> str:
 class Rollouts:
     """All such firings of one scenario's graph, in the order in which they happen.
 
+    operators, kv_capacity_tokens: as of `CostModel`; all engines of a pool are of one kind.
     lengths: prompt and response tokens by iteration; response number n has those of iteration n // samples.
     """
 
@@ -44,11 +46,12 @@ class Rollouts:
         scenario: Scenario,
         fold: Fold,
         holdings: dict[str, Holding],
-        operators: Operators,
+        operators: Sequence[Operators],
         lengths: Lengths,
-        kv_capacity_tokens: float | None,
+        kv_capacity_tokens: Mapping[int, float] | None,
     ) -> None:
         self.scenario, self.graph, self.holdings, self.operators = scenario, fold.original, holdings, operators
+        self._kinds = scenario.cluster.rank_kinds
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
         self.samples = scenario.workload.samples
         self._together = kept_together(self.graph, self.samples, scenario.workload.responses_per_prompt)
@@ -80,8 +83,9 @@ class Rollouts:
         self._begin(f, stage, pool)
         plan = self._plans[f] = Plan(pool, len(self._ids(f)))
         cut = plan.cut(plan.seconds)
-        working = _segment(plan, cut, self._seconds(stage, plan, cut), self.scenario, holding, stage, self.operators)
-        return [*_gather(holding.use, generation, holding.ranks, engines, self.operators), working]
+        operators = self.operators[self._kinds[stage.ranks[0]]]
+        working = _segment(plan, cut, self._seconds(stage, plan, cut), self.scenario, holding, stage, operators)
+        return [*_gather(holding.use, generation, holding.ranks, engines, operators), working]
 
     def _begin(self, f: Firing, stage: Stage, pool: Pool) -> None:
         """Hand new prompts to the engines: as many as the stage may have at work."""
@@ -179,10 +183,9 @@ class Rollouts:
         step = base_name(stage)
         if step not in self._pools:
             generation, use = self.scenario.generation, self.holdings[self.graph.at(stage).model].use
-            blocks = (
-                None if self.kv_capacity_tokens is None else int(self.kv_capacity_tokens) // generation.block_tokens
-            )
-            steps = StepSeconds(self.operators, use, generation)
+            kind, capacity = self._kinds[self.graph.at(stage).ranks[0]], self.kv_capacity_tokens
+            blocks = None if capacity is None else int(capacity[kind]) // generation.block_tokens
+            steps = StepSeconds(self.operators[kind], use, generation)
             self._pools[step] = Pool(generation, steps, blocks, self.scenario.workload.responses_per_prompt)
         return self._pools[step]
 

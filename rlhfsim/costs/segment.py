@@ -24,6 +24,7 @@ Op = Literal[
     "send",
     "to_host",
     "from_host",
+    "host_send",
     "host_memory",
 ]
 
@@ -32,7 +33,8 @@ Op = Literal[
 class Transfer:
     """A collective or copy, run by every group of `groups` at the same time.
 
-    op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks, as are
+    op: `send` groups are (source, destination) pairs, as are those of `host_send`, from the host memory of the source
+        rank's node to that of the destination's; `to_host` and `from_host` groups are single ranks, as are
         those of `host_memory`: what a rank's work on the CPU reads and writes there.
     op `custom_all_reduce`: the one-shot kernel of an inference engine (it reads its peers' buffers over NVLink);
         where a group has no NVLink between all its ranks it is an ordinary all_reduce.

@@ -209,6 +209,8 @@ def _below(kind: Any, key: str) -> Any:
         return kind.model_fields[key].annotation if key in kind.model_fields else None
     if get_origin(kind) is dict:
         return get_args(kind)[1]
+    if get_origin(kind) is list:
+        return get_args(kind)[0]
     if get_origin(kind) in (Union, UnionType):
         return next((found for part in get_args(kind) if (found := _below(part, key)) is not None), None)
     return None

@@ -455,12 +455,34 @@ class WeightSync(Record):
 
     method: `p2p` sends them to each replica in turn, blocking, bucket by bucket; `broadcast` once to all replicas.
         A copy on the same ranks is refreshed in place (all-gathers), whatever is named here.
-    bucket_bytes: weights are flattened into messages of this size (the paper's code: 100 MB).
+    bucket_bytes: weights are flattened into messages of this size (the paper's code: 100 MB; slime's
+        update_weight_buffer_size, AReaL's weight_chunked_mem_mb 1024).
+    senders: who sends, each by the NIC nearest to it. `replica` every rank of the first replica its shard (of ZeRO-3
+        ranks the first, which has gathered all). `stage_heads` the first rank of each of its pipeline stages, after an
+        all-gather in every tensor-parallel group (slime: update_weight_from_distributed.py @02a644a7, ranks with data-
+        and tensor-parallel rank 0). `first_rank` the first rank alone, after all others have sent it their parts
+        (OpenRLHF: ppo_actor.py @012aae8c; AReaL's fsdp_engine; verl: nccl_checkpoint_engine.py @29f38651; NeMo-RL's
+        packed_broadcast_producer, src 0; TRL). `all_ranks` every rank its own part, nothing is gathered before
+        (verl: kimi_checkpoint_engine.py @28e60ee3; torchforge's push_weights @05359b09).
+    through: `gpu` from GPU to GPU; `host` to the host's memory, from there by network or shared memory to the host of
+        the other copy, and up again, one after the other; `disk` written to a storage that all share, and read again
+        (slime: update_weight_from_disk.py @5a3552f2; AReaL's weight_update_mode disk). Through host or disk each
+        replica fetches a copy of its own with `p2p`, each node one for all its ranks with `broadcast`.
+    storage_bytes_per_second: at which the storage is written, and read, by all together; needed for `disk`.
     With LoRA only the factors move.
     """
 
     method: Literal["p2p", "broadcast"] = "p2p"
     bucket_bytes: Annotated[float, Field(ge=1, le=1e12)] = 100e6
+    senders: Literal["replica", "stage_heads", "first_rank", "all_ranks"] = "replica"
+    through: Literal["gpu", "host", "disk"] = "gpu"
+    storage_bytes_per_second: BytesPerSecond | None = None
+
+    @model_validator(mode="after")
+    def _disk_has_a_rate(self) -> WeightSync:
+        if self.through == "disk" and self.storage_bytes_per_second is None:
+            raise ValueError("through disk needs storage_bytes_per_second")
+        return self
 
 
 class Periodic(Record):
@@ -582,6 +604,13 @@ class Scenario(Record):
                 field="workload.responses_per_prompt",
             )
         return steps
+
+    def overheads_of(self, part: Cluster) -> Overheads:
+        """Those on the machines of a part of the cluster: what the scenario says, then what the part does."""
+        if not self.cluster.parts:
+            return self.overheads
+        said = {name: getattr(self.overheads, name) for name in self.overheads.model_fields_set}
+        return part.overheads.model_copy(update=said)
 
     @property
     def gen_prompts(self) -> int:
