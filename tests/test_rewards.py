@@ -175,9 +175,9 @@ def test_what_is_judged_while_others_generate_takes_no_time() -> None:
     at_once = seconds(**slow)
     assert at_once == approx(16 * 50.0)
     # The queue begins with the first response instead of the last, so generation hides what it takes from then on.
-    gen = next(s for s in timeline_of(judged("colocated", "engine", **one, **TAIL)).of(stage="gen", iteration=1))
+    gens = timeline_of(judged("colocated", "engine", **one, **TAIL)).of(stage="gen")
     saved = at_once - seconds(**slow, **{"algorithm.reward_streams": True})
-    assert 0 < saved < gen.end_seconds - gen.start_seconds
+    assert 0 < saved < max(gen.end_seconds - gen.start_seconds for gen in gens)
     equal = judged("colocated", "hybrid", **slow, **{"algorithm.reward_streams": True})
     assert stage_seconds(timeline_of(equal))["reward"] == approx(64 * 50.0)  # all responses are there at once
 

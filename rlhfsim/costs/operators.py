@@ -265,12 +265,8 @@ class Operators:
         return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
 
     def copy(self, use: ModelUse, copied_bytes: Numbers) -> OperatorTime:
-        """Of weights in device memory, read and written at the optimizer's rate, which no cache helps either.
-
-        (Measured on 2 cores: a model of 107 MB is copied at 14 GB/s, tensor by tensor; Adam streams at 14 GB/s, a
-        residual addition of activations at 90 GB/s.)
-        """
-        return self._memory(use, "optimizer", 2 * np.asarray(copied_bytes, dtype=float))
+        """Of tensors in device memory, read and written at the rate of a residual addition."""
+        return self._memory(use, "residual_add", 2 * np.asarray(copied_bytes, dtype=float))
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 
