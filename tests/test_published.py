@@ -88,9 +88,19 @@ def test_measured_values_by_construction(tmp_path: Path) -> None:
     assert found["summary"]["failed"] == ["a: ref"]
     errors = {c["quantity"]: c["error"] for c in found["cases"]}
     assert errors["ref"] == pytest.approx(1 / 1.2 - 1)
-    assert {"id", "quantity", "predicted", "measured", "error", "role", "group", "low", "high", "tolerance", "ok"} <= set(
-        found["cases"][0]
-    )
+    assert {
+        "id",
+        "quantity",
+        "predicted",
+        "measured",
+        "error",
+        "role",
+        "group",
+        "low",
+        "high",
+        "tolerance",
+        "ok",
+    } <= set(found["cases"][0])
 
 
 def test_overrides_and_unknowns(tmp_path: Path) -> None:
@@ -157,7 +167,10 @@ def test_phases() -> None:
         ({"cases": [case(measured={"step_seconds": {"value": 1, "stages": ["gen"]}})]}, "is a whole iteration"),
         ({"cases": [case(measured={"refs": 1})]}, r"measured\.refs: .*does not have \(did you mean 'ref'"),
         ({"cases": [case(measures={})]}, r"measures: unknown key \(did you mean 'measured'"),
-        ({"cases": [case(overrides={"workload.promts": 3})]}, r"workload\.promts: unknown key \(did you mean 'prompts'"),
+        (
+            {"cases": [case(overrides={"workload.promts": 3})]},
+            r"workload\.promts: unknown key \(did you mean 'prompts'",
+        ),
         ({"cases": [case(overrides={"workload.prompts": -3})]}, r"workload\.prompts: is -3, but must be at least 1"),
         (
             {"cases": [case(overrides={f"models.actor.{n}": {"low": 1, "high": 2} for n in "abcde"})]},

@@ -1,7 +1,7 @@
 """Writes the tables of docs/accuracy.md from traces/published/results.json.
 
-    rlhfsim validate traces/published --json > traces/published/results.json
-    python experiments/published/report.py
+rlhfsim validate traces/published --json > traces/published/results.json
+python experiments/published/report.py
 """
 
 from __future__ import annotations
