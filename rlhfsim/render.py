@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -543,23 +544,29 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
         ("", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for r in results:
-        verdict = "calibration" if r.role == "calibration" else "ok" if r.ok else "TOO FAR"
-        table.add_row(
-            r.id,
-            r.quantity,
-            three(r.predicted),
-            three(r.measured),
-            f"{r.spread:.1%}",
-            f"{r.error:+.1%}",
-            three(r.excess_seconds),
-            f"{r.tolerance:.0%}",
-            verdict,
-        )
+    for framework, own in groupby(sorted(results, key=lambda r: r.framework), key=lambda r: r.framework):
+        if framework:
+            table.add_row(f"{framework}:")
+        for r in own:
+            table.add_row(
+                r.id,
+                r.quantity,
+                three(r.predicted) + (f" ({three(r.low)} to {three(r.high)})" if r.low and r.high else ""),
+                three(r.measured),
+                f"{r.spread:.1%}",
+                f"{r.error:+.1%}",
+                three(r.excess_seconds),
+                f"{r.tolerance:.0%}",
+                r.role if r.role != "prediction" else "ok" if r.ok else "TOO FAR",
+            )
     out.print(table)
+    for gap in found["gaps"]:
+        out.print(f"{gap['id']}: {gap['kind']}: {gap['reason']}")
     if found["mean_abs_error"] is None:
         out.print("No predictions among these cases.")
         return
+    if found["frameworks"]:
+        _print_frameworks(out, found["frameworks"])
     worst = found["worst"]
     out.print(
         f"{found['predictions']} predictions in {found['groups']} groups: mean error {found['mean_abs_error']:.1%}, "
@@ -569,6 +576,25 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
         out.print(f"Pairs that differ by more than their spread, in the right order: {found['ranking']:.0%}.")
     if found["failed"]:
         out.print("Beyond tolerance: " + ", ".join(found["failed"]) + ".")
+
+
+def _print_frameworks(out: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("framework", "phase"):
+        table.add_column(name)
+    for name in ("predictions", "mean error", "median", "bias", "worst"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["framework"],
+            row["phase"],
+            str(row["count"]),
+            f"{row['mean_abs_error']:.0%}",
+            f"{row['median_abs_error']:.0%}",
+            f"{row['bias']:+.0%}",
+            f"{row['worst']['error']:+.0%}",
+        )
+    out.print(table)
 
 
 def print_calibration(found: Calibration) -> None:
