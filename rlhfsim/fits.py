@@ -22,6 +22,7 @@ from .memory import (
     Bytes,
     engine_bytes,
     engine_weight_bytes,
+    profile_bytes,
     reserved_bytes,
     scoring_bytes,
     static_bytes,
@@ -131,8 +132,10 @@ class Memory:
                     running=name == running,
                 )
         engine = self.holdings.get("shadow_actor")
-        if engine is not None and rank in engine.ranks and not self._sleeps(engine):
-            found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+        if engine is not None and rank in engine.ranks:
+            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes)
+            if not self._sleeps(engine):
+                found += engine_bytes(engine.use, self.scenario.generation, 0.0)
         return found
 
     def _sleeps(self, engine: Holding) -> bool:
@@ -249,16 +252,26 @@ class Memory:
         return float(self._sequences(stage) * (prompt + response))
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
-        """Tokens for which a paged cache has room: within the engine's fraction, or in what is left."""
-        fraction = self.scenario.generation.memory_fraction
+        """Tokens for which a paged cache has room: as given, within the engine's fraction, or in what is left."""
+        generation = self.scenario.generation
+        if generation.kv_cache_tokens is not None:
+            return float(generation.kv_cache_tokens)
         free = self.capacity_bytes - self.resting(rank, running=stage.model).total - engine.total
-        if fraction is not None:
-            own = self.holdings[stage.model].use
-            weights = (
-                0.0 if self._sleeps(self.holdings[stage.model]) else engine_weight_bytes(own, self.scenario.generation)
-            )
-            free = min(free, fraction * self.capacity_bytes - engine.total - weights)
+        if generation.memory_fraction is not None:
+            whole, taken = self._shared_by_fraction(stage, rank)
+            free = min(free, generation.memory_fraction * whole - taken)
         return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use, sum(self.longest)))
+
+    def _shared_by_fraction(self, stage: Stage, rank: int) -> tuple[float, float]:
+        """(bytes of which memory_fraction is a share, what it must hold besides the KV cache)."""
+        generation, held = self.scenario.generation, self.holdings[stage.model]
+        weights = engine_weight_bytes(held.use, generation)
+        if generation.memory_fraction_covers == "static":
+            there = self.resting(rank, running=stage.model)
+            before = there.total - there.engine - generation.cuda_graph_bytes
+            return self.capacity_bytes - before, weights
+        graphs = generation.cuda_graph_bytes if generation.memory_fraction_covers == "profile_and_graphs" else 0.0
+        return self.capacity_bytes, weights + profile_bytes(held.use, generation).total + graphs
 
     @cached_property
     def kv_capacity_tokens(self) -> float | None:
@@ -357,19 +370,16 @@ class Memory:
         """The engine's share of the device: what was given, or what it can have."""
         if not self.scenario.generation.continuous:
             return None
-        if self.scenario.generation.memory_fraction is not None:
+        if self.scenario.generation.memory_fraction is not None or self.kv_capacity_tokens is None:
             return self.scenario.generation.memory_fraction
         shares = []
         for stage in self._generating_stages():
+            cache = self.kv_capacity_tokens * self._kv_bytes(self.holdings[stage.model].use, sum(self.longest))
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    resting = self.resting(rank).total - (
-                        0
-                        if self._sleeps(self.holdings[stage.model])
-                        else engine_weight_bytes(self.holdings[stage.model].use, self.scenario.generation)
-                    )
-                    shares.append(1 - resting / self.capacity_bytes)
-        return max(0.0, min(shares))
+                    whole, taken = self._shared_by_fraction(stage, rank)
+                    shares.append((cache + taken) / whole)
+        return min(1.0, max(shares))
 
     def largest_micro_batches(self) -> dict[str, int]:
         """By `models.<role>.micro_batch_samples` (and `score_...`): the largest that fits at maximum lengths."""

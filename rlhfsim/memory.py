@@ -51,6 +51,10 @@ LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 # One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers).
 REDUCE_BUCKETS = 2
 
+# fp32 tensors of rows x vocabulary while vLLM draws tokens: logits, probabilities, noise. Top-k and top-p mask in place
+# (vllm/v1/sample/ops/topk_topp_sampler.py, without sorting since pull request 33538, 2026-02).
+SAMPLER_FP32_COPIES = 3
+
 # CUDA context, NCCL buffers and allocator slack (unverified).
 RESERVED_BYTES = 1.5 * 2**30
 
@@ -192,6 +196,34 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
     if generation.lora == "served" and use.lora_rank:
         held += lora_parameters(spec, use.lora_rank) / t * width
     return held
+
+
+def profile_bytes(use: ModelUse, generation: Generation) -> Bytes:
+    """Peak of one step at the scheduler's limits, which vLLM runs before it sizes the KV cache.
+
+    All `prefill_tokens` go through the layers, then tokens are drawn for `max_sequences` rows over the whole vocabulary
+    (vllm/v1/worker/gpu_model_runner.py, profile_run and _dummy_sampler_run). The larger of the two counts; the hidden
+    states of all tokens are still there while tokens are drawn.
+    """
+    tokens, width = generation.prefill_tokens, use.bytes_per_parameter
+    rows = min(generation.max_sequences, tokens)
+    hidden = float(tokens * use.shape.hidden * width)
+    layers = tokens * max(_inference_bytes(use, generation, kind) for kind in use.shape.layer_kinds())
+    drawing = float(rows * use.shape.vocabulary * (width + 4 * SAMPLER_FP32_COPIES))
+    return Bytes(activations=layers) if layers > hidden + drawing else Bytes(activations=hidden, logits=drawing)
+
+
+def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> float:
+    """Alive at once in one layer of an engine, per token on one rank: the residual, and the input and output of the
+    widest step (queries, keys and values; the activation of the MLP; of experts the rows of all that a token chose)."""
+    spec, t = use.shape, generation.tensor_parallel
+    attention = spec.hidden + (spec.query_width + 2 * spec.kv_width) / t
+    up = 2 if spec.gated_mlp else 1
+    mlp = (up + 1) * spec.ffn / t
+    if kind.experts:
+        rows, own = spec.experts_per_token, spec.expert_ffn / t
+        mlp = rows * (max(up * own, spec.hidden) + own) + (up + 1) * spec.shared_expert_ffn / t
+    return use.bytes_per_parameter * (spec.hidden + max(attention, mlp))
 
 
 def reserved_bytes(overheads: Overheads) -> Bytes:

@@ -265,7 +265,14 @@ class Generation(Record):
         Products run at the GPU's rate for that precision if it has one, else at the model's (weights are unpacked on
         the way, as vLLM's Marlin kernels do). Embedding and head stay as they are.
     lora: `merged` into the weights before generation, or `served`: its factors run beside the weights at every step.
-    memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
+    memory_fraction: share of the GPU's memory for the engine; absent: what is left. Never more than that, either.
+    memory_fraction_covers: what has to fit into it besides weights and KV cache. `profile`: the peak of one step at the
+        scheduler's limits (vLLM's gpu_memory_utilization; what was there before the engine, as the CUDA context, is not
+        counted). `profile_and_graphs`: the CUDA graphs too (vLLM from 0.21 on). `static`: nothing, and it is a share of
+        what is free before the weights are loaded (SGLang's mem_fraction_static).
+    cuda_graph_bytes: device memory of the engine's captured graphs on each rank ("Graph capturing finished ... took" in
+        vLLM's log); they stay where they are while an engine sleeps.
+    kv_cache_tokens: room in the KV cache as the engine's log gives it ("GPU KV cache size"), instead of a fraction.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
@@ -286,6 +293,9 @@ class Generation(Record):
     batching: Literal["static", "continuous"] | None = None
     batch_samples: Count | None = None
     memory_fraction: Fraction | None = None
+    memory_fraction_covers: Literal["profile", "profile_and_graphs", "static"] = "profile"
+    cuda_graph_bytes: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    kv_cache_tokens: Count | None = None
     max_sequences: Count = 256
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
@@ -333,6 +343,8 @@ class Generation(Record):
                 f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
                 f"{self.weights_precision}"
             )
+        if self.kv_cache_tokens is not None and self.memory_fraction is not None:
+            raise ValueError("kv_cache_tokens and memory_fraction both say how large the KV cache is: leave out one")
         if self.tensor_parallel % self.expert_parallel:
             raise ValueError(
                 f"expert_parallel is {self.expert_parallel}, but must divide tensor_parallel {self.tensor_parallel}"
