@@ -249,6 +249,7 @@ class Memory:
         return min(together, generation.prefill_tokens) if generation.continuous else together
 
     def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
+        """At most: as if no two sequences shared a prompt."""
         return float(self._sequences(stage) * (prompt + response))
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:

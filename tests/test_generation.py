@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -58,33 +59,87 @@ def seconds(segments: list, rate: float = np.inf, latency: float = 0.0) -> float
 class TwinSequence:
     """prompt and response tokens, tokens drawn and computed so far, blocks held."""
 
-    def __init__(self, name: int, prompt: int, response: int) -> None:
-        self.name, self.prompt, self.response = name, prompt, response
-        self.drawn = self.computed = self.blocks = 0
+    def __init__(self, name: int, prompt: int, response: int, group: int | None = None) -> None:
+        self.name, self.prompt, self.response, self.group = name, prompt, response, group
+        self.drawn = self.computed = 0
+        self.held: list[object] = []  # its blocks in order
         self.ready = False  # prompt computed: every step computes the token drawn last
+
+    @property
+    def blocks(self) -> int:
+        return len(self.held)
+
+
+class TwinCache:
+    """Blocks one by one: those of a known prompt have the key (prompt, position) and count who holds them."""
+
+    def __init__(self, blocks: int, block: int) -> None:
+        self.free, self.block = blocks, block
+        self.holders: Counter[object] = Counter()
+
+    def wanted(self, sequence: TwinSequence, tokens: int) -> list[object]:
+        """Blocks for so many tokens; the last token of the prompt is always computed, so its block is one's own."""
+        count = (tokens + self.block - 1) // self.block
+        common = 0 if sequence.group is None else (sequence.prompt - 1) // self.block
+        return [(sequence.group, i) if i < common else object() for i in range(count)]
+
+    def admit(self, sequence: TwinSequence, tokens: int) -> int | None:
+        """Tokens that are already there; None, and nothing happens, where there is no room."""
+        wanted = self.wanted(sequence, tokens)
+        fresh = [b for b in wanted if not self.holders[b]]
+        if len(fresh) > self.free:
+            return None
+        self.free -= len(fresh)
+        self.holders.update(wanted)
+        sequence.held = wanted
+        return (len(wanted) - len(fresh)) * self.block
+
+    def grow(self, sequence: TwinSequence) -> None:
+        sequence.held.append(object())
+        self.holders[sequence.held[-1]] += 1
+        self.free -= 1
+
+    def release(self, sequence: TwinSequence) -> int:
+        """How many of the tokens that it has computed are still there for others."""
+        kept = 0
+        for position, block in enumerate(sequence.held):
+            self.holders[block] -= 1
+            if self.holders[block]:
+                kept += max(0, min(self.block, sequence.computed - position * self.block))
+            else:
+                del self.holders[block]
+                self.free += 1
+        sequence.held = []
+        return kept
 
 
 def twin(
     prompts: list[int], responses: list[int], max_sequences: int, budget: int, block: int, blocks: int,
-    whole: bool, padded: bool,
+    whole: bool, padded: bool, groups: list[int] | None = None,
 ):  # fmt: skip
-    """vLLM's policy step by step, request by request. -> (steps, step at which each ends, preemptions, recomputed)."""
-    waiting = [TwinSequence(i, p, r) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    """vLLM's policy step by step, request by request.
+
+    -> (steps, step at which each ends, preemptions, tokens lost by them, tokens of prompts found in the cache).
+    """
+    names = groups or [None] * len(prompts)
+    waiting = [TwinSequence(i, p, r, g) for i, (p, r, g) in enumerate(zip(prompts, responses, names, strict=True))]
     running: list[TwinSequence] = []
-    free, preemptions, recomputed, steps, ended = blocks, 0, 0, [], {}
+    cache, preemptions, recomputed, reused, steps, ended = TwinCache(blocks, block), 0, 0, 0, [], {}
     while waiting or running:
         left, preempted, decoding, pieces, drawing = budget, [], [], [], []
         while whole and waiting and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
-            needed = (length + block - 1) // block
-            if needed > free or (pieces and length > left):
+            found = cache.admit(sequence, length)
+            if found is None:
+                break
+            if pieces and length - found > left:
+                cache.release(sequence)
                 break
             running.append(waiting.pop(0))
-            free -= needed
-            sequence.blocks = needed
-            pieces.append((sequence, 0, length))
-            left -= length
+            reused += found
+            pieces.append((sequence, found, length - found))
+            left -= length - found
         for sequence in list(running):
             if sequence not in running or (whole and pieces):
                 continue  # preempted for an older one, or waiting for the prompts
@@ -94,11 +149,10 @@ def twin(
                     pieces.append((sequence, sequence.computed, count))
                 left -= count
                 continue
-            while sequence.computed == sequence.blocks * block and free == 0:
+            while sequence.computed == sequence.blocks * block and cache.free == 0:
                 victim = running.pop()
-                free += victim.blocks
-                recomputed += victim.computed
-                victim.computed = victim.blocks = 0
+                recomputed += victim.computed - cache.release(victim)
+                victim.computed = 0
                 victim.ready = False
                 waiting.insert(0, victim)
                 preempted.append(victim)
@@ -107,22 +161,20 @@ def twin(
             if sequence in preempted:
                 continue
             if sequence.computed == sequence.blocks * block:
-                free -= 1
-                sequence.blocks += 1
+                cache.grow(sequence)
             decoding.append(sequence)
             left -= 1
         while waiting and left and not preempted and not whole and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
-            needed = (length + block - 1) // block
-            if needed > free:
+            found = cache.admit(sequence, length)
+            if found is None:
                 break
             waiting.pop(0)
             running.append(sequence)
-            free -= needed
-            sequence.blocks = needed
-            count = min(left, length)
-            pieces.append((sequence, 0, count))
+            reused += found
+            count = min(left, length - found)
+            pieces.append((sequence, found, count))
             left -= count
         preemptions += len(preempted)
         contexts = [s.computed + 1 for s in decoding]
@@ -140,11 +192,12 @@ def twin(
             sequence.drawn += 1
             if sequence.drawn == sequence.response:
                 ended[sequence.name] = len(steps)
-                free += sequence.blocks
+                cache.release(sequence)
                 running.remove(sequence)
         chunks = [((start + count) ** 2 - start**2) ** 0.5 for _, start, count in pieces]
         steps.append((len(decoding), context, sum(count for *_, count in pieces), len(drawing), admitted, chunks))
-    return steps, [ended[i] for i in range(len(prompts))], preemptions, recomputed
+    assert cache.free == blocks
+    return steps, [ended[i] for i in range(len(prompts))], preemptions, recomputed, reused
 
 
 def twin_seconds(step: tuple, ops: Operators, model: ModelUse, floor: float, per_step: float, per_sequence: float):
@@ -168,6 +221,7 @@ workloads = st.fixed_dictionaries(
         "spare": st.integers(0, 60),
         "whole": st.booleans(),
         "padded": st.booleans(),
+        "responses_per_prompt": st.one_of(st.none(), st.integers(1, 5)),
     }
 )
 
@@ -184,14 +238,19 @@ def expanded(runs: Runs) -> list[tuple]:
 
 def both(workload: dict) -> tuple[Runs, tuple]:
     prompts, responses = map(list, zip(*workload["samples"], strict=True))
+    groups = None
+    if size := workload.get("responses_per_prompt"):
+        groups = [i // size for i in range(len(prompts))]
+        prompts = [prompts[g * size] for g in groups]
     block = workload["block"]
-    blocks = max(-(-(p + r - 1) // block) for p, r in workload["samples"]) + workload["spare"] // block
+    blocks = max(-(-(p + r - 1) // block) for p, r in zip(prompts, responses, strict=True)) + workload["spare"] // block
     limit, budget = min(workload["max_sequences"], workload["budget"]), workload["budget"]
     runs = continuous_runs(
         np.array(prompts), np.array(responses), max_sequences=limit, step_tokens=budget, block_tokens=block,
         kv_blocks=blocks, chunked_prefill=not workload["whole"], padded=workload["padded"],
+        groups=None if groups is None else np.array(groups),
     )  # fmt: skip
-    return runs, twin(prompts, responses, limit, budget, block, blocks, workload["whole"], workload["padded"])
+    return runs, twin(prompts, responses, limit, budget, block, blocks, workload["whole"], workload["padded"], groups)
 
 
 PREEMPTING = {
@@ -199,23 +258,71 @@ PREEMPTING = {
 }  # fmt: skip
 
 
+# Responses to prompts of three blocks, of which all have two, in a cache that is too small for them.
+SHARING = {
+    "samples": [(12, 40 + 5 * i) for i in range(8)], "max_sequences": 6, "budget": 32, "block": 4, "spare": 40,
+    "whole": False, "padded": False, "responses_per_prompt": 4,
+}  # fmt: skip
+
+
 @settings(max_examples=300, deadline=None)
 @example(PREEMPTING)
 @example(PREEMPTING | {"whole": True, "padded": True})
+@example(SHARING)
+@example(SHARING | {"whole": True})
 @given(workloads)
 def test_every_step_is_that_of_the_twin(workload: dict) -> None:
-    runs, (steps, ended, preemptions, recomputed) = both(workload)
+    runs, (steps, ended, preemptions, recomputed, reused) = both(workload)
     assert expanded(runs) == steps
     assert (np.cumsum(runs.steps)[runs.completion_run] - 1).tolist() == ended
-    assert (runs.preemptions, runs.recomputed_tokens) == (preemptions, recomputed)
-    prompts, responses = map(sum, zip(*workload["samples"], strict=True))
-    through = int((runs.steps * (runs.decodes + runs.prompt_tokens)).sum())
-    assert through == prompts + responses - len(workload["samples"]) + recomputed
+    assert (runs.preemptions, runs.recomputed_tokens, runs.reused_tokens) == (preemptions, recomputed, reused)
+    responses = sum(r for _, r in workload["samples"])
     assert int((runs.steps * runs.sampled).sum()) == responses
+    if not workload.get("responses_per_prompt"):
+        prompts = sum(p for p, _ in workload["samples"])
+        through = int((runs.steps * (runs.decodes + runs.prompt_tokens)).sum())
+        assert through == prompts + responses - len(workload["samples"]) + recomputed
 
 
-def test_the_preempting_example_preempts() -> None:
-    assert both(PREEMPTING)[0].preemptions > 3
+@pytest.mark.parametrize("workload", [PREEMPTING, SHARING])
+def test_the_preempting_examples_preempt(workload: dict) -> None:
+    runs = both(workload)[0]
+    assert runs.preemptions > 3
+    assert (runs.reused_tokens > 0) == ("responses_per_prompt" in workload)
+
+
+@pytest.mark.parametrize("prompt, blocks", [(1, 0), (16, 0), (17, 1), (512, 31), (1000, 62)])
+def test_a_prompt_is_computed_once_for_all_its_responses(prompt: int, blocks: int) -> None:
+    """Closed form: 8 responses to each of 4 prompts; seven of eight find its blocks, but for that of the last token."""
+    lengths = np.full(32, prompt), np.full(32, 10)
+    run = functools.partial(continuous_runs, *lengths, max_sequences=32, step_tokens=8192)
+    runs = run(groups=np.arange(32) // 8)
+    assert int(runs.prompt_tokens.sum()) == 32 * prompt - 4 * 7 * 16 * blocks
+    assert runs.reused_tokens == 4 * 7 * 16 * blocks
+    assert int((runs.steps * runs.decodes).sum()) == 32 * 9
+    alone = run(groups=np.arange(32))
+    assert expanded(alone) == expanded(run())
+
+
+def test_shared_blocks_are_held_once() -> None:
+    """Eight responses of 4 blocks each, 3 of which they share, run together in 11 blocks; in 10 one has to go."""
+    run = functools.partial(
+        continuous_runs, np.full(8, 49), np.full(8, 16), max_sequences=8, step_tokens=8192, groups=np.zeros(8, dtype=int)
+    )  # fmt: skip
+    assert run(kv_blocks=11).running.max() == 8 and run(kv_blocks=11).preemptions == 0
+    assert run(kv_blocks=10).running.max() == 7
+
+
+def test_responses_of_one_prompt_on_several_engines_share_nothing() -> None:
+    """Four responses: on one engine their prompt is computed once, on four engines four times."""
+    generation = ENGINE.model_copy(update={"prefix_caching": True})
+    program = functools.partial(generation_program, use("opt-125m"), generation, operators=operators())
+    prompt, response, prompts = np.full(4, 321), np.full(4, 20), np.zeros(4, dtype=int)
+    together = program([prompt], [response], ranks=[0], groups=[prompts])
+    apart = program(*[np.split(x, 4) for x in (prompt, response)], ranks=range(4), groups=np.split(prompts, 4))
+    assert [s.prompt_tokens for s in together.stats] == [4 * 321 - 3 * 320]
+    assert [s.prompt_tokens for s in apart.stats] == [321] * 4
+    assert together.stats[0].seconds < program([prompt], [response], ranks=[0]).stats[0].seconds
 
 
 @settings(max_examples=40, deadline=None)

@@ -29,12 +29,20 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1
 
 
 @settings(max_examples=150, deadline=None)
-@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False)
-@given(lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60), st.booleans(), st.booleans())
+@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 0)
+@example([(13, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 3)
+@given(
+    lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60), st.booleans(), st.booleans(),
+    st.integers(0, 4),
+)  # fmt: skip
 def test_an_engine_in_pieces_does_what_it_does_at_once(
-    samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int, chunked: bool, padded: bool
-) -> None:
-    """Also with a small cache, where sequences are put back: stopped after any steps and copied, it loses nothing."""
+    samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int, chunked: bool, padded: bool,
+    size: int,
+) -> None:  # fmt: skip
+    """Also with a small cache, where sequences are put back, and with `size` responses that share a prompt (0: none):
+    stopped after any steps and copied, it loses nothing."""
+    groups = np.arange(len(samples)) // max(size, 1)
+    samples = [(samples[g * max(size, 1)][0], r) for g, (_, r) in zip(groups.tolist(), samples, strict=True)]
     blocks = max(-(-(p + r - 1) // 4) for p, r in samples) + spare // 4
     generation = Generation(
         engine="engine",
@@ -43,6 +51,7 @@ def test_an_engine_in_pieces_does_what_it_does_at_once(
         block_tokens=4,
         chunked_prefill=chunked,
         kv_cache="preallocated" if padded else "paged",
+        prefix_caching=size > 0,
     )
     prompts, responses = (np.array(x) for x in zip(*samples, strict=True))
     whole = continuous_runs(
@@ -54,26 +63,34 @@ def test_an_engine_in_pieces_does_what_it_does_at_once(
         kv_blocks=blocks,
         chunked_prefill=chunked,
         padded=padded,
+        groups=groups if size else None,
     )
     engine = Engine(generation, blocks)
-    engine.submit([Sample(k, k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
-    found, preemptions, recomputed, total = [], 0, 0, int(whole.steps.sum())
+    engine.submit([Sample(k, int(groups[k]), p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
+    found, preemptions, recomputed, reused, total = [], 0, 0, 0, int(whole.steps.sum())
     for count in (*pieces, total):
         count = min(count, total - len(found))
         engine.run_steps(count)
         found += expanded(engine.builder.runs())
         preemptions, recomputed = preemptions + engine.preemptions, recomputed + engine.recomputed
+        reused += engine.reused
         engine = engine.copy()
     assert found == expanded(whole)
-    assert (preemptions, recomputed) == (whole.preemptions, whole.recomputed_tokens)
+    assert (preemptions, recomputed, reused) == (whole.preemptions, whole.recomputed_tokens, whole.reused_tokens)
     assert not engine.samples and engine.free == engine.total
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, st.integers(0, 60), st.sets(st.integers(0, 8)))
-def test_removed_samples_give_their_blocks_back(samples: list[tuple[int, int]], count: int, gone: set[int]) -> None:
-    engine = Engine(Generation(engine="engine", max_sequences=4, prefill_tokens=16, block_tokens=4), 200)
-    engine.submit([Sample(k, k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
+@given(lengths, st.integers(0, 60), st.sets(st.integers(0, 8)), st.booleans())
+def test_removed_samples_give_their_blocks_back(
+    samples: list[tuple[int, int]], count: int, gone: set[int], sharing: bool
+) -> None:
+    engine = Engine(
+        Generation(engine="engine", max_sequences=4, prefill_tokens=16, block_tokens=4, prefix_caching=sharing), 200
+    )
+    if sharing:  # one prompt for all
+        samples = [(samples[0][0], r) for _, r in samples]
+    engine.submit([Sample(k, 0 if sharing else k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
     for _ in range(count):
         if engine.running or engine.waiting:
             engine.run_steps(1)

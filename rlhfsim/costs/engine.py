@@ -9,7 +9,13 @@ The continuous scheduler follows vLLM's (docs.vllm.ai, "Optimization and Tuning"
 recomputation; vllm/v1/core/sched/scheduler.py): decodes come first, then prompts in order, cut to what is left of the
 step's token budget; when the KV blocks run out, the most recently admitted sequence is preempted, put back to the head
 of the queue and computed again; no prompt is admitted in a step that preempted. A prompt is admitted when blocks for
-all of it are free (vLLM's V1 engine asks only for those of its first chunk). Shared prompt prefixes are not cached.
+all of it are free (vLLM's V1 engine asks only for those of its first chunk).
+
+With prefix caching the whole blocks of a prompt, but for the one with its last token (which is computed again to draw
+from it; vllm/v1/core/kv_cache_manager.py, get_computed_blocks), are there once for all of its responses that run. A
+response that is admitted while another one runs computes the rest only, also in the step that computes the other one
+(V1 enters blocks into its table as they are scheduled). Blocks that nobody uses count as free and gone; vLLM finds them
+again until it needs the room, and the tokens of a preempted response as well.
 
 Without chunked prefill prompts go first and whole, in steps of their own in which nobody decodes, as in vLLM before V1
 (docs.vllm.ai, v0.6, "Performance and Tuning": the scheduler prioritises prefills by default, and does not batch them
@@ -19,6 +25,7 @@ with decodes).
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +45,7 @@ class Runs:
     chunk_run, chunk_tokens: one entry per piece of a prompt: its run, and the length of a whole prompt that costs as
     much attention (a piece from a to b of a prompt: sqrt(b^2 - a^2)).
     completion_run: one entry per sample: the run at whose end its response is there.
+    recomputed_tokens: of preempted sequences, lost from the cache. reused_tokens: of prompts, found in it.
     """
 
     steps: np.ndarray
@@ -51,6 +59,7 @@ class Runs:
     completion_run: np.ndarray
     preemptions: int = 0
     recomputed_tokens: int = 0
+    reused_tokens: int = 0
 
     @property
     def mean_context_tokens(self) -> np.ndarray:
@@ -100,15 +109,18 @@ def continuous_runs(
     kv_blocks: int | None = None,
     chunked_prefill: bool = True,
     padded: bool = False,
+    groups: np.ndarray | None = None,
 ) -> Runs:
     """Continuous batching with a paged KV cache of `kv_blocks` (None: unlimited), samples admitted in order.
 
     step_tokens: at most so many tokens in a step (without chunked prefill: of prompts, and one prompt always).
     padded: every decoding sequence attends to as many tokens as the longest (a cache of rows and columns).
+    groups: with prefix caching, the prompt of each sample; samples of one group have the same.
     Raises DoesNotFit when a sequence alone exceeds the cache.
     """
-    return _Scheduler(
-        prompt_tokens, response_tokens, max_sequences, step_tokens, block_tokens, kv_blocks, chunked_prefill, padded
+    return _Scheduler(  # fmt: skip
+        prompt_tokens, response_tokens, max_sequences, step_tokens, block_tokens, kv_blocks, chunked_prefill, padded,
+        groups,
     ).run()
 
 
@@ -129,12 +141,12 @@ class _Builder:
         self.chunk_tokens += chunks
         self.rows.append((steps, decodes, context, prompt, sampled, running))
 
-    def runs(self, preemptions: int = 0, recomputed_tokens: int = 0) -> Runs:
+    def runs(self, preemptions: int = 0, recomputed_tokens: int = 0, reused_tokens: int = 0) -> Runs:
         steps, decodes, context, prompt, sampled, running = np.array(self.rows, dtype=np.int64).reshape(-1, 6).T
         return Runs(
             steps, decodes, context, prompt, sampled, running,
             np.array(self.chunk_run, dtype=int), np.array(self.chunk_tokens, dtype=float),
-            self.completion_run, preemptions, recomputed_tokens,
+            self.completion_run, preemptions, recomputed_tokens, reused_tokens,
         )  # fmt: skip
 
 
@@ -143,14 +155,20 @@ class _Scheduler:
 
     A decoding sequence i has `base[i] + step` tokens in the cache before the step with that number, and needs a new
     block when that is a multiple of the block size: `crossing[r]` counts the sequences whose base is r modulo it.
+    `shared[i]` blocks of sample i are those of every running sequence with the same `group`, of which there are
+    `members`.
     """
 
     def __init__(
         self, prompt: np.ndarray, response: np.ndarray, max_sequences: int, step_tokens: int, block: int,
-        blocks: int | None, chunked_prefill: bool, padded: bool,
+        blocks: int | None, chunked_prefill: bool, padded: bool, groups: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.prompt, self.response = prompt.tolist(), response.tolist()
         self.block, self.chunked, self.padded = block, chunked_prefill, padded
+        self.caching = groups is not None
+        self.group: list[int] = [0] * len(prompt) if groups is None else groups.tolist()
+        self.shared = self._shareable(self.prompt)
+        self.members: Counter[int] = Counter()
         # The last token is drawn and never computed, so it needs no room.
         need = self._needed_blocks(self.prompt, self.response, blocks)
         self.final_blocks = need
@@ -169,7 +187,7 @@ class _Scheduler:
         self.crossing = [0] * block
         self.base_sum = 0
         self.builder = _Builder(len(need))
-        self.preemptions = self.recomputed = 0
+        self.preemptions = self.recomputed = self.reused = 0
 
     def run(self) -> Runs:
         while self.waiting or self.running:
@@ -177,7 +195,7 @@ class _Scheduler:
                 self._drain()
                 break
             self.advance()
-        return self.builder.runs(self.preemptions, self.recomputed)
+        return self.builder.runs(self.preemptions, self.recomputed, self.reused)
 
     def advance(self, limit: int | None = None) -> None:
         """One run: until the batch changes, at most `limit` steps."""
@@ -203,6 +221,30 @@ class _Scheduler:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
 
+    def _shareable(self, prompts: list[int]) -> list[int]:
+        """Blocks that every response to a prompt of so many tokens can use."""
+        return [(tokens - 1) // self.block if self.caching else 0 for tokens in prompts]
+
+    def _found(self, sample: int) -> int:
+        """Blocks of a sample that are in the cache before it is admitted."""
+        return self.shared[sample] if self.shared[sample] and self.members[self.group[sample]] else 0
+
+    def _enter(self, sample: int, tokens: int) -> int:
+        """Admit a sample, for which there is room, with blocks for so many tokens -> how many of those are computed."""
+        found = self._found(sample)
+        self.free -= self._blocks(tokens) - found
+        self.members[self.group[sample]] += 1
+        self.running[sample] = None
+        self.reused += found * self.block
+        return found * self.block
+
+    def _leave(self, sample: int, tokens: int) -> int:
+        """Free the blocks of a sample, no longer running, with so many tokens -> how many of those stay in the cache."""
+        self.members[self.group[sample]] -= 1
+        kept = self._found(sample)
+        self.free += self._blocks(tokens) - kept
+        return kept * self.block
+
     def _needed_blocks(self, prompts: list[int], responses: list[int], blocks: int | None) -> list[int]:
         """Of sequences at their full length; DoesNotFit where one has no room."""
         need = [self._blocks(p + r - 1) for p, r in zip(prompts, responses, strict=True)]
@@ -221,22 +263,23 @@ class _Scheduler:
 
     def _prefill_whole(self) -> bool:
         """A step of whole prompts, if any can be admitted."""
-        budget, lengths, admitted = self.step_tokens, list[int](), list[int]()
+        budget, chunks, admitted = self.step_tokens, list[float](), list[int]()
         while self.waiting and len(self.running) < self.max_sequences:
-            length = self.prompt[self.waiting[-1]] + self.generated[self.waiting[-1]]
-            if self._blocks(length) > self.free or (lengths and length > budget):
+            sample = self.waiting[-1]
+            length, found = self.prompt[sample] + self.generated[sample], self._found(sample)
+            count = length - found * self.block
+            if self._blocks(length) - found > self.free or (chunks and count > budget):
                 break
-            budget -= length
-            self.free -= self._blocks(length)
-            lengths.append(length)
+            budget -= count
+            chunks.append(_piece(self._enter(sample, length), length))
             admitted.append(self.waiting.pop())
-            self.running[admitted[-1]] = None
-        if lengths:
-            self.builder.add(1, 0, 0, sum(lengths), len(lengths), len(self.running), chunks=lengths)
+        if chunks:
+            computed = self.step_tokens - budget
+            self.builder.add(1, 0, 0, computed, len(chunks), len(self.running), chunks=chunks)
             for sample in admitted:
                 self._start_decoding(sample)
             self._retire()
-        return bool(lengths)
+        return bool(chunks)
 
     def _make_room(self) -> bool:
         """Preempt the newest until every other decoding sequence can be given the block that it needs in this step."""
@@ -251,14 +294,12 @@ class _Scheduler:
         """The newest sequence to the head of the queue; its cache is lost."""
         sample, _ = self.running.popitem()
         if self.partial is not None and self.partial[0] == sample:
-            self.recomputed += self.partial[1]
-            self.free += self._blocks(self.partial[2])
+            self.recomputed += self.partial[1] - self._leave(sample, self.partial[2])
             self.partial = None
         else:
             cached = self.base[sample] + self.step
             self.generated[sample] = cached - self.prompt[sample] + 1
-            self.recomputed += cached
-            self.free += self._blocks(cached)
+            self.recomputed += cached - self._leave(sample, cached)
             self._stop_decoding(sample)
         self.waiting.append(sample)
 
@@ -272,15 +313,13 @@ class _Scheduler:
                     break
                 sample = self.waiting[-1]
                 length = self.prompt[sample] + self.generated[sample]
-                if self._blocks(length) > self.free:
+                if self._blocks(length) - self._found(sample) > self.free:
                     break
                 self.waiting.pop()
-                self.free -= self._blocks(length)
-                self.running[sample] = None
-                self.partial = [sample, 0, length]
+                self.partial = [sample, self._enter(sample, length), length]
             sample, computed, length = self.partial
             take = min(budget, length - computed)
-            chunks.append(((computed + take) ** 2 - computed**2) ** 0.5)
+            chunks.append(_piece(computed, computed + take))
             budget, tokens = budget - take, tokens + take
             self.partial[1] += take
             if computed + take == length:
@@ -326,9 +365,9 @@ class _Scheduler:
         self._drop_stale()
         while self.ending and self.ending[0][0] <= self.step:
             _, sample = heapq.heappop(self.ending)
-            self.free += self._blocks(self.base[sample] + self.step)
-            self._stop_decoding(sample)
             del self.running[sample]
+            self._leave(sample, self.base[sample] + self.step)
+            self._stop_decoding(sample)
             self._complete(sample)
             self._drop_stale()
 
@@ -341,7 +380,11 @@ class _Scheduler:
 
     def _all_will_fit(self) -> bool:
         """Nothing can be preempted any more, even if every running sequence had reached its full length at once."""
-        return sum(self.final_blocks[sample] for sample in self.running) <= self.total
+        needed = sum(self.final_blocks[sample] for sample in self.running)
+        if self.caching:
+            by_group = {self.group[sample]: self.shared[sample] for sample in self.running}
+            needed += sum(by_group.values()) - sum(self.shared[sample] for sample in self.running)
+        return needed <= self.total
 
     def _drain(self) -> None:
         """The rest, when nothing waits and everything fits: one run between two completions."""
@@ -363,3 +406,8 @@ class _Scheduler:
         columns = (ends - begins).tolist(), decoding.tolist(), context.tolist(), zeros, decoding.tolist()
         self.builder.rows += zip(*columns, decoding.tolist(), strict=True)
         self.builder.completion_run[samples] = before + np.searchsorted(ends, finish)
+
+
+def _piece(begin: int, end: int) -> float:
+    """The length of a whole prompt that costs as much attention as tokens from `begin` to `end` of one."""
+    return float((end**2 - begin**2) ** 0.5)

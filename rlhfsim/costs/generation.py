@@ -12,7 +12,7 @@ The host's time (scheduling, sampling, detokenising) is serial with the device's
 For an engine that schedules one step ahead lower `overheads.decode_step_seconds`. Launches run ahead of the device: a
 step without CUDA graphs takes the longer of both (unverified: how far eager launches and the host's rest overlap).
 
-Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, experts spread
+Not modelled: speculative decoding, the vocabulary-parallel gather of logits, experts spread
 over several engines (their all-to-all makes the engines meet at every layer).
 """
 
@@ -89,6 +89,7 @@ class GenerationStats:
     decoded_tokens: int
     preemptions: int = 0
     recomputed_tokens: int = 0
+    reused_tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -129,6 +130,8 @@ def generation_counts(stats: Sequence[GenerationStats], copies: int = 1) -> dict
         "preemptions": sum(s.preemptions for s in stats),
         "recomputed_tokens": sum(s.recomputed_tokens for s in stats),
     }
+    if reused := sum(s.reused_tokens for s in stats):
+        sums["reused_tokens"] = reused
     most = max(float(s.timeline_running.max(initial=0)) for s in stats)
     return {name: float(copies * value) for name, value in sums.items()} | {"most_running": most}
 
@@ -169,12 +172,14 @@ def generation_program(
     kv_capacity_tokens: float | None = None,
     domain: Sequence[int] | None = None,
     steps: StepSeconds | None = None,
+    groups: Sequence[np.ndarray] | None = None,
 ) -> GenerationResult:
     """Segments of one place that generates the responses to its prompts.
 
     prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
     replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
-    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places.
+    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. groups: the prompt of
+    every sample, for prefix caching.
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
@@ -198,7 +203,7 @@ def generation_program(
     # Without shards plain generation needs no other rank: each replica stops at its own longest response.
     together = generation.engine == "zero3_per_token" and use.zero_stage == 3 and len(holders) > 1
     until = _longest(responses, generation.batch_samples) if together else None
-    tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps)
+    tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps, groups)
     if together:
         segments = _sharded_segments(use, tables, holders, operators)
     else:
@@ -365,6 +370,7 @@ class _Steps:
             decoded_tokens=int((runs.steps * runs.decodes).sum()),
             preemptions=runs.preemptions,
             recomputed_tokens=runs.recomputed_tokens,
+            reused_tokens=runs.reused_tokens,
         )
 
 
@@ -375,19 +381,22 @@ def _tables(
     kv_capacity_tokens: float | None,
     until: list[int] | None,
     steps: StepSeconds,
+    groups: Sequence[np.ndarray] | None = None,
 ) -> list[_Steps]:
     """One entry per replica; replicas with the same lengths are computed once."""
     blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
-    done: dict[tuple[bytes, bytes], _Steps] = {}
+    done: dict[tuple[bytes, ...], _Steps] = {}
     tables = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        key = prompt.tobytes(), response.tobytes()
+    for k, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        group = groups[k] if groups is not None and generation.prefix_caching else None
+        key = prompt.tobytes(), response.tobytes(), b"" if group is None else group.tobytes()
         if key not in done:
             if generation.continuous:
                 runs = continuous_runs(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
                     chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
+                    groups=group,
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)

@@ -70,7 +70,7 @@ class CostModel:
         self.batches, self.reward_seconds = batches, reward_seconds
         self._steps: dict[str, StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
-        self._finished: dict[tuple[bytes, bytes], list[GenerationStats]] = {}
+        self._finished: dict[tuple[bytes, bytes, bytes], list[GenerationStats]] = {}
         self._arrived: dict[int, np.ndarray] = {}
         workload = scenario.workload
         self._together = {
@@ -109,8 +109,9 @@ class CostModel:
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward))
+        groups = self._groups(stage, ids)
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, groups.tobytes())
+        return self._remember(key, lambda: self._work(stage, places, prompts, responses, groups, reward))
 
     def ended(self, f: Firing, name: Firing) -> dict[str, float]:
         """Book what an ended firing changes: the version of weights, what engines hold; ages of what it generated."""
@@ -154,6 +155,17 @@ class CostModel:
         if f.stage == "testing":
             ids = ids % len(prompts)
         return prompts[ids], responses[ids]
+
+    def _groups(self, stage: Stage, ids: np.ndarray) -> np.ndarray:
+        """Which samples have the same prompt, where engines make use of it: equal numbers, counted from 0; else empty.
+
+        Validation generates one response to each prompt.
+        """
+        if not (self.scenario.generation.prefix_caching and stage.kind == "generate"):
+            return np.zeros(0, dtype=int)
+        if stage.name == "testing":
+            return np.arange(len(ids))
+        return np.unique(ids // self.scenario.workload.responses_per_prompt, return_inverse=True)[1]
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
@@ -200,11 +212,17 @@ class CostModel:
         return self._programs[key]
 
     def _work(
-        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, reward_seconds: float | None
+        self,
+        stage: Stage,
+        places: list[int],
+        prompts: np.ndarray,
+        responses: np.ndarray,
+        groups: np.ndarray,
+        reward_seconds: float | None,
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
-            segments = self._generate(stage, places, prompts, responses)
+            segments = self._generate(stage, places, prompts, responses, groups)
         elif reward_seconds is not None:
             segments = self._reward(reward_seconds)
         else:
@@ -217,8 +235,10 @@ class CostModel:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
-    def _generate(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
-        result = self._generation(stage, places[0], prompts, responses)
+    def _generate(
+        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, groups: np.ndarray
+    ) -> list[Segment]:
+        result = self._generation(stage, places[0], prompts, responses, groups)
         if not result.segments:
             return []
         *others, last = result.segments
@@ -229,7 +249,9 @@ class CostModel:
         generation = self.scenario.generation
         return route_samples(prompts + responses, stage.size // generation.tensor_parallel, generation.routing)
 
-    def _generation(self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray) -> GenerationResult:
+    def _generation(
+        self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray, groups: np.ndarray
+    ) -> GenerationResult:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
         shares = self._shares(stage, prompts, responses)
         if stage.model not in self._steps:
@@ -244,8 +266,9 @@ class CostModel:
             kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None,
             domain=holding.ranks,
             steps=self._steps[stage.model],
+            groups=[groups[s] for s in shares] if len(groups) else None,
         )
-        self._finished[prompts.tobytes(), responses.tobytes()] = result.stats
+        self._finished[prompts.tobytes(), responses.tobytes(), groups.tobytes()] = result.stats
         return result
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
@@ -290,9 +313,10 @@ class CostModel:
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
                 ids = self.numbers(f)
                 prompts, responses = self._lengths(f, ids)
-                stats = self._finished.get((prompts.tobytes(), responses.tobytes()))
+                groups = self._groups(gen, ids)
+                stats = self._finished.get((prompts.tobytes(), responses.tobytes(), groups.tobytes()))
                 if stats is None:
-                    stats = self._generation(gen, f.place, prompts, responses).stats
+                    stats = self._generation(gen, f.place, prompts, responses, groups).stats
                 for share, engine in zip(self._shares(gen, prompts, responses), stats, strict=bool(stats)):
                     done.append((ids[share], engine.completion_seconds))
             last = max((float(seconds.max(initial=0.0)) for _, seconds in done), default=0.0)

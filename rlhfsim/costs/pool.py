@@ -73,6 +73,7 @@ class Engine(_Scheduler):
             kv_blocks,
             generation.chunked_prefill,
             padded=generation.kv_cache == "preallocated",
+            groups=none if generation.prefix_caching else None,
         )
         self.generation, self.kv_blocks = generation, kv_blocks
         self.free = self.total = UNLIMITED_BLOCKS if kv_blocks is None else kv_blocks
@@ -89,6 +90,8 @@ class Engine(_Scheduler):
         self.samples += samples
         self.prompt += prompts
         self.response += responses
+        self.group += [s.group for s in samples]
+        self.shared += self._shareable(prompts)
         self.generated += drawn
         self.waiting[:0] = range(len(self.samples) - 1, first - 1, -1)
 
@@ -100,6 +103,8 @@ class Engine(_Scheduler):
         other.samples = [self.samples[k] for k in kept]
         other.prompt, other.response = [self.prompt[k] for k in kept], [self.response[k] for k in kept]
         other.generated, other.final_blocks = [self.generated[k] for k in kept], [self.final_blocks[k] for k in kept]
+        other.group, other.shared = [self.group[k] for k in kept], [self.shared[k] for k in kept]
+        other.members = Counter(other.group[: len(self.running)])
         other.running = dict.fromkeys(range(len(self.running)))
         other.waiting = list(range(len(kept) - 1, len(self.running) - 1, -1))
         other.partial = self.partial and [new[self.partial[0]], *self.partial[1:]]
@@ -131,13 +136,13 @@ class Engine(_Scheduler):
     def remove(self, gone: set[int]) -> None:
         """Take these samples (their numbers) out, whatever they do."""
         for k in [k for k in self.running if self.samples[k].number in gone]:
+            del self.running[k]
             if self.partial is not None and self.partial[0] == k:
-                self.free += self._blocks(self.partial[2])
+                self._leave(k, self.partial[2])
                 self.partial = None
             else:
-                self.free += self._blocks(self.base[k] + self.step)
+                self._leave(k, self.base[k] + self.step)
                 self._stop_decoding(k)
-            del self.running[k]
         self.waiting = [k for k in self.waiting if self.samples[k].number not in gone]
 
     def unfinished(self) -> list[tuple[Sample, int]]:
@@ -335,6 +340,8 @@ class Pool:
             self.engines[k].run_steps(steps)
             self.counts["preemptions"] += self.engines[k].preemptions
             self.counts["recomputed_tokens"] += self.engines[k].recomputed
+            if self.engines[k].reused:
+                self.counts["reused_tokens"] += self.engines[k].reused
             self.engines[k] = self.engines[k].copy()
             self.engines[k].late, self.engines[k].late_seconds = late, max(0.0, end - seconds)
         self._end(s for t, s, _ in done if t <= instant)

@@ -276,6 +276,8 @@ class Generation(Record):
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
+    prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
+        computed once (vLLM's and SGLang's default; off here unless asked for).
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
         as long as the longest sequence and read to its end. `paged` sequences read their own tokens only; static
@@ -300,6 +302,7 @@ class Generation(Record):
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
     chunked_prefill: bool = True
+    prefix_caching: bool = False
     cuda_graphs: bool | None = None
     kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
@@ -343,6 +346,8 @@ class Generation(Record):
                 f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
                 f"{self.weights_precision}"
             )
+        if self.prefix_caching and not self.continuous:
+            raise ValueError("prefix_caching needs a paged KV cache: batching must be continuous")
         if self.kv_cache_tokens is not None and self.memory_fraction is not None:
             raise ValueError("kv_cache_tokens and memory_fraction both say how large the KV cache is: leave out one")
         if self.tensor_parallel % self.expert_parallel:
