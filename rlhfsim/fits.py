@@ -20,6 +20,7 @@ from .graph import Stage, StageGraph
 from .layout import Holding
 from .memory import (
     Bytes,
+    cache_bytes_per_token,
     engine_bytes,
     engine_weight_bytes,
     profile_bytes,
@@ -28,7 +29,6 @@ from .memory import (
     static_bytes,
     training_bytes,
 )
-from .model import kv_bytes_per_token
 from .spec.scenario import ModelUse, Scenario
 
 # What to turn when a component is the largest one of the worst instant.
@@ -230,13 +230,7 @@ class Memory:
 
         With windowed layers a shorter sequence needs more for each of its tokens, but less in all.
         """
-        generation = self.scenario.generation
-        return kv_bytes_per_token(
-            use.shape,
-            generation.kv_bytes(use),
-            tensor_parallel=generation.tensor_parallel,
-            sequence_tokens=sequence_tokens,
-        )
+        return cache_bytes_per_token(use, self.scenario.generation, sequence_tokens)
 
     def _sequences(self, stage: Stage) -> int:
         """Sequences that an engine holds at once."""
@@ -248,9 +242,14 @@ class Memory:
         together = self._sequences(stage) * prompt
         return min(together, generation.prefill_tokens) if generation.continuous else together
 
+    @property
+    def _draft_slots(self) -> int:
+        drafting = self.scenario.generation.speculative
+        return drafting.slots if drafting else 0
+
     def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
         """At most: as if no two sequences shared a prompt."""
-        return float(self._sequences(stage) * (prompt + response))
+        return float(self._sequences(stage) * (prompt + response + self._draft_slots))
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
         """Tokens for which a paged cache has room: as given, within the engine's fraction, or in what is left."""
@@ -349,7 +348,7 @@ class Memory:
             )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
         # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
-        if kv is not None and kv // block < ceil((sequence - 1) / block):
+        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block):
             return (
                 f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
                 "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths"

@@ -177,14 +177,31 @@ def trained_routed_parameters(use: ModelUse, stage: int = 0) -> float:
 
 def engine_bytes(use: ModelUse, generation: Generation, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
     """An inference engine: its copy of the weights (unless it uses the resting ones) and a cache of `kv_tokens`."""
-    t = generation.tensor_parallel
-    per_token = kv_bytes_per_token(use.shape, generation.kv_bytes(use), tensor_parallel=t)
+    per_token = cache_bytes_per_token(use, generation)
     held = engine_weight_bytes(use, generation) if own_weights else 0.0
     return Bytes(engine=held, kv_cache=per_token * kv_tokens)
 
 
+def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens: float | None = None) -> float:
+    """KV cache of one token on one rank of an engine, with that of the model that drafts.
+
+    sequence_tokens: the mean over a sequence of so many (see `kv_bytes_per_token`).
+    """
+    return sum(
+        kv_bytes_per_token(
+            cached.shape,
+            generation.kv_bytes(cached),
+            tensor_parallel=generation.tensor_parallel,
+            sequence_tokens=sequence_tokens,
+        )
+        for cached in (use, generation.draft_use(use))
+        if cached is not None
+    )
+
+
 def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
-    """Weights of an engine on one rank, with `served` LoRA factors; quantised: the layers' matrices in one byte each.
+    """Weights of an engine on one rank, with `served` LoRA factors and what drafts; quantised: the layers' matrices in
+    one byte each (not those of what drafts).
 
     Scales of quantised blocks are left out (below 0.1 % for blocks of 128 x 128).
     """
@@ -195,6 +212,11 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
         held += lora_parameters(spec, use.lora_rank) / t * width
+    drafting, draft = generation.speculative, generation.draft_use(use)
+    if drafting and draft:
+        whole = drafting.draft is not None  # else layers without embedding and head of their own
+        drafts = rank_parameters(draft.shape, "lm", tensor_parallel=t) if whole else layers_parameters(draft.shape, t)
+        held += drafts * width
     return held
 
 

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_generation import expanded, operators, use
 
-from rlhfsim.costs.engine import continuous_runs
+from rlhfsim.costs.engine import Progress, continuous_runs
 from rlhfsim.costs.generation import StepSeconds
 from rlhfsim.costs.pool import Engine, Plan, Pool, Sample
-from rlhfsim.spec.scenario import Generation
+from rlhfsim.spec.scenario import Generation, Speculative
 
 
 @functools.cache
@@ -29,21 +29,23 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1
 
 
 @settings(max_examples=150, deadline=None)
-@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 0)
-@example([(13, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 3)
+@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 0, None)
+@example([(13, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 3, None)
+@example([(13, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 3, Speculative(tokens=3, acceptance_length=2.6))
 @given(
     lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60), st.booleans(), st.booleans(),
-    st.integers(0, 4),
+    st.integers(0, 4), st.sampled_from([None, Speculative(tokens=2, acceptance_length=1.75)]),
 )  # fmt: skip
 def test_an_engine_in_pieces_does_what_it_does_at_once(
     samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int, chunked: bool, padded: bool,
-    size: int,
+    size: int, drafting: Speculative | None,
 ) -> None:  # fmt: skip
     """Also with a small cache, where sequences are put back, and with `size` responses that share a prompt (0: none):
     stopped after any steps and copied, it loses nothing."""
     groups = np.arange(len(samples)) // max(size, 1)
     samples = [(samples[g * max(size, 1)][0], r) for g, (_, r) in zip(groups.tolist(), samples, strict=True)]
-    blocks = max(-(-(p + r - 1) // 4) for p, r in samples) + spare // 4
+    slots = drafting.slots if drafting else 0
+    blocks = max(-(-(p + r - 1 + slots) // 4) for p, r in samples) + spare // 4
     generation = Generation(
         engine="engine",
         max_sequences=limit,
@@ -52,6 +54,7 @@ def test_an_engine_in_pieces_does_what_it_does_at_once(
         chunked_prefill=chunked,
         kv_cache="preallocated" if padded else "paged",
         prefix_caching=size > 0,
+        speculative=drafting,
     )
     prompts, responses = (np.array(x) for x in zip(*samples, strict=True))
     whole = continuous_runs(
@@ -64,6 +67,7 @@ def test_an_engine_in_pieces_does_what_it_does_at_once(
         chunked_prefill=chunked,
         padded=padded,
         groups=groups if size else None,
+        progress=Progress.of(drafting),
     )
     engine = Engine(generation, blocks)
     engine.submit([Sample(k, int(groups[k]), p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))

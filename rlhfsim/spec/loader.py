@@ -124,6 +124,8 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
         data = _with_overheads(data)
     if "models" in data:
         data["models"] = _models(data["models"], folder, where)
+    if isinstance(data.get("generation"), dict):
+        data["generation"] = _generation(data["generation"], folder, where)
     for section in ("workload", "algorithm"):
         if isinstance(data.get(section), dict):
             data[section] = _with_files(section, data[section], folder, where)
@@ -499,6 +501,16 @@ def _models(given: Any, folder: Path, where: Where) -> Any:
         if isinstance(models.get(role), dict) and "spec" in models[role]:
             models[role] = models[role] | {"shape": _shape(models[role], f"models.{role}", folder, where, known)}
     return models
+
+
+def _generation(given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
+    """With the shape of the model that drafts."""
+    drafting = given.get("speculative")
+    if not isinstance(drafting, dict) or drafting.get("draft") is None:
+        return given
+    use = {"spec": drafting["draft"]} | {key: drafting[key] for key in ("shape",) if key in drafting}
+    shape = _shape(use, "generation.speculative", folder, where, {})
+    return given | {"speculative": drafting | {"shape": shape}}
 
 
 def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ documented here once, and `rlhfsim show fields` prints this text.
 
 from __future__ import annotations
 
-from math import lcm
+from fractions import Fraction as Ratio
+from math import ceil, lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -250,6 +251,44 @@ class Workload(Record):
         return self.prompts * self.responses_per_prompt
 
 
+class Speculative(Record):
+    """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
+
+    acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1 to
+        tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
+    draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
+        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
+        0 layers: drafts cost nothing (look-up of n-grams).
+    """
+
+    tokens: Count
+    acceptance_length: Annotated[float, Field(ge=1, le=1e3)]
+    draft: str | None = None
+    shape: ModelSpec | None = None
+    layers: NonNegativeCount = 1
+
+    @property
+    def advance(self) -> Ratio:
+        """acceptance_length."""
+        return Ratio(str(self.acceptance_length)).limit_denominator(100)
+
+    @property
+    def slots(self) -> int:
+        """Tokens for which a sequence may need room in the cache beyond its own: drafts, and drawn beyond its end."""
+        return self.tokens + ceil(self.advance - Ratio(1, self.advance.denominator))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Speculative:
+        if self.acceptance_length > self.tokens + 1:
+            raise ValueError(
+                f"acceptance_length is {self.acceptance_length:g}, but a step with {self.tokens} drafts gives at most "
+                f"{self.tokens + 1} tokens"
+            )
+        if self.draft is not None and self.shape is None:
+            raise ValueError(f"the shape of draft {self.draft!r} is missing")
+        return self
+
+
 class Generation(Record):
     """How responses are generated.
 
@@ -278,6 +317,7 @@ class Generation(Record):
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
         computed once (vLLM's and SGLang's default; off here unless asked for).
+    speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
         as long as the longest sequence and read to its end. `paged` sequences read their own tokens only; static
@@ -303,6 +343,7 @@ class Generation(Record):
     block_tokens: Count = 16
     chunked_prefill: bool = True
     prefix_caching: bool = False
+    speculative: Speculative | None = None
     cuda_graphs: bool | None = None
     kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
@@ -337,8 +378,20 @@ class Generation(Record):
         }
         return use.model_copy(update=changes)
 
+    def without_drafts(self) -> Generation:
+        return self.model_copy(update={"speculative": None})
+
+    def draft_use(self, use: ModelUse) -> ModelUse | None:
+        """What drafts for this model: a model of its own, or layers like the model's; None: nothing that runs."""
+        if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
+            return None
+        shape = self.speculative.shape or use.shape.model_copy(update={"layers": self.speculative.layers})
+        return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
+
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
+        if self.speculative and not self.continuous:
+            raise ValueError("speculative decoding needs a continuous engine: batching must be continuous")
         if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
             raise ValueError("engine zero3_per_token runs every rank on its own samples: tensor_parallel must be 1")
         if self.engine == "zero3_per_token" and self.weights_precision:
