@@ -353,7 +353,7 @@ def test_a_prompt_is_computed_once_for_all_its_responses(prompt: int, blocks: in
 def test_shared_blocks_are_held_once() -> None:
     """Eight responses of 4 blocks each, 3 of which they share, run together in 11 blocks; in 10 one has to go."""
     run = functools.partial(
-        continuous_runs, np.full(8, 49), np.full(8, 16), max_sequences=8, step_tokens=8192, groups=np.zeros(8, dtype=int)
+        continuous_runs, np.full(8, 49), np.full(8, 16), max_sequences=8, step_tokens=8192, groups=np.zeros(8, int),
     )  # fmt: skip
     assert run(kv_blocks=11).running.max() == 8 and run(kv_blocks=11).preemptions == 0
     assert run(kv_blocks=10).running.max() == 7

@@ -67,9 +67,9 @@ class Runs:
 
     steps: how many. decodes: sequences that are given one token more. context_tokens: KV tokens that they attend to in
     the first step of the run, themselves included; `decodes` more in each later step (with drafts: as many times
-    `progress.advance`). prompt_tokens: tokens of prompts
-    (and of preempted sequences) computed; only runs of one step have any. sampled: tokens drawn (or drafts verified), padding rows included.
-    running: sequences that are admitted and not yet at their end.
+    `progress.advance`). prompt_tokens: tokens of prompts (and of preempted sequences) computed; only runs of one step
+    have any. sampled: tokens drawn (or drafts verified), padding rows included. running: sequences that are admitted
+    and not yet at their end.
     chunk_run, chunk_tokens: one entry per piece of a prompt: its run, and the length of a whole prompt that costs as
     much attention (a piece from a to b of a prompt: sqrt(b^2 - a^2)).
     completion_run: one entry per sample: the run at whose end its response is there.
@@ -98,7 +98,7 @@ class Runs:
     @property
     def computed(self) -> np.ndarray:
         """Tokens that go through the layers in a step."""
-        return self.decodes * self.progress.width + self.prompt_tokens
+        return np.asarray(self.decodes * self.progress.width + self.prompt_tokens)
 
 
 def static_runs(
@@ -154,9 +154,17 @@ def continuous_runs(
     in a decode step.
     Raises DoesNotFit when a sequence alone exceeds the cache.
     """
-    return _Scheduler(  # fmt: skip
-        prompt_tokens, response_tokens, max_sequences, step_tokens, block_tokens, kv_blocks, chunked_prefill, padded,
-        groups, progress,
+    return _Scheduler(
+        prompt_tokens,
+        response_tokens,
+        max_sequences,
+        step_tokens,
+        block_tokens,
+        kv_blocks,
+        chunked_prefill,
+        padded,
+        groups,
+        progress,
     ).run()
 
 

@@ -76,7 +76,8 @@ class GenerationStats:
     completion_seconds: one entry per sample, in the order given: when its response was there.
     timeline_seconds, timeline_running: `running` sequences from that instant on.
     prompt_tokens, decoded_tokens: that went through the layers, recomputed ones, padding and drafts included;
-        sequence_steps is their sum. reused_tokens: of prompts, found in the cache. The first token of a response comes from its prefill.
+        sequence_steps is their sum. The first token of a response comes from its prefill. reused_tokens: of prompts,
+        found in the cache.
     low_occupancy_share: of the time, with less than 10 % of the largest running batch.
     """
 
@@ -181,8 +182,8 @@ def generation_program(
 
     prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
     replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
-    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. groups: the prompt of
-    every sample, for prefix caching.
+    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. groups: the prompt
+    of every sample, for prefix caching.
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
@@ -223,9 +224,7 @@ class StepSeconds:
     drafts: of the model that drafts for another one, whose steps have the host's time.
     """
 
-    def __init__(
-        self, operators: Operators, use: ModelUse, generation: Generation, *, drafts: bool = False
-    ) -> None:
+    def __init__(self, operators: Operators, use: ModelUse, generation: Generation, *, drafts: bool = False) -> None:
         degree, layers, ideal = generation.tensor_parallel, use.shape.layers, not operators.effects.efficiency
         per_token = generation.engine == "zero3_per_token"
         self.draft: StepSeconds | None = None
@@ -290,9 +289,7 @@ class StepSeconds:
         some = [column[decoding] for column in (runs.steps, runs.decodes, runs.context_tokens, runs.running)]
         steps, decodes, context, running = some
         none = np.zeros(0, dtype=int)
-        again = Runs(
-            steps, decodes, context, 0 * steps, decodes, running, none, none.astype(float), none, progress=one
-        )
+        again = Runs(steps, decodes, context, 0 * steps, decodes, running, none, none.astype(float), none, progress=one)
         seconds[:, decoding] += (runs.progress.width - 2) * self.draft._of(again)
         return seconds
 

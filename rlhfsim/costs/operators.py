@@ -228,8 +228,9 @@ class Operators:
     ) -> OperatorTime:
         """Attention of one layer for one new token of each sequence; `context_tokens_sum` are in their caches.
 
-        queries: tokens per sequence, where several are verified at once: they read the cache together. kv_bytes: of one cached element, if not the model's. Latent attention reads one vector for all heads, which
-        compute with it in the latent space; it can be bound by either.
+        kv_bytes: of one cached element, if not the model's. queries: new tokens of each sequence, where several are
+        verified at once; they read the cache together. Latent attention reads one vector for all heads, which compute
+        with it in the latent space; it can be bound by either.
         """
         shape, heads = use.shape, use.shape.heads / tensor_parallel
         kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0

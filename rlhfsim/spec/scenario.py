@@ -254,8 +254,8 @@ class Workload(Record):
 class Speculative(Record):
     """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
 
-    acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1 to
-        tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
+    acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1
+        to tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
     draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
         a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
         0 layers: drafts cost nothing (look-up of n-grams).
