@@ -17,7 +17,7 @@ import numpy as np
 
 from .costs.model import head_of
 from .graph import Stage, StageGraph
-from .layout import Holding
+from .layout import Holding, shares_with_training
 from .memory import (
     Bytes,
     cache_bytes_per_token,
@@ -136,11 +136,13 @@ class Memory:
             found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes)
             if not self._sleeps(engine):
                 found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+            elif self.scenario.generation.sleep == "level_1":
+                found += Bytes(host=engine_weight_bytes(engine.use, self.scenario.generation))
         return found
 
     def _sleeps(self, engine: Holding) -> bool:
         """An engine that shares its ranks with training frees its memory there; one on ranks of its own keeps it."""
-        return bool(set(engine.ranks) & set(self.holdings["actor"].ranks))
+        return shares_with_training(self.holdings, engine)
 
     # -- phases -------------------------------------------------------------------------------------------
 

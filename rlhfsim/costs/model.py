@@ -13,8 +13,8 @@ from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
-from rlhfsim.layout import Holding
-from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
+from rlhfsim.layout import Holding, shares_with_training
+from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES, cache_bytes_per_token, engine_weight_bytes
 from rlhfsim.model import Head, parameters
 from rlhfsim.spec.scenario import Scenario
 
@@ -31,6 +31,7 @@ from .passes import Host, Layout, controller_program, firing_program, score_prog
 from .rewards import function_seconds, queue_seconds
 from .rollout import Rollouts
 from .segment import Segment, Transfer
+from .sleep import sleep_program, wake_program
 from .sync import sync_program
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
@@ -100,7 +101,7 @@ class CostModel:
             return self._remember((f.stage,), lambda: self._sync(stage))
         if f.stage in self._rollouts.stages:
             begin = [] if f in self._paused else self._controller(stage, len(self.numbers(f)))
-            return [*begin, *self._rollouts.segments(f)]
+            return self._between_sleeps(f, [*begin, *self._rollouts.segments(f)])
         self._begun_with[f] = self._versions.get(stage.model, 0)
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
@@ -111,7 +112,8 @@ class CostModel:
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
         groups = self._groups(stage, ids)
         key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, groups.tobytes())
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, groups, reward))
+        work = self._remember(key, lambda: self._work(stage, places, prompts, responses, groups, reward))
+        return self._between_sleeps(f, work)
 
     def ended(self, f: Firing, name: Firing) -> dict[str, float]:
         """Book what an ended firing changes: the version of weights, what engines hold; ages of what it generated."""
@@ -324,6 +326,51 @@ class CostModel:
                 arrivals[ids] = seconds - last
         return arrivals
 
+    def _sleeps(self, model: str) -> bool:
+        """Whether a copy of a model is an engine that has to make room for training, and that this takes time."""
+        generation, effects = self.scenario.generation, self.operators.effects
+        if generation.sleep is None or not effects.sync or model != "shadow_actor":
+            return False
+        return shares_with_training(self.holdings, self.holdings[model])
+
+    def _between_sleeps(self, f: Firing, work: list[Segment]) -> list[Segment]:
+        """The work of a firing of an engine that wakes up for it and sleeps afterwards.
+
+        The sync has brought its weights back before the first chunk; validation comes right after that, and leaves them
+        where they are.
+        """
+        stage = self.fold.original.at(f.stage)
+        if stage.kind != "generate" or not work or not self._sleeps(stage.model):
+            return work
+        generation, use = self.scenario.generation, self.holdings[stage.model].use
+        ranks = [rank for place in self.fold.places(f) for rank in stage.ranks_of(place)]
+        rate, first = self.scenario.overheads.map_bytes_per_second, f.chunk == 0
+        weights = engine_weight_bytes(use, generation)
+        cache = (self.kv_capacity_tokens or 0.0) * cache_bytes_per_token(use, generation)
+        wake = wake_program(
+            ranks, weight_bytes=0.0 if first else weights, cache_bytes=cache, from_host=True, map_bytes_per_second=rate
+        )
+        sleep = sleep_program(
+            ranks,
+            weight_bytes=0.0 if f.stage == "testing" else weights,
+            cache_bytes=cache,
+            to_host=generation.sleep == "level_1",
+            map_bytes_per_second=rate,
+        )
+        return [*wake, *work, *sleep]
+
+    def _waking(self, target: Holding) -> list[Segment]:
+        """The weights of a sleeping engine, before they are overwritten."""
+        if not self._sleeps(target.name):
+            return []
+        generation = self.scenario.generation
+        return wake_program(
+            target.ranks,
+            weight_bytes=engine_weight_bytes(target.use, generation),
+            from_host=generation.sleep == "level_1",
+            map_bytes_per_second=self.scenario.overheads.map_bytes_per_second,
+        )
+
     def _sync(self, stage: Stage) -> list[Segment]:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
         same = set(source.ranks) == set(target.ranks)
@@ -343,7 +390,8 @@ class CostModel:
             bucket_bytes=choice.bucket_bytes,
             head=head_of(stage.model),
         )
-        return [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
+        moved = [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
+        return [*self._waking(target), *moved]
 
     def _checkpoint(self) -> list[Segment]:
         """Weights, master weights and moments of the trained models, written at the storage's rate."""

@@ -312,6 +312,10 @@ class Generation(Record):
     cuda_graph_bytes: device memory of the engine's captured graphs on each rank ("Graph capturing finished ... took" in
         vLLM's log); they stay where they are while an engine sleeps.
     kv_cache_tokens: room in the KV cache as the engine's log gives it ("GPU KV cache size"), instead of a fraction.
+    sleep: of an `engine` that shares its GPUs with training, between generation and the next weights. `level_1` copies
+        the weights to host memory, where room for them is kept, and back before they are overwritten; `level_2` forgets
+        them, so that it can generate once for each sync (vLLM's sleep levels). Both give memory back and take it again
+        (`overheads.map_bytes_per_second`). Absent: it makes room and comes back in no time.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
@@ -338,6 +342,7 @@ class Generation(Record):
     memory_fraction_covers: Literal["profile", "profile_and_graphs", "static"] = "profile"
     cuda_graph_bytes: Annotated[float, Field(ge=0, le=1e12)] = 0.0
     kv_cache_tokens: Count | None = None
+    sleep: Literal["level_1", "level_2"] | None = None
     max_sequences: Count = 256
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
@@ -390,6 +395,10 @@ class Generation(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
+        if self.sleep and self.engine != "engine":
+            raise ValueError(
+                f"engine {self.engine} uses the training weights: sleep must be absent, given {self.sleep}"
+            )
         if self.speculative and not self.continuous:
             raise ValueError("speculative decoding needs a continuous engine: batching must be continuous")
         if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
