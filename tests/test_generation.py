@@ -371,7 +371,7 @@ def test_responses_of_one_prompt_on_several_engines_share_nothing() -> None:
     assert together.stats[0].seconds < program([prompt], [response], ranks=[0]).stats[0].seconds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @example(PREEMPTING, 0.0, 1)
 @example(PREEMPTING | {"drafting": (3, 0.37)}, 1.0, 2)
 @given(workloads, st.sampled_from([0.0, 0.9, 1.0, 1.0005]), st.integers(0, 2))
