@@ -323,6 +323,10 @@ def check_real(scenario: Scenario) -> None:
     if (split := generation.tensor_parallel) > 1:
         message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
         raise InputError(message, field="generation.tensor_parallel")
+    for name in ("speculative", "prefix_caching", "sleep"):
+        if getattr(generation, name):
+            message = "is set; real runs have nothing of the kind (leave it out)"
+            raise InputError(message, field=f"generation.{name}")
     if (routing := generation.routing) != "static":
         message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
         raise InputError(message, field="generation.routing")

@@ -273,7 +273,7 @@ RTX_4090_BLOCKS = 2588
 
 
 def test_blocks_that_vllm_found_on_a_4090() -> None:
-    """2588. We say 2951 (+14 %): of the 1180 MiB that vLLM did not give to weights or cache we explain 454, what
+    """2588. We say 2950 (+14 %): of the 1180 MiB that vLLM did not give to weights or cache we explain 454, what
     drawing 256 tokens takes. The rest (kernels loaded by the profile run, workspaces, buffers) is not modelled."""
     tokens = fit_of("disaggregated", "engine", **RTX_4090).kv_capacity_tokens
     assert tokens is not None

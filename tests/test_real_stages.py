@@ -303,6 +303,16 @@ def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
     assert error.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("speculative", {"tokens": 2, "acceptance_length": 2}), ("prefix_caching", True), ("sleep", "level_1")],
+)
+def test_what_real_engines_do_not_have_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(InputError) as error:
+        check_real(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "engine", f"generation.{name}": value}))
+    assert error.value.field == f"generation.{name}"
+
+
 # --- models and generation -------------------------------------------------------------------------------------------
 
 
