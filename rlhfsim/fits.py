@@ -17,17 +17,18 @@ import numpy as np
 
 from .costs.model import head_of
 from .graph import Stage, StageGraph
-from .layout import Holding
+from .layout import Holding, shares_with_training
 from .memory import (
     Bytes,
+    cache_bytes_per_token,
     engine_bytes,
     engine_weight_bytes,
+    profile_bytes,
     reserved_bytes,
     scoring_bytes,
     static_bytes,
     training_bytes,
 )
-from .model import kv_bytes_per_token
 from .spec.scenario import ModelUse, Scenario
 
 # What to turn when a component is the largest one of the worst instant.
@@ -149,13 +150,17 @@ class Memory:
                     running=name == running,
                 )
         engine = self.holdings.get("shadow_actor")
-        if engine is not None and rank in engine.ranks and not self._sleeps(engine):
-            found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+        if engine is not None and rank in engine.ranks:
+            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes)
+            if not self._sleeps(engine):
+                found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+            elif self.scenario.generation.sleep == "level_1":
+                found += Bytes(host=engine_weight_bytes(engine.use, self.scenario.generation))
         return found
 
     def _sleeps(self, engine: Holding) -> bool:
         """An engine that shares its ranks with training frees its memory there; one on ranks of its own keeps it."""
-        return bool(set(engine.ranks) & set(self.holdings["actor"].ranks))
+        return shares_with_training(self.holdings, engine)
 
     # -- phases -------------------------------------------------------------------------------------------
 
@@ -259,13 +264,7 @@ class Memory:
 
         With windowed layers a shorter sequence needs more for each of its tokens, but less in all.
         """
-        generation = self.scenario.generation
-        return kv_bytes_per_token(
-            use.shape,
-            generation.kv_bytes(use),
-            tensor_parallel=generation.tensor_parallel,
-            sequence_tokens=sequence_tokens,
-        )
+        return cache_bytes_per_token(use, self.scenario.generation, sequence_tokens)
 
     def _sequences(self, stage: Stage) -> int:
         """Sequences that an engine holds at once."""
@@ -277,21 +276,36 @@ class Memory:
         together = self._sequences(stage) * prompt
         return min(together, generation.prefill_tokens) if generation.continuous else together
 
+    @property
+    def _draft_slots(self) -> int:
+        drafting = self.scenario.generation.speculative
+        return drafting.slots if drafting else 0
+
     def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
-        return float(self._sequences(stage) * (prompt + response))
+        """At most: as if no two sequences shared a prompt."""
+        return float(self._sequences(stage) * (prompt + response + self._draft_slots))
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
-        """Tokens for which a paged cache has room: within the engine's fraction, or in what is left."""
-        fraction = self.scenario.generation.memory_fraction
-        capacity = self.capacity_of(rank)
-        free = capacity - self.resting(rank, running=stage.model).total - engine.total
-        if fraction is not None:
-            own = self.holdings[stage.model].use
-            weights = (
-                0.0 if self._sleeps(self.holdings[stage.model]) else engine_weight_bytes(own, self.scenario.generation)
-            )
-            free = min(free, fraction * capacity - engine.total - weights)
+        """Tokens for which a paged cache has room: as given, within the engine's fraction, or in what is left."""
+        generation = self.scenario.generation
+        if generation.kv_cache_tokens is not None:
+            return float(generation.kv_cache_tokens)
+        free = self.capacity_of(rank) - self.resting(rank, running=stage.model).total - engine.total
+        if generation.memory_fraction is not None:
+            whole, taken = self._shared_by_fraction(stage, rank)
+            free = min(free, generation.memory_fraction * whole - taken)
         return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use, sum(self.longest)))
+
+    def _shared_by_fraction(self, stage: Stage, rank: int) -> tuple[float, float]:
+        """(bytes of which memory_fraction is a share, what it must hold besides the KV cache)."""
+        generation, held = self.scenario.generation, self.holdings[stage.model]
+        weights = engine_weight_bytes(held.use, generation)
+        if generation.memory_fraction_covers == "static":
+            there = self.resting(rank, running=stage.model)
+            before = there.total - there.engine - generation.cuda_graph_bytes
+            return self.capacity_of(rank) - before, weights
+        graphs = generation.cuda_graph_bytes if generation.memory_fraction_covers == "profile_and_graphs" else 0.0
+        return self.capacity_of(rank), weights + profile_bytes(held.use, generation).total + graphs
 
     @cached_property
     def kv_capacity_by_kind(self) -> dict[int, float] | None:
@@ -379,7 +393,7 @@ class Memory:
             )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
         # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
-        if kv is not None and kv // block < ceil((sequence - 1) / block):
+        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block):
             return (
                 f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
                 "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths"
@@ -412,19 +426,16 @@ class Memory:
         """The engine's share of the device: what was given, or what it can have."""
         if not self.scenario.generation.continuous:
             return None
-        if self.scenario.generation.memory_fraction is not None:
+        if self.scenario.generation.memory_fraction is not None or self.kv_capacity_by_kind is None:
             return self.scenario.generation.memory_fraction
         shares = []
         for stage in self._generating_stages():
+            token_bytes = self._kv_bytes(self.holdings[stage.model].use, sum(self.longest))
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    resting = self.resting(rank).total - (
-                        0
-                        if self._sleeps(self.holdings[stage.model])
-                        else engine_weight_bytes(self.holdings[stage.model].use, self.scenario.generation)
-                    )
-                    shares.append(1 - resting / self.capacity_of(rank))
-        return max(0.0, min(shares))
+                    whole, taken = self._shared_by_fraction(stage, rank)
+                    shares.append((self.kv_capacity_by_kind[self._kinds[rank]] * token_bytes + taken) / whole)
+        return min(1.0, max(shares))
 
     def largest_micro_batches(self) -> dict[str, int]:
         """By `models.<role>.micro_batch_samples` or `_tokens` (and `score_...`): the largest that fits.

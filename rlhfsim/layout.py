@@ -53,6 +53,11 @@ class Holding:
         return len(self.ranks) // self.use.ranks_per_copy
 
 
+def shares_with_training(holdings: dict[str, Holding], engine: Holding) -> bool:
+    """Whether an engine has ranks that train the actor, so that it must make room for that."""
+    return bool(set(engine.ranks) & set(holdings["actor"].ranks))
+
+
 def strategy_names() -> list[str]:
     return _names("rlhfsim.strategies")
 
@@ -130,6 +135,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     except (ValueError, TypeError) as error:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
     _check_engine(graph, scenario)
+    _check_sleep(graph, scenario)
     return graph, notes
 
 
@@ -149,6 +155,19 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
             "(allowed: continuous, the default of generation.engine: engine)",
             field="generation.batching",
         )
+
+
+def _check_sleep(graph: StageGraph, scenario: Scenario) -> None:
+    """A level 2 engine has no weights left after its first firing."""
+    training = {r for s in graph.stages() if s.kind == "train" and s.model == "actor" for r in s.ranks}
+    for stage in graph.stages():
+        sleeps = stage.kind == "generate" and stage.model == "shadow_actor" and training & set(stage.ranks)
+        if sleeps and scenario.generation.sleep == "level_2" and stage.firings > 1:
+            raise InputError(
+                f"is level_2, which forgets the weights, but {scenario.strategy.name} generates {stage.firings} times "
+                "for each sync (allowed: level_1)",
+                field="generation.sleep",
+            )
 
 
 def _check_rounds(graph: StageGraph, algorithm: Algorithm, strategy: str) -> None:
@@ -338,6 +357,10 @@ def check_real(scenario: Scenario) -> None:
     if (split := generation.tensor_parallel) > 1:
         message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
         raise InputError(message, field="generation.tensor_parallel")
+    for name in ("speculative", "prefix_caching", "sleep"):
+        if getattr(generation, name):
+            message = "is set; real runs have nothing of the kind (leave it out)"
+            raise InputError(message, field=f"generation.{name}")
     if (routing := generation.routing) != "static":
         message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
         raise InputError(message, field="generation.routing")

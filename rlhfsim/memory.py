@@ -56,6 +56,9 @@ REDUCE_BUCKETS = 2
 # One layer's activations leave for the host while the next one's are made: the double buffer of Transformer Engine's
 # AsyncDoubleBufferGroupOffloadHandler (transformer_engine/pytorch/cpu_offload.py).
 LAYERS_ON_DEVICE = 2
+# fp32 tensors of rows x vocabulary while vLLM draws tokens: logits, probabilities, noise. Top-k and top-p mask in place
+# (vllm/v1/sample/ops/topk_topp_sampler.py, without sorting since pull request 33538, 2026-02).
+SAMPLER_FP32_COPIES = 3
 
 # CUDA context, NCCL buffers and allocator slack (unverified).
 RESERVED_BYTES = 1.5 * 2**30
@@ -181,14 +184,31 @@ def trained_routed_parameters(use: ModelUse, stage: int = 0) -> float:
 
 def engine_bytes(use: ModelUse, generation: Generation, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
     """An inference engine: its copy of the weights (unless it uses the resting ones) and a cache of `kv_tokens`."""
-    t = generation.tensor_parallel
-    per_token = kv_bytes_per_token(use.shape, generation.kv_bytes(use), tensor_parallel=t)
+    per_token = cache_bytes_per_token(use, generation)
     held = engine_weight_bytes(use, generation) if own_weights else 0.0
     return Bytes(engine=held, kv_cache=per_token * kv_tokens)
 
 
+def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens: float | None = None) -> float:
+    """KV cache of one token on one rank of an engine, with that of the model that drafts.
+
+    sequence_tokens: the mean over a sequence of so many (see `kv_bytes_per_token`).
+    """
+    return sum(
+        kv_bytes_per_token(
+            cached.shape,
+            generation.kv_bytes(cached),
+            tensor_parallel=generation.tensor_parallel,
+            sequence_tokens=sequence_tokens,
+        )
+        for cached in (use, generation.draft_use(use))
+        if cached is not None
+    )
+
+
 def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
-    """Weights of an engine on one rank, with `served` LoRA factors; quantised: the layers' matrices in one byte each.
+    """Weights of an engine on one rank, with `served` LoRA factors and what drafts; quantised: the layers' matrices in
+    one byte each (not those of what drafts).
 
     Scales of quantised blocks are left out (below 0.1 % for blocks of 128 x 128).
     """
@@ -199,7 +219,40 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
         held += lora_parameters(spec, use.lora_rank) / t * width
+    drafting, draft = generation.speculative, generation.draft_use(use)
+    if drafting and draft:
+        whole = drafting.draft is not None  # else layers without embedding and head of their own
+        drafts = rank_parameters(draft.shape, "lm", tensor_parallel=t) if whole else layers_parameters(draft.shape, t)
+        held += drafts * width
     return held
+
+
+def profile_bytes(use: ModelUse, generation: Generation) -> Bytes:
+    """Peak of one step at the scheduler's limits, which vLLM runs before it sizes the KV cache.
+
+    All `prefill_tokens` go through the layers, then tokens are drawn for `max_sequences` rows over the whole vocabulary
+    (vllm/v1/worker/gpu_model_runner.py, profile_run and _dummy_sampler_run). The larger of the two counts; the hidden
+    states of all tokens are still there while tokens are drawn.
+    """
+    tokens, width = generation.prefill_tokens, use.bytes_per_parameter
+    rows = min(generation.max_sequences, tokens)
+    hidden = float(tokens * use.shape.hidden * width)
+    layers = tokens * max(_inference_bytes(use, generation, kind) for kind in use.shape.layer_kinds())
+    drawing = float(rows * use.shape.vocabulary * (width + 4 * SAMPLER_FP32_COPIES))
+    return Bytes(activations=layers) if layers > hidden + drawing else Bytes(activations=hidden, logits=drawing)
+
+
+def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> float:
+    """Alive at once in one layer of an engine, per token on one rank: the residual, and the input and output of the
+    widest step (queries, keys and values; the activation of the MLP; of experts the rows of all that a token chose)."""
+    spec, t = use.shape, generation.tensor_parallel
+    attention = spec.hidden + (spec.query_width + 2 * spec.kv_width) / t
+    up = 2 if spec.gated_mlp else 1
+    mlp = (up + 1) * spec.ffn / t
+    if kind.experts:
+        rows, own = spec.experts_per_token, spec.expert_ffn / t
+        mlp = rows * (max(up * own, spec.hidden) + own) + (up + 1) * spec.shared_expert_ffn / t
+    return use.bytes_per_parameter * (spec.hidden + max(attention, mlp))
 
 
 def reserved_bytes(overheads: Overheads) -> Bytes:

@@ -56,6 +56,7 @@ def _field_docs() -> dict[str, str]:
         "algorithm": records.Algorithm,
         "algorithm.reward_latency": records.Latency,
         "generation": records.Generation,
+        "generation.speculative": records.Speculative,
         "strategy": records.StrategyChoice,
         "weight_sync": records.WeightSync,
         "overheads": records.Overheads,

@@ -12,15 +12,18 @@ The host's time (scheduling, sampling, detokenising) is serial with the device's
 For an engine that schedules one step ahead lower `overheads.decode_step_seconds`. Launches run ahead of the device: a
 step without CUDA graphs takes the longer of both (unverified: how far eager launches and the host's rest overlap).
 
-Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, experts spread
-over several engines (their all-to-all makes the engines meet at every layer).
+What drafts runs once over the tokens of a step (prompts too) and once more for each further draft, one token of every
+decoding sequence at a time.
+
+Not modelled: the vocabulary-parallel gather of logits, the all-reduces of what drafts, experts spread over several
+engines (their all-to-all makes the engines meet at every layer).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,7 +32,7 @@ from rlhfsim.memory import PREFETCH_PARAMETERS
 from rlhfsim.model import parameters
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
-from .engine import Runs, continuous_runs, static_runs
+from .engine import Progress, Runs, continuous_runs, static_runs
 from .kernels import Numbers
 from .operators import EAGER_KERNELS_PER_LAYER, Operators, OperatorTime
 from .passes import weight_tensors
@@ -72,8 +75,9 @@ class GenerationStats:
 
     completion_seconds: one entry per sample, in the order given: when its response was there.
     timeline_seconds, timeline_running: `running` sequences from that instant on.
-    prompt_tokens, decoded_tokens: that went through the layers, recomputed ones and padding included; sequence_steps is
-        their sum. The first token of a response comes from its prefill.
+    prompt_tokens, decoded_tokens: that went through the layers, recomputed ones, padding and drafts included;
+        sequence_steps is their sum. The first token of a response comes from its prefill. reused_tokens: of prompts,
+        found in the cache.
     low_occupancy_share: of the time, with less than 10 % of the largest running batch.
     """
 
@@ -89,6 +93,7 @@ class GenerationStats:
     decoded_tokens: int
     preemptions: int = 0
     recomputed_tokens: int = 0
+    reused_tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -129,6 +134,8 @@ def generation_counts(stats: Sequence[GenerationStats], copies: int = 1) -> dict
         "preemptions": sum(s.preemptions for s in stats),
         "recomputed_tokens": sum(s.recomputed_tokens for s in stats),
     }
+    if reused := sum(s.reused_tokens for s in stats):
+        sums["reused_tokens"] = reused
     most = max(float(s.timeline_running.max(initial=0)) for s in stats)
     return {name: float(copies * value) for name, value in sums.items()} | {"most_running": most}
 
@@ -170,13 +177,14 @@ def generation_program(
     domain: Sequence[int] | None = None,
     steps: StepSeconds | None = None,
     engines: Sequence[tuple[StepSeconds, float | None]] | None = None,
+    groups: Sequence[np.ndarray] | None = None,
 ) -> GenerationResult:
     """Segments of one place that generates the responses to its prompts.
 
     prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
     replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
     weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. engines: steps and
-    KV capacity of every replica, where they differ.
+    KV capacity of every replica, where they differ. groups: the prompt of every sample, for prefix caching.
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
@@ -201,7 +209,7 @@ def generation_program(
     # Without shards plain generation needs no other rank: each replica stops at its own longest response.
     together = generation.engine == "zero3_per_token" and use.zero_stage == 3 and len(holders) > 1
     until = _longest(responses, generation.batch_samples) if together else None
-    tables = _tables(generation, prompts, responses, engines, until)
+    tables = _tables(generation, prompts, responses, engines, until, groups)
     if together:
         segments = _sharded_segments(use, tables, holders, operators)
     else:
@@ -213,11 +221,18 @@ def generation_program(
 
 
 class StepSeconds:
-    """Seconds of runs of steps on one engine. Keeps a table for each batch size that occurred: reuse it."""
+    """Seconds of runs of steps on one engine. Keeps a table for each batch size that occurred: reuse it.
 
-    def __init__(self, operators: Operators, use: ModelUse, generation: Generation) -> None:
+    drafts: of the model that drafts for another one, whose steps have the host's time.
+    """
+
+    def __init__(self, operators: Operators, use: ModelUse, generation: Generation, *, drafts: bool = False) -> None:
         degree, layers, ideal = generation.tensor_parallel, use.shape.layers, not operators.effects.efficiency
         per_token = generation.engine == "zero3_per_token"
+        self.draft: StepSeconds | None = None
+        if generation.speculative and (draft := generation.draft_use(use)):
+            self.draft = StepSeconds(operators, draft, generation.without_drafts(), drafts=True)
+        queries = generation.speculative.tokens + 1 if generation.speculative else 1
         use = generation.engine_use(use)
         overheads = operators.overheads
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
@@ -237,6 +252,8 @@ class StepSeconds:
             self.step_seconds = overheads.decode_step_seconds
         if overheads.decode_sequence_seconds is not None:
             self.sequence_seconds = overheads.decode_sequence_seconds
+        if drafts:
+            self.step_seconds = self.sequence_seconds = 0.0
         self.step_seconds += overheads.eager_pass_seconds
         if not operators.gpu.overlaps_launches:  # no graphs either: nothing hides what every layer's launches take
             self.step_seconds += launch_seconds
@@ -255,7 +272,7 @@ class StepSeconds:
         kv_bytes = generation.kv_bytes(use)
 
         def attention(batch: np.ndarray, context: np.ndarray) -> OperatorTime:
-            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes)
+            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes, queries=queries)
 
         self._attention = _Table(lambda b: attention(b, np.zeros(len(b))))
         self._per_token = _Table(lambda b: attention(b, np.ones(len(b))) + -1.0 * attention(b, np.zeros(len(b))))
@@ -264,12 +281,28 @@ class StepSeconds:
 
     def of(self, runs: Runs) -> np.ndarray:
         """Seconds of each run by what limits it: rows as in `BOUNDS`."""
-        tokens = runs.decodes + runs.prompt_tokens
+        seconds = self._of(runs)
+        if self.draft is None:
+            return seconds
+        one = replace(runs.progress, width=1)
+        drawn = runs.sampled - (runs.progress.width - 1) * runs.decodes
+        seconds += self.draft._of(replace(runs, sampled=drawn, progress=one))
+        decoding = runs.decodes > 0
+        some = [column[decoding] for column in (runs.steps, runs.decodes, runs.context_tokens, runs.running)]
+        steps, decodes, context, running = some
+        none = np.zeros(0, dtype=int)
+        again = Runs(steps, decodes, context, 0 * steps, decodes, running, none, none.astype(float), none, progress=one)
+        seconds[:, decoding] += (runs.progress.width - 2) * self.draft._of(again)
+        return seconds
+
+    def _of(self, runs: Runs) -> np.ndarray:
+        """Without what drafts."""
+        tokens = runs.computed
         slope = self.cache_traffic * self._per_token(runs.decodes)  # per cached token
         fixed = self._body(tokens) + self._head(runs.sampled) + self._attention(runs.decodes) + self._prefill(runs)
         context, growing = self._attended(runs)
         device = fixed + slope * context
-        growth = slope[0] * runs.decodes * growing
+        growth = slope[0] * runs.decodes * runs.progress.advance * growing
         first = device[0] - growth * (runs.steps - 1) / 2
         waiting = _below(self.floor_seconds, first, growth, runs.steps)
         launch = device[3] * runs.steps + waiting
@@ -365,9 +398,10 @@ class _Steps:
             prefill_steps=int(self.prefill.sum()),
             decode_steps=int(runs.steps[~self.prefill].sum()),
             prompt_tokens=int(runs.prompt_tokens.sum()),
-            decoded_tokens=int((runs.steps * runs.decodes).sum()),
+            decoded_tokens=int((runs.steps * (runs.computed - runs.prompt_tokens)).sum()),
             preemptions=runs.preemptions,
             recomputed_tokens=runs.recomputed_tokens,
+            reused_tokens=runs.reused_tokens,
         )
 
 
@@ -377,12 +411,15 @@ def _tables(
     responses: list[np.ndarray],
     engines: Sequence[tuple[StepSeconds, float | None]],
     until: list[int] | None,
+    groups: Sequence[np.ndarray] | None = None,
 ) -> list[_Steps]:
     """One entry per replica; replicas with the same lengths on the same machines are computed once."""
-    done: dict[tuple[bytes, bytes, int, float | None], _Steps] = {}
+    done: dict[tuple[bytes, bytes, bytes, int, float | None], _Steps] = {}
     tables = []
-    for prompt, response, (steps, kv_capacity_tokens) in zip(prompts, responses, engines, strict=True):
-        key = prompt.tobytes(), response.tobytes(), id(steps), kv_capacity_tokens
+    for k, (prompt, response, (steps, kv_capacity_tokens)) in enumerate(zip(prompts, responses, engines, strict=True)):
+        group = groups[k] if groups is not None and generation.prefix_caching else None
+        prefixes = b"" if group is None else group.tobytes()
+        key = prompt.tobytes(), response.tobytes(), prefixes, id(steps), kv_capacity_tokens
         if key not in done:
             blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
             if generation.continuous:
@@ -390,6 +427,7 @@ def _tables(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
                     chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
+                    groups=group, progress=Progress.of(generation.speculative),
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)
@@ -496,7 +534,7 @@ def _axis(tables: list[_Steps], prefill: bool) -> _Axis:
         runs = table.runs
         ends.append(np.concatenate([[0], np.cumsum(runs.steps[chosen])]))
         seconds.append(np.concatenate([[0.0], np.cumsum(table.seconds[chosen])]))
-        through = runs.steps * (runs.decodes + runs.prompt_tokens)
+        through = runs.steps * runs.computed
         tokens.append(np.concatenate([[0.0], np.cumsum(through[chosen])]))
     edges = np.unique(np.concatenate(ends))
     if len(edges) > MAX_KINDS + 1:

@@ -13,8 +13,8 @@ from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
-from rlhfsim.layout import Holding
-from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
+from rlhfsim.layout import Holding, shares_with_training
+from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES, cache_bytes_per_token, engine_weight_bytes
 from rlhfsim.model import Head, parameters
 from rlhfsim.packing import shares_by_tokens
 from rlhfsim.spec.scenario import Scenario
@@ -33,6 +33,7 @@ from .passes import Host, Layout, controller_program, firing_program, score_prog
 from .rewards import function_seconds, queue_seconds
 from .rollout import Rollouts
 from .segment import Segment, Transfer
+from .sleep import sleep_program, wake_program
 from .sync import sync_program
 
 # Bytes of a message per token or per sample (paper's code: ids and masks are int64, everything else is cast to 16 bit).
@@ -74,7 +75,7 @@ class CostModel:
         self._kinds, self._nodes = np.array(scenario.cluster.rank_kinds), scenario.cluster.rank_nodes
         self._steps: dict[tuple[str, int], StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
-        self._finished: dict[tuple[bytes, bytes, bytes], list[GenerationStats]] = {}
+        self._finished: dict[tuple[bytes, ...], list[GenerationStats]] = {}
         self._arrived: dict[int, np.ndarray] = {}
         workload = scenario.workload
         self._together = {
@@ -104,7 +105,7 @@ class CostModel:
             return self._remember((f.stage,), lambda: self._sync(stage))
         if f.stage in self._rollouts.stages:
             begin = [] if f in self._paused else self._controller(stage, stage.ranks, len(self.numbers(f)))
-            return [*begin, *self._rollouts.segments(f)]
+            return self._between_sleeps(f, [*begin, *self._rollouts.segments(f)])
         self._begun_with[f] = self._versions.get(stage.model, 0)
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
@@ -113,9 +114,10 @@ class CostModel:
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
-        ends = self._ends(stage, f)
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, ends)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward, ends))
+        ends, groups = self._ends(stage, f), self._groups(stage, ids)
+        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, groups.tobytes(), ends)
+        work = self._remember(key, lambda: self._work(stage, places, prompts, responses, groups, reward, ends))
+        return self._between_sleeps(f, work)
 
     def _ends(self, stage: Stage, f: Firing) -> tuple[bool, bool]:
         """Whether a firing is the first and the last of its stage in an iteration, where it matters to its cost."""
@@ -165,6 +167,17 @@ class CostModel:
         if f.stage == "testing":
             ids = ids % len(prompts)
         return prompts[ids], responses[ids]
+
+    def _groups(self, stage: Stage, ids: np.ndarray) -> np.ndarray:
+        """Which samples have the same prompt, where engines make use of it: equal numbers, counted from 0; else empty.
+
+        Validation generates one response to each prompt.
+        """
+        if not (self.scenario.generation.prefix_caching and stage.kind == "generate"):
+            return np.zeros(0, dtype=int)
+        if stage.name == "testing":
+            return np.arange(len(ids))
+        return np.unique(ids // self.scenario.workload.responses_per_prompt, return_inverse=True)[1]
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
@@ -229,12 +242,13 @@ class CostModel:
         places: list[int],
         prompts: np.ndarray,
         responses: np.ndarray,
+        groups: np.ndarray,
         reward_seconds: float | None,
         ends: tuple[bool, bool],
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
-            segments = self._generate(stage, places, prompts, responses)
+            segments = self._generate(stage, places, prompts, responses, groups)
         elif reward_seconds is not None:
             segments = self._reward(reward_seconds)
         else:
@@ -247,8 +261,10 @@ class CostModel:
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
-    def _generate(self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray) -> list[Segment]:
-        result = self._generation(stage, places[0], prompts, responses)
+    def _generate(
+        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, groups: np.ndarray
+    ) -> list[Segment]:
+        result = self._generation(stage, places[0], prompts, responses, groups)
         if not result.segments:
             return []
         *others, last = result.segments
@@ -259,7 +275,9 @@ class CostModel:
         generation = self.scenario.generation
         return route_samples(prompts + responses, stage.size // generation.tensor_parallel, generation.routing)
 
-    def _generation(self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray) -> GenerationResult:
+    def _generation(
+        self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray, groups: np.ndarray
+    ) -> GenerationResult:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
         shares, ranks = self._shares(stage, prompts, responses), stage.ranks_of(place)
         kinds = self._kinds_of(ranks).reshape(1, -1, generation.tensor_parallel)
@@ -274,19 +292,18 @@ class CostModel:
                 operators,
                 domain=holding.ranks,
                 engines=engines,
+                groups=[groups[s] for s in shares] if len(groups) else None,
             )
             for kind, operators in self._operators_of(ranks).items()
         }
         segments = mixed_program({kind: result.segments for kind, result in results.items()}, kinds)
         stats = next(iter(results.values())).stats
-        self._finished[self._lengths_on(ranks, prompts, responses)] = stats
+        self._finished[self._lengths_on(ranks, prompts, responses, groups)] = stats
         return GenerationResult(segments, stats)
 
-    def _lengths_on(
-        self, ranks: tuple[int, ...], prompts: np.ndarray, responses: np.ndarray
-    ) -> tuple[bytes, bytes, bytes]:
-        """What the seconds of engines depend on."""
-        return prompts.tobytes(), responses.tobytes(), self._kinds_of(ranks).tobytes()
+    def _lengths_on(self, ranks: tuple[int, ...], *lengths: np.ndarray) -> tuple[bytes, ...]:
+        """What the seconds of engines depend on: prompts, responses, who shares a prompt, and the machines."""
+        return tuple(x.tobytes() for x in (*lengths, self._kinds_of(ranks)))
 
     def _steps_of(self, model: str, kind: int) -> StepSeconds:
         if (model, kind) not in self._steps:
@@ -349,15 +366,62 @@ class CostModel:
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
                 ids = self.numbers(f)
                 prompts, responses = self._lengths(f, ids)
-                stats = self._finished.get(self._lengths_on(gen.ranks_of(f.place), prompts, responses))
+                groups = self._groups(gen, ids)
+                stats = self._finished.get(self._lengths_on(gen.ranks_of(f.place), prompts, responses, groups))
                 if stats is None:
-                    stats = self._generation(gen, f.place, prompts, responses).stats
+                    stats = self._generation(gen, f.place, prompts, responses, groups).stats
                 for share, engine in zip(self._shares(gen, prompts, responses), stats, strict=bool(stats)):
                     done.append((ids[share], engine.completion_seconds))
             last = max((float(seconds.max(initial=0.0)) for _, seconds in done), default=0.0)
             for ids, seconds in done:
                 arrivals[ids] = seconds - last
         return arrivals
+
+    def _sleeps(self, model: str) -> bool:
+        """Whether a copy of a model is an engine that has to make room for training, and that this takes time."""
+        generation, effects = self.scenario.generation, self.scenario.effects
+        if generation.sleep is None or not effects.sync or model != "shadow_actor":
+            return False
+        return shares_with_training(self.holdings, self.holdings[model])
+
+    def _between_sleeps(self, f: Firing, work: list[Segment]) -> list[Segment]:
+        """The work of a firing of an engine that wakes up for it and sleeps afterwards.
+
+        The sync has brought its weights back before the first chunk; validation comes right after that, and leaves them
+        where they are.
+        """
+        stage = self.fold.original.at(f.stage)
+        if stage.kind != "generate" or not work or not self._sleeps(stage.model):
+            return work
+        generation, use = self.scenario.generation, self.holdings[stage.model].use
+        ranks = [rank for place in self.fold.places(f) for rank in stage.ranks_of(place)]
+        rate, first = self.scenario.overheads.map_bytes_per_second, f.chunk == 0
+        weights = engine_weight_bytes(use, generation)
+        tokens = max(self._kv_capacity(kind) or 0.0 for kind in self._operators_of(tuple(ranks)))
+        cache = tokens * cache_bytes_per_token(use, generation)
+        wake = wake_program(
+            ranks, weight_bytes=0.0 if first else weights, cache_bytes=cache, from_host=True, map_bytes_per_second=rate
+        )
+        sleep = sleep_program(
+            ranks,
+            weight_bytes=0.0 if f.stage == "testing" else weights,
+            cache_bytes=cache,
+            to_host=generation.sleep == "level_1",
+            map_bytes_per_second=rate,
+        )
+        return [*wake, *work, *sleep]
+
+    def _waking(self, target: Holding) -> list[Segment]:
+        """The weights of a sleeping engine, before they are overwritten."""
+        if not self._sleeps(target.name):
+            return []
+        generation = self.scenario.generation
+        return wake_program(
+            target.ranks,
+            weight_bytes=engine_weight_bytes(target.use, generation),
+            from_host=generation.sleep == "level_1",
+            map_bytes_per_second=self.scenario.overheads.map_bytes_per_second,
+        )
 
     def _sync(self, stage: Stage) -> list[Segment]:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
@@ -383,7 +447,8 @@ class CostModel:
                 rank_nodes=self._nodes,
             ),
         )
-        return [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
+        moved = [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
+        return [*self._waking(target), *moved]
 
     def _checkpoint(self) -> list[Segment]:
         """Weights, master weights and moments of the trained models, written at the storage's rate."""

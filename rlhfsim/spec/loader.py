@@ -133,6 +133,8 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
         data = _with_overheads(data)
     if "models" in data:
         data["models"] = _models(data["models"], folder, where)
+    if isinstance(data.get("generation"), dict):
+        data["generation"] = _generation(data["generation"], folder, where)
     for section in ("workload", "algorithm"):
         if isinstance(data.get(section), dict):
             data[section] = _with_files(section, data[section], folder, where)
@@ -571,6 +573,15 @@ def _models(given: Any, folder: Path, where: Where) -> Any:
     return models
 
 
+def _generation(given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
+    """With the shape of the model that drafts."""
+    drafting = given.get("speculative")
+    if not isinstance(drafting, dict) or drafting.get("draft") is None:
+        return given
+    shape = _shape(drafting, "generation.speculative", folder, where, {}, key="draft")
+    return given | {"speculative": drafting | {"shape": shape}}
+
+
 def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
     """What a frozen model takes over from its trained partner; it is sharded like it where that is possible."""
     if role not in _PARTNERS:
@@ -586,18 +597,21 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
 
 
-def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: dict[str, ModelSpec]) -> Any:
-    """The shape that `spec` names; a mapping `shape` beside it changes single values, one with a name is complete.
+def _shape(
+    use: dict[str, Any], field: str, folder: Path, where: Where, known: dict[str, ModelSpec], key: str = "spec"
+) -> Any:
+    """The shape that `spec` (or `key`) names; a mapping `shape` beside it changes single values, one with a name is
+    complete.
 
     `known` keeps the shapes by spec: the four models are often the same.
     """
-    spec, own = use["spec"], use.get("shape")
+    spec, own = use[key], use.get("shape")
     if isinstance(own, dict) and "name" in own:
         return own
     if not isinstance(spec, str):
         raise _error(
             f"is {kind_of(spec)}, but must be a shipped model's name or the path of a config.json",
-            f"{field}.spec",
+            f"{field}.{key}",
             where,
         )
     try:
@@ -605,7 +619,7 @@ def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: d
     except InputError as error:
         if error.where:
             raise
-        raise _error(error.message, f"{field}.spec", where) from None
+        raise _error(error.message, f"{field}.{key}", where) from None
     return shape if own is None else _merge(shape.model_dump(), own)
 
 

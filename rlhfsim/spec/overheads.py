@@ -59,6 +59,8 @@ class Overheads(Record):
         the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default
         0, unverified: frameworks call every engine for each tensor (OpenRLHF, TRL) or each bucket (verl, slime, AReaL,
         NeMo-RL), and no source separates what that takes.
+    map_bytes_per_second: rate at which a sleeping engine gives device memory back and takes it again
+        (`generation.sleep`); absent: that takes no time.
     reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
     """
 
@@ -74,4 +76,5 @@ class Overheads(Record):
     controller_call_seconds: Seconds = 0.0
     sync_tensor_seconds: Seconds = 0.0
     sync_bucket_seconds: Seconds = 0.0
+    map_bytes_per_second: BytesPerSecond | None = None
     reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None

@@ -6,7 +6,8 @@ documented here once, and `rlhfsim show fields` prints this text.
 
 from __future__ import annotations
 
-from math import lcm
+from fractions import Fraction as Ratio
+from math import ceil, lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -359,6 +360,44 @@ class Workload(Record):
         return self.prompts * self.responses_per_prompt
 
 
+class Speculative(Record):
+    """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
+
+    acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1
+        to tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
+    draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
+        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
+        0 layers: drafts cost nothing (look-up of n-grams).
+    """
+
+    tokens: Count
+    acceptance_length: Annotated[float, Field(ge=1, le=1e3)]
+    draft: str | None = None
+    shape: ModelSpec | None = None
+    layers: NonNegativeCount = 1
+
+    @property
+    def advance(self) -> Ratio:
+        """acceptance_length."""
+        return Ratio(str(self.acceptance_length)).limit_denominator(100)
+
+    @property
+    def slots(self) -> int:
+        """Tokens for which a sequence may need room in the cache beyond its own: drafts, and drawn beyond its end."""
+        return self.tokens + ceil(self.advance - Ratio(1, self.advance.denominator))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Speculative:
+        if self.acceptance_length > self.tokens + 1:
+            raise ValueError(
+                f"acceptance_length is {self.acceptance_length:g}, but a step with {self.tokens} drafts gives at most "
+                f"{self.tokens + 1} tokens"
+            )
+        if self.draft is not None and self.shape is None:
+            raise ValueError(f"the shape of draft {self.draft!r} is missing")
+        return self
+
+
 class Generation(Record):
     """How responses are generated.
 
@@ -374,10 +413,24 @@ class Generation(Record):
         Products run at the GPU's rate for that precision if it has one, else at the model's (weights are unpacked on
         the way, as vLLM's Marlin kernels do). Embedding and head stay as they are.
     lora: `merged` into the weights before generation, or `served`: its factors run beside the weights at every step.
-    memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
+    memory_fraction: share of the GPU's memory for the engine; absent: what is left. Never more than that, either.
+    memory_fraction_covers: what has to fit into it besides weights and KV cache. `profile`: the peak of one step at the
+        scheduler's limits (vLLM's gpu_memory_utilization; what was there before the engine, as the CUDA context, is not
+        counted). `profile_and_graphs`: the CUDA graphs too (vLLM from 0.21 on). `static`: nothing, and it is a share of
+        what is free before the weights are loaded (SGLang's mem_fraction_static).
+    cuda_graph_bytes: device memory of the engine's captured graphs on each rank ("Graph capturing finished ... took" in
+        vLLM's log); they stay where they are while an engine sleeps.
+    kv_cache_tokens: room in the KV cache as the engine's log gives it ("GPU KV cache size"), instead of a fraction.
+    sleep: of an `engine` that shares its GPUs with training, between generation and the next weights. `level_1` copies
+        the weights to host memory, where room for them is kept, and back before they are overwritten; `level_2` forgets
+        them, so that it can generate once for each sync (vLLM's sleep levels). Both give memory back and take it again
+        (`overheads.map_bytes_per_second`). Absent: it makes room and comes back in no time.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
+    prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
+        computed once (vLLM's and SGLang's default; off here unless asked for).
+    speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
         as long as the longest sequence and read to its end. `paged` sequences read their own tokens only; static
@@ -395,10 +448,16 @@ class Generation(Record):
     batching: Literal["static", "continuous"] | None = None
     batch_samples: Count | None = None
     memory_fraction: Fraction | None = None
+    memory_fraction_covers: Literal["profile", "profile_and_graphs", "static"] = "profile"
+    cuda_graph_bytes: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    kv_cache_tokens: Count | None = None
+    sleep: Literal["level_1", "level_2"] | None = None
     max_sequences: Count = 256
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
     chunked_prefill: bool = True
+    prefix_caching: bool = False
+    speculative: Speculative | None = None
     cuda_graphs: bool | None = None
     kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
@@ -434,8 +493,24 @@ class Generation(Record):
         }
         return use.model_copy(update=changes)
 
+    def without_drafts(self) -> Generation:
+        return self.model_copy(update={"speculative": None})
+
+    def draft_use(self, use: ModelUse) -> ModelUse | None:
+        """What drafts for this model: a model of its own, or layers like the model's; None: nothing that runs."""
+        if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
+            return None
+        shape = self.speculative.shape or use.shape.model_copy(update={"layers": self.speculative.layers})
+        return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
+
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
+        if self.sleep and self.engine != "engine":
+            raise ValueError(
+                f"engine {self.engine} uses the training weights: sleep must be absent, given {self.sleep}"
+            )
+        if self.speculative and not self.continuous:
+            raise ValueError("speculative decoding needs a continuous engine: batching must be continuous")
         if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
             raise ValueError("engine zero3_per_token runs every rank on its own samples: tensor_parallel must be 1")
         if self.engine == "zero3_per_token" and self.weights_precision:
@@ -443,6 +518,10 @@ class Generation(Record):
                 f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
                 f"{self.weights_precision}"
             )
+        if self.prefix_caching and not self.continuous:
+            raise ValueError("prefix_caching needs a paged KV cache: batching must be continuous")
+        if self.kv_cache_tokens is not None and self.memory_fraction is not None:
+            raise ValueError("kv_cache_tokens and memory_fraction both say how large the KV cache is: leave out one")
         if self.tensor_parallel % self.expert_parallel:
             raise ValueError(
                 f"expert_parallel is {self.expert_parallel}, but must divide tensor_parallel {self.tensor_parallel}"
