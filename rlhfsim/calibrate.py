@@ -566,6 +566,8 @@ def _with_runs(found: Calibration, runs: Sequence[tuple[str, str]]) -> Calibrati
 def _predicted(scenario: str, cluster: Path) -> tuple[dict[str, float], float]:
     """Seconds by stage, and of a step, on the calibrated cluster with the scenario's own ranks and network rate."""
     own = load_scenario(scenario).cluster
+    if own.parts:
+        raise InputError("has parts; a calibration is of machines of one kind", field="cluster", where=scenario)
     calibrated: dict[str, Any] = {"spec": str(cluster), "nodes": own.nodes, "gpus_per_node": own.node.gpus_per_node}
     if own.nodes > 1:
         calibrated["network"] = {"nic_bytes_per_second": own.network.nic_bytes_per_second.value}

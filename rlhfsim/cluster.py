@@ -14,7 +14,7 @@ a group are taken in topology order (a ring enters and leaves every leaf once).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -152,41 +152,110 @@ def default_collectives(cluster: Cluster) -> Collectives:
     return HOPPER if cluster.gpu.architecture.lower() in ("hopper", "blackwell") else AMPERE
 
 
-class ClusterTopology:
-    """Links of a cluster. Rank r is GPU r % gpus_per_node of node r // gpus_per_node.
+class _Part:
+    """A part of the cluster: where its units begin among those of all parts, and what its machines reach."""
 
-    capacities: nominal bytes/s of every link, one direction each ("gpu3 nvlink out", "node0 nic1 in", "leaf0 up");
-    only host memory has a single one for both directions.
-    """
-
-    def __init__(
-        self, cluster: Cluster, collectives: Collectives | None = None, effects: Effects | None = None
-    ) -> None:
-        self.cluster = cluster
-        self.collectives = collectives or default_collectives(cluster)
-        self.free = effects is not None and not effects.links
-        self._routes: dict[tuple[Op, Groups], Route] = {}
-
+    def __init__(self, cluster: Cluster, collectives: Collectives, before: _Part | None, field: str) -> None:
+        self.cluster, self.collectives = cluster, collectives
         node, network = cluster.node, cluster.network
-        self._nvlink = node.gpu_link != "pcie"
-        if self._nvlink and cluster.gpu.nvlink_bytes_per_second is None:
+        self.nvlink = node.gpu_link != "pcie"
+        if self.nvlink and cluster.gpu.nvlink_bytes_per_second is None:
             raise InputError(
                 f"is {node.gpu_link!r}, but GPU {cluster.gpu.name!r} has no nvlink_bytes_per_second; "
                 "allowed for it: 'pcie'",
-                field="node.gpu_link",
+                field=f"{field}node.gpu_link",
             )
-        self._switched = node.pcie_gpus_per_switch > 1  # otherwise a GPU's slot is its own way to the host
-        self._switches = math.ceil(node.gpus_per_node / node.pcie_gpus_per_switch)
-        self._leaves = math.ceil(cluster.nodes / network.nodes_per_leaf) if network.nodes_per_leaf else 0
-        self._network_efficiency = network.efficiency or self.collectives.network_efficiency
-        self._nic_share = _nic_share(node.gpus_per_node, network.nics_per_node)
+        self.switched = node.pcie_gpus_per_switch > 1  # otherwise a GPU's slot is its own way to the host
+        self.switches_per_node = math.ceil(node.gpus_per_node / node.pcie_gpus_per_switch)
+        self.nodes_per_leaf = network.nodes_per_leaf or cluster.nodes  # without leaves all are below one, of no limit
+        self.network_efficiency = network.efficiency or collectives.network_efficiency
+        self.nic_share = _nic_share(node.gpus_per_node, network.nics_per_node)
+        leaves = math.ceil(cluster.nodes / self.nodes_per_leaf)
+        self.gpus: range = _next(before.gpus if before else None, cluster.gpus)
+        self.nodes: range = _next(before.nodes if before else None, cluster.nodes)
+        self.switches: range = _next(before.switches if before else None, cluster.nodes * self.switches_per_node)
+        self.leaves: range = _next(before.leaves if before else None, leaves)
+
+    def units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Node, PCIe switch and leaf of each GPU."""
+        rank, per_node = np.arange(len(self.gpus)), self.cluster.node.gpus_per_node
+        node = rank // per_node
+        switch = node * self.switches_per_node + rank % per_node // self.cluster.node.pcie_gpus_per_switch
+        leaf = node // self.nodes_per_leaf
+        return node + self.nodes.start, switch + self.switches.start, leaf + self.leaves.start
+
+    def rates(self) -> dict[str, float]:
+        """Nominal bytes/s of a link of each kind; 0 where there is none."""
+        c, network = self.cluster, self.cluster.network
+        nvlink = c.gpu.nvlink_bytes_per_second.value if self.nvlink and c.gpu.nvlink_bytes_per_second else 0.0
+        pcie, nic = c.gpu.pcie_bytes_per_second.value, network.nic_bytes_per_second.value
+        return {
+            "nvlink": nvlink,
+            "pcie": pcie,
+            "switch": pcie if self.switched else 0.0,
+            "memory": c.node.host_memory_bytes_per_second.value,
+            "nic": nic,
+            "leaf": (network.nodes_per_leaf or 0) * network.nics_per_node * nic / network.oversubscription,
+        }
+
+
+def _next(before: range | None, count: int) -> range:
+    start = before.stop if before else 0
+    return range(start, start + count)
+
+
+class ClusterTopology:
+    """Links of a cluster. GPUs, nodes, switches and leaves are numbered through its parts.
+
+    capacities: nominal bytes/s of every link, one direction each ("gpu3 nvlink out", "node0 nic1 in", "leaf0 up");
+    only host memory has a single one for both directions.
+
+    A group with ranks in several parts sends and receives on each rank's own links, at the efficiency of its own
+    machines; latency and curve are those of the slowest part.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        collectives: Collectives | Sequence[Collectives] | None = None,
+        effects: Effects | None = None,
+    ) -> None:
+        """collectives: one for all parts, or one for each (default: `default_collectives` of each)."""
+        self.cluster = cluster
+        self.free = effects is not None and not effects.links
+        self._routes: dict[tuple[Op, Groups], Route] = {}
+        self._parts: list[_Part] = []
+        for k, part in enumerate(cluster.all_parts):
+            reached = default_collectives(part)
+            if collectives is not None:
+                reached = collectives if isinstance(collectives, Collectives) else collectives[k]
+            before = self._parts[-1] if self._parts else None
+            self._parts.append(_Part(part, reached, before, f"parts.{k}." if cluster.parts else ""))
+        node, switch, leaf = zip(*(part.units() for part in self._parts), strict=True)
+        self._node_of, self._switch_of, self._leaf_of = (np.concatenate(unit) for unit in (node, switch, leaf))
+        self._part_of = np.repeat(np.arange(len(self._parts)), [len(part.gpus) for part in self._parts])
+        self._nvlink, self._switched, self._mesh, self._leaved = (
+            np.array(flags)
+            for flags in (
+                [part.nvlink for part in self._parts],
+                [part.switched for part in self._parts],
+                [part.cluster.node.gpu_link == "nvlink_mesh" for part in self._parts],
+                [part.cluster.network.nodes_per_leaf is not None for part in self._parts],
+            )
+        )
+        between = cluster.between if cluster.parts else None
+        rate, latency = (between.bytes_per_second, between.latency_seconds) if between else (None, None)
+        self._between_rate = rate.value if rate else 0.0
+        self._between_latency = latency.value if latency else None
         self._names, self._nominal = self._links()
-        self.capacities: dict[str, float] = dict(zip(self._names, self._nominal.tolist(), strict=True))
+        self.capacities: dict[str, float] = {
+            name: rate for name, rate in zip(self._names, self._nominal.tolist(), strict=True) if rate
+        }
 
     # --- where ranks are ---------------------------------------------------------------------------------------------
 
     def node_of(self, rank: int) -> int:
-        return rank // self.cluster.node.gpus_per_node
+        return int(self._node_of[rank])
 
     def crosses_nodes(self, ranks: Iterable[int]) -> bool:
         return len({self.node_of(r) for r in ranks}) > 1
@@ -194,53 +263,68 @@ class ClusterTopology:
     # --- links -------------------------------------------------------------------------------------------------------
 
     def _links(self) -> tuple[list[str], np.ndarray]:
-        """Names and nominal rates (bytes/s), block by block in the order that `_usage` fills them."""
-        c, node, network = self.cluster, self.cluster.node, self.cluster.network
-        gpus = [f"gpu{r}" for r in range(c.gpus)]
-        switches = [f"node{n} switch{s}" for n in range(c.nodes) for s in range(self._switches)]
-        nics = [f"node{n} nic{i}" for n in range(c.nodes) for i in range(network.nics_per_node)]
-        nvlink = c.gpu.nvlink_bytes_per_second.value if self._nvlink and c.gpu.nvlink_bytes_per_second else 0.0
-        pcie, nic = c.gpu.pcie_bytes_per_second.value, network.nic_bytes_per_second.value
-        uplink = (network.nodes_per_leaf or 0) * network.nics_per_node * nic / network.oversubscription
-        blocks = [(gpus, "nvlink out", nvlink), (gpus, "nvlink in", nvlink)] if self._nvlink else []
-        blocks += [(gpus, "pcie out", pcie), (gpus, "pcie in", pcie)]
-        if self._switched:
-            blocks += [(switches, "up", pcie), (switches, "down", pcie)]
-        blocks += [([f"node{n}" for n in range(c.nodes)], "memory", node.host_memory_bytes_per_second.value)]
-        blocks += [(nics, "out", nic), (nics, "in", nic)]
-        leaves = [f"leaf{i}" for i in range(self._leaves)]
-        blocks += [(leaves, "up", uplink), (leaves, "down", uplink)]
-        names = [f"{unit} {port}" for units, port, _ in blocks for unit in units]
-        return names, np.concatenate([np.full(len(units), rate) for units, _, rate in blocks])
+        """Names and nominal rates (bytes/s), block by block in the order that `_assemble` fills them; rate 0: a link
+        that the units of a part do not have."""
+        parts = self._parts
+        gpus = [[f"gpu{r}" for r in part.gpus] for part in parts]
+        switches = [[f"node{n} switch{s}" for n in p.nodes for s in range(p.switches_per_node)] for p in parts]
+        nodes = [[f"node{n}" for n in part.nodes] for part in parts]
+        nics = [[f"node{n} nic{i}" for n in p.nodes for i in range(p.cluster.network.nics_per_node)] for p in parts]
+        leaves = [[f"leaf{i}" for i in part.leaves] for part in parts]
+        hubs = [[f"part{k}"] for k in range(len(parts))]
+        blocks = [(gpus, "nvlink out", "nvlink"), (gpus, "nvlink in", "nvlink")] if self._nvlink.any() else []
+        blocks += [(gpus, "pcie out", "pcie"), (gpus, "pcie in", "pcie")]
+        if self._switched.any():
+            blocks += [(switches, "up", "switch"), (switches, "down", "switch")]
+        blocks += [(nodes, "memory", "memory"), (nics, "out", "nic"), (nics, "in", "nic")]
+        if self._leaved.any():
+            blocks += [(leaves, "up", "leaf"), (leaves, "down", "leaf")]
+        if self._between_rate:
+            blocks += [(hubs, "up", "between"), (hubs, "down", "between")]
+        rates = [part.rates() | {"between": self._between_rate} for part in parts]
+        names = [f"{unit} {port}" for units, port, _ in blocks for own in units for unit in own]
+        nominal = [
+            np.full(len(own), rate[kind]) for units, _, kind in blocks for own, rate in zip(units, rates, strict=True)
+        ]
+        return names, np.concatenate(nominal)
 
     def _edges(self) -> Iterator[tuple[str, str, str | None]]:
         """(from, to, link); link None: not a limit of its own."""
-        node, network = self.cluster.node, self.cluster.network
-        for n in range(self.cluster.nodes):
-            above = f"leaf{n // network.nodes_per_leaf}" if network.nodes_per_leaf else "spine"
+        for k, part in enumerate(self._parts):
+            spine = f"part{k} spine" if self._between_rate else "spine"
+            yield from self._edges_of(part, spine)
+            if self._between_rate:
+                yield spine, "spine", f"part{k} up"
+                yield "spine", spine, f"part{k} down"
+
+    def _edges_of(self, part: _Part, spine: str) -> Iterator[tuple[str, str, str | None]]:
+        node, network = part.cluster.node, part.cluster.network
+        for n in part.nodes:
+            leaf = f"leaf{part.leaves.start + (n - part.nodes.start) // part.nodes_per_leaf}"
+            above = leaf if network.nodes_per_leaf else spine
             host = f"node{n} host"
             yield host, f"node{n} memory", f"node{n} memory"
             yield f"node{n} memory", host, f"node{n} memory"
-            for s in range(self._switches if self._switched else 0):
+            for s in range(part.switches_per_node if part.switched else 0):
                 yield f"node{n} switch{s}", host, f"node{n} switch{s} up"
                 yield host, f"node{n} switch{s}", f"node{n} switch{s} down"
             for i in range(network.nics_per_node):
                 yield f"node{n} nic{i}", above, f"node{n} nic{i} out"
                 yield above, f"node{n} nic{i}", f"node{n} nic{i} in"
             for local in range(node.gpus_per_node):
-                gpu = f"gpu{n * node.gpus_per_node + local}"
-                hub = f"node{n} switch{local // node.pcie_gpus_per_switch}" if self._switched else host
+                gpu = f"gpu{part.gpus.start + (n - part.nodes.start) * node.gpus_per_node + local}"
+                hub = f"node{n} switch{local // node.pcie_gpus_per_switch}" if part.switched else host
                 yield gpu, hub, f"{gpu} pcie out"
                 yield hub, gpu, f"{gpu} pcie in"
-                if self._nvlink:
+                if part.nvlink:
                     yield gpu, f"node{n} {node.gpu_link}", f"{gpu} nvlink out"
                     yield f"node{n} {node.gpu_link}", gpu, f"{gpu} nvlink in"
-                for i in np.flatnonzero(self._nic_share[local]).tolist():
+                for i in np.flatnonzero(part.nic_share[local]).tolist():
                     yield hub, f"node{n} nic{i}", None
                     yield f"node{n} nic{i}", hub, None
-        for i in range(self._leaves):
-            yield f"leaf{i}", "spine", f"leaf{i} up"
-            yield "spine", f"leaf{i}", f"leaf{i} down"
+        for i in part.leaves if network.nodes_per_leaf else ():
+            yield f"leaf{i}", spine, f"leaf{i} up"
+            yield spine, f"leaf{i}", f"leaf{i} down"
 
     @cached_property
     def graph(self) -> nx.DiGraph:
@@ -275,15 +359,25 @@ class ClusterTopology:
         members = _Members(ranks, np.repeat(np.arange(len(sizes)), sizes), sizes)
         if op == "custom_all_reduce" and not self._can_read_peers(talking):
             op = "all_reduce"
+        parts = [self._parts[k] for k in np.unique(self._part_of[ranks])]
         if copy:
-            curve = self.collectives.curve(op, 1)
+            curve = max((part.collectives.curve(op, 1) for part in parts), key=lambda c: c.latency_seconds)
             return Route(
                 self._named(self._copy_usage(op, ranks)), curve.latency_seconds, curve.exponent, curve.measured
             )
         usage, nodes = self._usage(op, members)
-        latency = max(self._latency(op, n, k) for n, k in set(zip(sizes.tolist(), nodes.tolist(), strict=True)))
-        exponent, measured = self._shape(op, int(sizes.max()), int(nodes.max()))
-        return Route(self._named(usage), latency, exponent, measured)
+        op = "send" if op == "host_send" else op  # through shared memory or the network, as late as from GPU to GPU
+        latency = max(self._latency(op, *group) for group in self._kinds_of_groups(members, nodes))
+        shapes = [self._shape(op, int(sizes.max()), int(nodes.max()), part.collectives) for part in parts]
+        return Route(self._named(usage), latency, *min(shapes))
+
+    def _kinds_of_groups(self, members: _Members, nodes: np.ndarray) -> set[tuple[int, int, int, _Part]]:
+        """(ranks, nodes, parts that it spans, one of these) of the groups that differ."""
+        keys = np.unique(members.group * len(self._parts) + self._part_of[members.ranks])
+        group, part = keys // len(self._parts), keys % len(self._parts)
+        spanned = np.bincount(group)
+        found = zip(members.sizes[group].tolist(), nodes[group].tolist(), spanned[group].tolist(), part, strict=True)
+        return {(n, k, parts, self._parts[own]) for n, k, parts, own in found}
 
     def _host_memory_route(self, groups: Groups) -> Route:
         """Every rank's bytes on its node's memory, at the nominal rate. No link between devices, yet others wait."""
@@ -292,69 +386,83 @@ class ClusterTopology:
         ranks = np.array([rank for group in groups for rank in group])
         return Route(self._named(self._assemble(ranks, pcie=None, switch=None, memory=np.ones(len(ranks)))), 0.0, 1.0)
 
-    def _shape(self, op: Op, ranks: int, nodes: int) -> tuple[float, tuple[tuple[float, float], ...]]:
+    @staticmethod
+    def _shape(op: Op, ranks: int, nodes: int, c: Collectives) -> tuple[float, tuple[tuple[float, float], ...]]:
         """Exponent and measured points of a curve."""
         if nodes == 1:
-            curve = self.collectives.curve(op, ranks)
+            curve = c.curve(op, ranks)
             return curve.exponent, curve.measured
-        across = self.collectives.across_curve(op, nodes)
-        return (across.exponent, across.measured) if across else (self.collectives.network_exponent, ())
+        across = c.across_curve(op, nodes)
+        return (across.exponent, across.measured) if across else (c.network_exponent, ())
 
     def _can_read_peers(self, groups: list[tuple[int, ...]]) -> bool:
         """Whether an engine's own all-reduce works: each group in one node with NVLink, and a curve for it."""
-        within = self._nvlink and not any(self.crosses_nodes(group) for group in groups)
-        return within and "custom_all_reduce" in self.collectives.inside
+        parts = (self._parts[self._part_of[group[0]]] for group in groups)
+        able = all(part.nvlink and "custom_all_reduce" in part.collectives.inside for part in parts)
+        return able and not any(self.crosses_nodes(group) for group in groups)
 
     def _named(self, usage: np.ndarray) -> dict[str, float]:
-        used = np.flatnonzero(usage)
+        """By link; what would be on links that there are not is left out."""
+        used = np.flatnonzero((usage != 0) & (self._nominal > 0))
         return dict(zip([self._names[i] for i in used], usage[used].tolist(), strict=True))
 
-    def _units(self, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """PCIe switch, node and leaf of each rank."""
-        per_node = self.cluster.node.gpus_per_node
-        node = ranks // per_node
-        switch = node * self._switches + ranks % per_node // self.cluster.node.pcie_gpus_per_switch
-        return switch, node, node // (self.cluster.network.nodes_per_leaf or self.cluster.nodes)
+    def _per_part(self, ranks: np.ndarray, values: Iterable[float]) -> np.ndarray:
+        """Of each rank, the value of its part."""
+        return np.asarray(np.array(list(values), dtype=float)[self._part_of[ranks]])
 
     def _copy_usage(self, op: Op, ranks: np.ndarray) -> np.ndarray:
         """GPU to or from host memory: its slot, the uplink it shares, and the memory."""
-        load = np.full(len(ranks), 1 / self.collectives.curve(op, 1).efficiency)
+        load = self._per_part(ranks, (1 / part.collectives.curve(op, 1).efficiency for part in self._parts))
         slot = (load, 0 * load) if op == "to_host" else (0 * load, load)
         return self._assemble(ranks, pcie=slot, switch=slot, memory=np.ones(len(ranks)))
 
     def _usage(self, op: Op, members: _Members) -> tuple[np.ndarray, np.ndarray]:
         """Link time per payload byte on every link, and how many nodes each group spans."""
-        c, curves, ranks = self.cluster, self.collectives, members.ranks
-        switch, node, leaf = self._units(ranks)
-        on_node = members.level(node)
-        tree = curves.two_node_tree_efficiency if op == "all_reduce" else None
+        ranks, parts, on_hosts = members.ranks, self._parts, op == "host_send"
+        op = "send" if on_hosts else op
+        part = self._part_of[ranks]
+        on_node = members.level(self._node_of[ranks])
+        trees = [parts[k].collectives.two_node_tree_efficiency for k in np.unique(part)]
+        built = [tree for tree in trees if tree is not None] if op == "all_reduce" else []
+        tree = min(built) if built and len(built) == len(trees) else None
         by_rank = _traffic(op, members, members.level(ranks))
         by_node = _traffic(op, members, on_node, tree, on_node.units)
-        by_leaf = _traffic(op, members, members.level(leaf), tree, on_node.units)
+        by_leaf = _traffic(op, members, members.level(self._leaf_of[ranks]), tree, on_node.units)
+        by_part = None
+        if self._between_rate:
+            by_part = _traffic(op, members, members.level(part), tree, on_node.units)
         # What a GPU does not pass to or take from a NIC goes to or comes from GPUs of its node.
         inside = _beyond(by_rank, by_node, on_node.members > 1)
         crossing = None  # between PCIe switches
-        if self._switched and not self._nvlink:
-            crossing = _beyond(_traffic(op, members, members.level(switch)), by_node, on_node.members > 1)
-        if c.node.gpu_link == "nvlink_mesh":
+        if (through_switch := self._switched & ~self._nvlink).any():
+            by_switch = _traffic(op, members, members.level(self._switch_of[ranks]))
+            crossing = _times(_beyond(by_switch, by_node, on_node.members > 1), through_switch[part])
+        if self._mesh.any():
             # Without a switch only the cables to the group's own members help; cables taken as evenly spread over the
             # node's other GPUs (exact for four fully connected GPUs, unverified for a cube mesh).
-            inside = _times(inside, (c.node.gpus_per_node - 1) / np.maximum(on_node.members - 1, 1))
+            others = self._per_part(ranks, (p.cluster.node.gpus_per_node - 1 for p in parts))
+            inside = _times(inside, np.where(self._mesh[part], others / np.maximum(on_node.members - 1, 1), 1.0))
         port = np.empty(len(ranks))
-        for m in np.unique(on_node.members):
-            port[on_node.members == m] = 1 / curves.curve(op, int(m)).efficiency
-        across = curves.across_curve(op, int(on_node.units_of_group.max()))
-        inside, network = _times(inside, port), 1 / (across.efficiency if across else self._network_efficiency)
-        slot = _times(by_node, 1 / curves.pcie_efficiency)
-        if not self._nvlink:
-            slot = (slot[0] + inside[0], slot[1] + inside[1])
+        for k in np.unique(part):
+            for m in np.unique(on_node.members[part == k]):
+                port[(part == k) & (on_node.members == m)] = 1 / parts[k].collectives.curve(op, int(m)).efficiency
+        most = int(on_node.units_of_group.max())
+        across = [p.collectives.across_curve(op, most) for p in parts]
+        reached = [c.efficiency if c else p.network_efficiency for c, p in zip(across, parts, strict=True)]
+        inside, network = _times(inside, port), self._per_part(ranks, (1 / efficiency for efficiency in reached))
+        slot = _times(by_node, self._per_part(ranks, (1 / p.collectives.pcie_efficiency for p in parts)))
+        if not self._nvlink.all():
+            by_slot = _times(inside, ~self._nvlink[part])
+            slot = (slot[0] + by_slot[0], slot[1] + by_slot[1])
         usage = self._assemble(
             ranks,
-            inside=inside,
-            pcie=slot,
-            switch=_times(crossing, port) if crossing else None,
+            inside=None if on_hosts else inside,
+            pcie=None if on_hosts else slot,
+            switch=_times(crossing, port) if crossing and not on_hosts else None,
+            memory=np.ones(len(ranks)) if on_hosts else None,  # read there, written here; in one node both
             network=_times(by_node, network),
             leaf=_times(by_leaf, network),
+            between=_times(by_part, network) if by_part else None,
         )
         return usage, on_node.units_of_group
 
@@ -368,44 +476,50 @@ class ClusterTopology:
         memory: np.ndarray | None = None,
         network: _OutIn | None = None,
         leaf: _OutIn | None = None,
+        between: _OutIn | None = None,
     ) -> np.ndarray:
         """Loads of the members summed up on the links, in the order of `_links`."""
-        c = self.cluster
-        none = np.zeros(len(ranks))
-        switch_of, node_of, leaf_of = self._units(ranks)
+        none, last = np.zeros(len(ranks)), self._parts[-1]
 
         def total(unit: np.ndarray, units: int, loads: _OutIn | None) -> list[np.ndarray]:
             return [np.bincount(unit, weights=x, minlength=units) for x in loads or (none, none)]
 
-        blocks = total(ranks, c.gpus, inside) if self._nvlink else []
-        blocks += total(ranks, c.gpus, pcie)
-        blocks += total(switch_of, c.nodes * self._switches, switch) if self._switched else []
-        blocks += total(node_of, c.nodes, (none if memory is None else memory, none))[:1]
-        blocks += [(x.reshape(c.nodes, -1) @ self._nic_share).ravel() for x in total(ranks, c.gpus, network)]
-        blocks += total(leaf_of, self._leaves, leaf) if self._leaves else []
+        blocks = total(ranks, last.gpus.stop, inside) if self._nvlink.any() else []
+        blocks += total(ranks, last.gpus.stop, pcie)
+        blocks += total(self._switch_of[ranks], last.switches.stop, switch) if self._switched.any() else []
+        blocks += total(self._node_of[ranks], last.nodes.stop, (none if memory is None else memory, none))[:1]
+        for x in total(ranks, last.gpus.stop, network):
+            own = ((part, x[part.gpus.start : part.gpus.stop]) for part in self._parts)
+            blocks += [(loads.reshape(len(part.nodes), -1) @ part.nic_share).ravel() for part, loads in own]
+        blocks += total(self._leaf_of[ranks], last.leaves.stop, leaf) if self._leaved.any() else []
+        blocks += total(self._part_of[ranks], len(self._parts), between) if self._between_rate else []
         return np.concatenate(blocks)
 
-    def _latency(self, op: Op, ranks: int, nodes: int) -> float:
+    def _latency(self, op: Op, ranks: int, nodes: int, spanned: int, part: _Part) -> float:
         """Seconds of one call of no bytes: the measured latency, corrected by the hops of NCCL's model (ring or tree).
 
+        Of a group that spans so many parts, as if all were machines of this one; hops between parts may be longer.
         Source of the step counts: ncclTopoTuneModel in src/graph/tuning.cc, commit 01afd20.
         """
-        c, given = self.collectives, self.cluster.network.latency_seconds
+        c, given = part.collectives, part.cluster.network.latency_seconds
         across = c.across_curve(op, nodes) if nodes > 1 else None
-        if across:  # measured with one rank a node; the others of a node come on top
-            return across.latency_seconds + (ranks - nodes) * c.hop_seconds * _HOP_FACTOR_ACROSS
         ring_hop = given.value if given else c.network_hop_seconds
-        tree_hop = ring_hop * c.network_tree_hop_seconds / c.network_hop_seconds
         rounds = 2 if op in ("all_reduce", "custom_all_reduce") else 1
+        longer = 0.0
+        if spanned > 1 and self._between_latency is not None:
+            longer = rounds * (spanned - 1) * max(self._between_latency - ring_hop, 0.0)
+        if across:  # measured with one rank a node; the others of a node come on top
+            return across.latency_seconds + (ranks - nodes) * c.hop_seconds * _HOP_FACTOR_ACROSS + longer
+        tree_hop = ring_hop * c.network_tree_hop_seconds / c.network_hop_seconds
         measured = c.measured(op, math.ceil(ranks / nodes))
         launch = max(c.inside[op][measured].latency_seconds - rounds * (measured - 1) * c.hop_seconds, 0.0)
         hop = c.hop_seconds * (_HOP_FACTOR_ACROSS if nodes > 1 else 1)
         if op == "all_to_all" and nodes > 1:  # all peers at once: only one message's way across
-            return launch + (ranks - 2) * hop + ring_hop
+            return launch + (ranks - 2) * hop + ring_hop + longer
         steps = rounds * ((ranks - nodes) * hop + (nodes - 1) * ring_hop if nodes > 1 else (ranks - 1) * hop)
         if op == "all_reduce" and nodes > 1:
             steps = min(steps, 2 * ((ranks / nodes - 1) * hop + math.ceil(math.log2(nodes)) * tree_hop))
-        return launch + steps
+        return launch + steps + longer
 
 
 class _Level(NamedTuple):

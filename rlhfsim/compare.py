@@ -14,7 +14,7 @@ from .format import human_seconds
 from .metrics import bound_by, critical_path, step_seconds
 from .simulate import Setup, prepare, simulate
 from .spec.loader import load_rows, load_scenario
-from .spec.scenario import Scenario, StrategyChoice
+from .spec.scenario import ModelUse, Scenario, StrategyChoice
 from .timeline import Timeline
 from .tune import tuned
 
@@ -163,14 +163,21 @@ def settings(setup: Setup) -> dict[str, Any]:
         used["generation.batch_samples"] = scenario.generation.batch_samples
     for role in ("actor", "critic"):
         if any(s.model == role and s.kind == "train" for s in graph.stages()):
-            used[f"models.{role}.micro_batch_samples"] = getattr(scenario.models, role).micro_batch_samples
+            used |= _micro_batch(role, getattr(scenario.models, role), "")
     for role in scenario.roles:
         if any(s.model.endswith(role) and s.kind == "score" for s in graph.stages()):
-            used[f"models.{role}.score_micro_batch_samples"] = getattr(scenario.models, role).score_micro_batch_samples
+            used |= _micro_batch(role, getattr(scenario.models, role), "score_")
     used |= {f"strategy.{name}": value for name, value in scenario.strategy.options.items()}
     if scenario.strategy.name == "disaggregated":
         used["ranks"] = {name: len(held.ranks) for name, held in setup.holdings.items()}
     return used
+
+
+def _micro_batch(role: str, use: ModelUse, prefix: str) -> dict[str, int]:
+    """The limit of a model's micro-batches: in tokens where it has that, else in samples."""
+    unit = "samples" if getattr(use, f"{prefix}micro_batch_tokens") is None else "tokens"
+    name = f"{prefix}micro_batch_{unit}"
+    return {f"models.{role}.{name}": getattr(use, name)}
 
 
 # -- words --------------------------------------------------------------------------------------------------------

@@ -17,27 +17,29 @@ import numpy as np
 
 from .costs.model import head_of
 from .graph import Stage, StageGraph
-from .layout import Holding
+from .layout import Holding, shares_with_training
 from .memory import (
     Bytes,
+    cache_bytes_per_token,
     engine_bytes,
     engine_weight_bytes,
+    profile_bytes,
     reserved_bytes,
     scoring_bytes,
     static_bytes,
     training_bytes,
 )
-from .model import kv_bytes_per_token
 from .spec.scenario import ModelUse, Scenario
 
 # What to turn when a component is the largest one of the worst instant.
 KNOBS = {
     "weights": "a higher zero_stage, tensor_parallel, or offload_parameters for frozen models",
-    "gradients": "zero_stage 2 or 3, or lora_rank",
+    "gradients": "zero_stage 2 or 3, offload_gradients, or lora_rank",
     "optimizer": "zero_stage 1 or higher, offload_optimizer, lora_rank, or more GPUs for the trained models",
     "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
-    "activations": "a smaller micro_batch_samples, recompute: full, or flash_attention",
-    "logits": "logits_chunk_tokens, or a smaller micro_batch_samples",
+    "activations": "a smaller micro_batch_samples (or _tokens), recompute: full, flash_attention, context_parallel, or "
+    "offload_activations",
+    "logits": "logits_chunk_tokens, or a smaller micro_batch_samples (or _tokens)",
     "gathered": "generation.tensor_parallel while generating, else tensor_parallel instead of zero_stage 3",
     "engine": "a larger generation.tensor_parallel (engine: hybrid gathers as many bytes while it generates)",
     "buffers": "zero_stage 0, or lora_rank",
@@ -52,19 +54,27 @@ class Instant:
     rank: int
     phase: str
     bytes: Bytes
+    capacity_bytes: float
+
+    @property
+    def missing_bytes(self) -> float:
+        """Negative where there is room."""
+        return self.bytes.total - self.capacity_bytes
 
 
 @dataclass(frozen=True)
 class Fit:
     """Whether everything fits, and what decides it.
 
-    worst: the fullest instant at maximum lengths; p99_bytes: the same at the 99th percentile of lengths. by_phase: the
-    fullest rank of each phase. reason: empty if it fits, else one sentence with the knob that helps.
-    micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit, by model; 0: none does.
+    worst: the instant with the least room at maximum lengths; p99_bytes: the same at the 99th percentile of lengths.
+    by_phase: the rank with the least room in each phase. kv_capacity_tokens: of the engine with the smallest cache.
+    host_bytes, host_capacity_bytes: of the node with the least room. reason: empty if it fits, else one sentence with
+    the knob that helps.
+    micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit (or tokens, where these are
+        limited), by model; 0: none does.
     """
 
     fits: bool
-    capacity_bytes: float
     worst: Instant
     p99_bytes: float
     by_phase: dict[str, Instant]
@@ -74,6 +84,11 @@ class Fit:
     memory_fraction: float | None
     micro_batches: dict[str, int]
     reason: str
+
+    @property
+    def capacity_bytes(self) -> float:
+        """Of the GPU of the worst instant."""
+        return self.worst.capacity_bytes
 
     @property
     def limiting(self) -> tuple[str, str]:
@@ -87,7 +102,7 @@ class Memory:
 
     def __init__(self, scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
         self.scenario, self.graph, self.holdings = scenario, graph, holdings
-        self.capacity_bytes = scenario.cluster.gpu.memory_bytes.value
+        self._kinds, self._parts = scenario.cluster.rank_kinds, scenario.cluster.all_parts
         workload = scenario.workload
         self.longest = workload.prompt_tokens.longest, workload.longest_response
         self._resting: dict[tuple[int, str], Bytes] = {}
@@ -96,7 +111,7 @@ class Memory:
 
     @cached_property
     def rank_kinds(self) -> list[int]:
-        """One rank of every kind: those that hold the same shards and run the same stages."""
+        """One rank of every kind: those of like machines that hold the same shards and run the same stages."""
         kinds: dict[int, list[object]] = defaultdict(list)  # rank -> what it holds and runs
         for name, held in self.holdings.items():
             for position, rank in enumerate(held.ranks):
@@ -104,8 +119,12 @@ class Memory:
         for stage in self.graph.stages():
             for rank in stage.ranks:
                 kinds[rank].append(stage.name)
-        firsts = {tuple(kinds[rank]): rank for rank in sorted(kinds, reverse=True)}
+        firsts = {(self._kinds[rank], *kinds[rank]): rank for rank in sorted(kinds, reverse=True)}
         return sorted(firsts.values())
+
+    def capacity_of(self, rank: int) -> float:
+        """Bytes of a rank's GPU."""
+        return self._parts[self._kinds[rank]].gpu.memory_bytes.value
 
     @staticmethod
     def _stage_of(holding: Holding, rank: int) -> int:
@@ -119,7 +138,7 @@ class Memory:
         return self._resting[rank, running]
 
     def _rest(self, rank: int, running: str) -> Bytes:
-        found = reserved_bytes(self.scenario.overheads)
+        found = reserved_bytes(self.scenario.overheads_of(self._parts[self._kinds[rank]]))
         for name, held in self.holdings.items():
             if rank in held.ranks and name != "shadow_actor":
                 found += static_bytes(
@@ -131,13 +150,17 @@ class Memory:
                     running=name == running,
                 )
         engine = self.holdings.get("shadow_actor")
-        if engine is not None and rank in engine.ranks and not self._sleeps(engine):
-            found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+        if engine is not None and rank in engine.ranks:
+            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes)
+            if not self._sleeps(engine):
+                found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+            elif self.scenario.generation.sleep == "level_1":
+                found += Bytes(host=engine_weight_bytes(engine.use, self.scenario.generation))
         return found
 
     def _sleeps(self, engine: Holding) -> bool:
         """An engine that shares its ranks with training frees its memory there; one on ranks of its own keeps it."""
-        return bool(set(engine.ranks) & set(self.holdings["actor"].ranks))
+        return shares_with_training(self.holdings, engine)
 
     # -- phases -------------------------------------------------------------------------------------------
 
@@ -151,23 +174,36 @@ class Memory:
         resting = self.resting(rank, running=stage.model)
         if stage.kind == "generate":
             return resting + self._generating(stage, rank, prompt, response)
+        sequence = prompt + response
+        micro = self._limit(stage) or self._limited_samples(stage) * sequence
+        return resting + self._passing(stage, rank, min(micro, self._most_tokens(stage, sequence)), sequence)
+
+    def _limit(self, stage: Stage) -> int | None:
+        """Tokens of a micro-batch, where they are limited instead of its samples."""
         use = self.holdings[stage.model].use
-        micro = use.micro_batch_samples if stage.kind == "train" else use.score_micro_batch_samples
-        return resting + self._passing(stage, rank, min(micro, self.samples_per_replica(stage)), prompt + response)
+        return use.micro_batch_tokens if stage.kind == "train" else use.score_micro_batch_tokens
+
+    def _limited_samples(self, stage: Stage) -> int:
+        use = self.holdings[stage.model].use
+        return use.micro_batch_samples if stage.kind == "train" else use.score_micro_batch_samples
+
+    def _most_tokens(self, stage: Stage, sequence: int) -> int:
+        """Of all samples that one replica handles in one firing."""
+        return self.samples_per_replica(stage) * sequence
 
     def _needs_memory(self, stage: Stage) -> bool:
         """Not a hand-over, a checkpoint, or a reward that a function computes."""
         return stage.kind not in ("swap", "store") and stage.model in self.holdings
 
-    def _passing(self, stage: Stage, rank: int, samples: int, sequence: int) -> Bytes:
-        """What scoring or training micro-batches of so many samples adds."""
+    def _passing(self, stage: Stage, rank: int, tokens: int, sequence: int) -> Bytes:
+        """What scoring or training micro-batches of so many tokens adds."""
         held = self.holdings[stage.model]
         head, part = head_of(stage.model), self._stage_of(held, rank)
         if stage.kind == "score":
-            return scoring_bytes(held.use, held.data_parallel, samples * sequence, sequence, head=head, stage=part)
-        count = ceil(self.samples_per_replica(stage) / samples)
+            return scoring_bytes(held.use, held.data_parallel, tokens, sequence, head=head, stage=part)
+        count = ceil(self._most_tokens(stage, sequence) / tokens)
         return training_bytes(
-            held.use, held.data_parallel, samples * sequence, sequence, micro_batches=count, head=head, stage=part
+            held.use, held.data_parallel, tokens, sequence, micro_batches=count, head=head, stage=part
         )
 
     def samples_per_replica(self, stage: Stage) -> int:
@@ -217,6 +253,7 @@ class Memory:
             update={
                 "tensor_parallel": self.scenario.generation.tensor_parallel,
                 "zero_stage": 0,
+                "shard_ranks": None,
                 "pipeline_parallel": 1,
                 "logits_chunk_tokens": None,
             }
@@ -227,13 +264,7 @@ class Memory:
 
         With windowed layers a shorter sequence needs more for each of its tokens, but less in all.
         """
-        generation = self.scenario.generation
-        return kv_bytes_per_token(
-            use.shape,
-            generation.kv_bytes(use),
-            tensor_parallel=generation.tensor_parallel,
-            sequence_tokens=sequence_tokens,
-        )
+        return cache_bytes_per_token(use, self.scenario.generation, sequence_tokens)
 
     def _sequences(self, stage: Stage) -> int:
         """Sequences that an engine holds at once."""
@@ -245,70 +276,97 @@ class Memory:
         together = self._sequences(stage) * prompt
         return min(together, generation.prefill_tokens) if generation.continuous else together
 
+    @property
+    def _draft_slots(self) -> int:
+        drafting = self.scenario.generation.speculative
+        return drafting.slots if drafting else 0
+
     def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
-        return float(self._sequences(stage) * (prompt + response))
+        """At most: as if no two sequences shared a prompt."""
+        return float(self._sequences(stage) * (prompt + response + self._draft_slots))
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
-        """Tokens for which a paged cache has room: within the engine's fraction, or in what is left."""
-        fraction = self.scenario.generation.memory_fraction
-        free = self.capacity_bytes - self.resting(rank, running=stage.model).total - engine.total
-        if fraction is not None:
-            own = self.holdings[stage.model].use
-            weights = (
-                0.0 if self._sleeps(self.holdings[stage.model]) else engine_weight_bytes(own, self.scenario.generation)
-            )
-            free = min(free, fraction * self.capacity_bytes - engine.total - weights)
+        """Tokens for which a paged cache has room: as given, within the engine's fraction, or in what is left."""
+        generation = self.scenario.generation
+        if generation.kv_cache_tokens is not None:
+            return float(generation.kv_cache_tokens)
+        free = self.capacity_of(rank) - self.resting(rank, running=stage.model).total - engine.total
+        if generation.memory_fraction is not None:
+            whole, taken = self._shared_by_fraction(stage, rank)
+            free = min(free, generation.memory_fraction * whole - taken)
         return max(0.0, free / self._kv_bytes(self.holdings[stage.model].use, sum(self.longest)))
 
+    def _shared_by_fraction(self, stage: Stage, rank: int) -> tuple[float, float]:
+        """(bytes of which memory_fraction is a share, what it must hold besides the KV cache)."""
+        generation, held = self.scenario.generation, self.holdings[stage.model]
+        weights = engine_weight_bytes(held.use, generation)
+        if generation.memory_fraction_covers == "static":
+            there = self.resting(rank, running=stage.model)
+            before = there.total - there.engine - generation.cuda_graph_bytes
+            return self.capacity_of(rank) - before, weights
+        graphs = generation.cuda_graph_bytes if generation.memory_fraction_covers == "profile_and_graphs" else 0.0
+        return self.capacity_of(rank), weights + profile_bytes(held.use, generation).total + graphs
+
     @cached_property
-    def kv_capacity_tokens(self) -> float | None:
-        """Tokens in the cache of one continuous engine; None: no such engine, or memory is infinite."""
+    def kv_capacity_by_kind(self) -> dict[int, float] | None:
+        """Tokens in the cache of one continuous engine, by the kind of its machines (`Cluster.rank_kinds`).
+
+        None: no such engine, or memory is infinite.
+        """
         if not self.scenario.generation.continuous or not self.scenario.effects.memory:
             return None
-        rooms = []
+        found: dict[int, float] = {}
         for stage in self._generating_stages():
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    rooms.append(
-                        self._kv_room(stage, rank, replace(self._generating(stage, rank, *self.longest), kv_cache=0.0))
-                    )
-        return min(rooms)
+                    engine = replace(self._generating(stage, rank, *self.longest), kv_cache=0.0)
+                    room, kind = self._kv_room(stage, rank, engine), self._kinds[rank]
+                    found[kind] = min(found.get(kind, room), room)
+        return found
+
+    @property
+    def kv_capacity_tokens(self) -> float | None:
+        """The same of the engine with the smallest cache."""
+        found = self.kv_capacity_by_kind
+        return None if found is None else min(found.values())
 
     def _generating_stages(self) -> list[Stage]:
         return [s for s in self.graph.stages() if s.kind == "generate"]
 
     def of_stage(self, stage: Stage) -> Iterator[Instant]:
         """One stage on every kind of rank that runs it."""
-        return (Instant(r, stage.name, self.during(stage, r)) for r in self.rank_kinds if r in stage.ranks)
+        return (self._instant(r, stage.name, self.during(stage, r)) for r in self.rank_kinds if r in stage.ranks)
+
+    def _instant(self, rank: int, phase: str, found: Bytes) -> Instant:
+        return Instant(rank, phase, found, self.capacity_of(rank))
 
     def instants(self, tokens: tuple[int, int] | None = None) -> Iterator[Instant]:
         """Every phase on every kind of rank."""
         for rank in self.rank_kinds:
-            yield Instant(rank, "resting", self.resting(rank))
+            yield self._instant(rank, "resting", self.resting(rank))
             for stage in self.graph.stages():
                 if rank in stage.ranks and self._needs_memory(stage):
-                    yield Instant(rank, stage.name, self.during(stage, rank, tokens))
+                    yield self._instant(rank, stage.name, self.during(stage, rank, tokens))
 
     # -- the answer ---------------------------------------------------------------------------------------
 
     def fit(self, p99_tokens: tuple[int, int] | None = None) -> Fit:
         """Test every instant at maximum lengths (and at `p99_tokens`) against the device, and the host's share."""
         instants = list(self.instants())
-        worst = max(instants, key=lambda i: i.bytes.total)
+        worst = max(instants, key=lambda i: i.missing_bytes)
         by_phase: dict[str, Instant] = {}
         for instant in instants:
             phase = instant.phase.split(".")[0]
-            if phase not in by_phase or instant.bytes.total > by_phase[phase].bytes.total:
+            if phase not in by_phase or instant.missing_bytes > by_phase[phase].missing_bytes:
                 by_phase[phase] = instant
-        p99 = max(i.bytes.total for i in self.instants(p99_tokens)) if p99_tokens else worst.bytes.total
-        host, host_capacity = self._host_bytes(), self.scenario.cluster.node.host_memory_bytes.value
+        p99 = max(self.instants(p99_tokens), key=lambda i: i.missing_bytes) if p99_tokens else worst
+        host, host_capacity = self._host_bytes()
         reason = self._reason(worst, host, host_capacity) if self.scenario.effects.memory else ""
         kv = self.kv_capacity_tokens
         return Fit(
             not reason,
-            self.capacity_bytes,
             worst,
-            p99,
+            p99.bytes.total,
             by_phase,
             host,
             host_capacity,
@@ -319,13 +377,13 @@ class Memory:
         )
 
     def _reason(self, worst: Instant, host: float, host_capacity: float) -> str:
-        if worst.bytes.total > self.capacity_bytes:
+        if worst.missing_bytes > 0:
             components = worst.bytes.components
             largest = max(components, key=lambda name: components[name])
-            over = (worst.bytes.total - self.capacity_bytes) / 2**30
+            over = worst.missing_bytes / 2**30
             return (
                 f"{worst.phase} on rank {worst.rank} needs {worst.bytes.total / 2**30:.3g} GiB of "
-                f"{self.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
+                f"{worst.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
                 f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}"
             )
         if host > host_capacity:
@@ -335,50 +393,62 @@ class Memory:
             )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
         # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
-        if kv is not None and kv // block < ceil((sequence - 1) / block):
+        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block):
             return (
                 f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
                 "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths"
             )
         return ""
 
-    def _host_bytes(self) -> float:
-        """Host memory on the fullest node."""
-        per_node = self.scenario.cluster.node.gpus_per_node
-        kinds = {rank: self.resting(rank).host for rank in self.rank_kinds}
-        if not any(kinds.values()):
-            return 0.0
-        by_node: dict[int, float] = {}
+    def _host_bytes(self) -> tuple[float, float]:
+        """Host memory that is used and that there is, on the node with the least room."""
+        there = [part.node.host_memory_bytes.value for part in self._parts]
+        if not any(self._host_of(rank) for rank in self.rank_kinds):
+            return 0.0, min(there)
+        used: dict[tuple[int, float], float] = {}
+        nodes = self.scenario.cluster.rank_nodes
         for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            by_node[rank // per_node] = by_node.get(rank // per_node, 0.0) + self.resting(rank).host
-        return max(by_node.values())
+            node = nodes[rank], there[self._kinds[rank]]
+            used[node] = used.get(node, 0.0) + self._host_of(rank)
+        fullest = max(used, key=lambda node: used[node] - node[1])
+        return used[fullest], fullest[1]
+
+    def _host_of(self, rank: int) -> float:
+        """Host memory of one rank: what rests there, and the activations of the stage that leaves most."""
+        leaving = [
+            self.during(stage, rank).host
+            for stage in self.graph.stages()
+            if stage.kind == "train" and rank in stage.ranks and self.holdings[stage.model].use.offload_activations
+        ]
+        return max([self.resting(rank).host, *leaving])
 
     def _fraction(self) -> float | None:
         """The engine's share of the device: what was given, or what it can have."""
         if not self.scenario.generation.continuous:
             return None
-        if self.scenario.generation.memory_fraction is not None:
+        if self.scenario.generation.memory_fraction is not None or self.kv_capacity_by_kind is None:
             return self.scenario.generation.memory_fraction
         shares = []
         for stage in self._generating_stages():
+            token_bytes = self._kv_bytes(self.holdings[stage.model].use, sum(self.longest))
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    resting = self.resting(rank).total - (
-                        0
-                        if self._sleeps(self.holdings[stage.model])
-                        else engine_weight_bytes(self.holdings[stage.model].use, self.scenario.generation)
-                    )
-                    shares.append(1 - resting / self.capacity_bytes)
-        return max(0.0, min(shares))
+                    whole, taken = self._shared_by_fraction(stage, rank)
+                    shares.append((self.kv_capacity_by_kind[self._kinds[rank]] * token_bytes + taken) / whole)
+        return min(1.0, max(shares))
 
     def largest_micro_batches(self) -> dict[str, int]:
-        """By `models.<role>.micro_batch_samples` (and `score_...`): the largest that fits at maximum lengths."""
+        """By `models.<role>.micro_batch_samples` or `_tokens` (and `score_...`): the largest that fits.
+
+        At maximum lengths.
+        """
         found: dict[str, int] = {}
         for stage in self.graph.stages():
             if stage.kind not in ("score", "train") or stage.model not in self.holdings:
                 continue
             role = stage.model.removeprefix("shadow_")
-            key = f"models.{role}." + ("micro_batch_samples" if stage.kind == "train" else "score_micro_batch_samples")
+            unit = "samples" if self._limit(stage) is None else "tokens"
+            key = f"models.{role}." + ("" if stage.kind == "train" else "score_") + f"micro_batch_{unit}"
             size = self._largest(stage)
             found[key] = min(found.get(key, size), size)
         return found
@@ -386,14 +456,16 @@ class Memory:
     def _largest(self, stage: Stage) -> int:
         """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
         free = {
-            rank: self.capacity_bytes - self.resting(rank, running=stage.model).total
+            rank: self.capacity_of(rank) - self.resting(rank, running=stage.model).total
             for rank in self.rank_kinds
             if rank in stage.ranks
         }
-        low, high = 0, self.samples_per_replica(stage)
+        sequence = sum(self.longest)
+        one = sequence if self._limit(stage) is None else 1
+        low, high = 0, self._most_tokens(stage, sequence) // one
         while low < high:
             middle = (low + high + 1) // 2
-            if all(self._passing(stage, rank, middle, sum(self.longest)).total <= room for rank, room in free.items()):
+            if all(self._passing(stage, rank, middle * one, sequence).total <= room for rank, room in free.items()):
                 low = middle
             else:
                 high = middle - 1

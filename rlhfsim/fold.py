@@ -6,6 +6,8 @@ with partners in the same blocks. It holds only for equal work: ranks whose leng
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -39,8 +41,11 @@ def unfolded(graph: StageGraph) -> Fold:
     )
 
 
-def fold(graph: StageGraph) -> Fold:
-    """The smallest equivalent graph that contiguous blocks allow; the graph itself where there is none."""
+def fold(graph: StageGraph, cuts: Iterable[int] = ()) -> Fold:
+    """The smallest equivalent graph that contiguous blocks allow; the graph itself where there is none.
+
+    cuts: ranks at which a block must end, as those on both sides are no equals.
+    """
     stages = graph.stages()
     axis = sorted({r for s in stages for r in s.ranks})
     position = {rank: k for k, rank in enumerate(axis)}
@@ -53,6 +58,7 @@ def fold(graph: StageGraph) -> Fold:
         if s.places > 1 and len(runs[s.name]) > 1:
             return unfolded(graph)
     rank_cuts = {cut for rs in runs.values() for r in rs for cut in (r.start, r.stop)}
+    rank_cuts |= {bisect_left(axis, cut) for cut in cuts}
     lane_cuts = {0, graph.lanes} | {cut for s in stages for cut in (s.serves.start, s.serves.stop)}
     for s in stages:
         if s.spread != "each":  # places that take turns differ in time
@@ -60,8 +66,8 @@ def fold(graph: StageGraph) -> Fold:
     if not _propagate([s for s in stages if _tied(s, runs[s.name])], position, rank_cuts, lane_cuts):
         return unfolded(graph)
 
-    cuts, lanes = sorted(rank_cuts), sorted(lane_cuts)
-    block_at, lane_at = {c: k for k, c in enumerate(cuts)}, {c: k for k, c in enumerate(lanes)}
+    ends, lanes = sorted(rank_cuts), sorted(lane_cuts)
+    block_at, lane_at = {c: k for k, c in enumerate(ends)}, {c: k for k, c in enumerate(lanes)}
     small = StageGraph(lanes=len(lanes) - 1)
     for s in stages:
         blocks = tuple(b for run in runs[s.name] for b in range(block_at[run.start], block_at[run.stop]))
@@ -69,12 +75,12 @@ def fold(graph: StageGraph) -> Fold:
         serves = range(lane_at[s.serves.start], lane_at[s.serves.stop])
         small.add_node(s.name, stage=replace(s, ranks=blocks, size=size, serves=serves))
     small.add_edges_from(graph.edges(data=True))
-    rank_counts = [b - a for a, b in pairwise(cuts)]
+    rank_counts = [b - a for a, b in pairwise(ends)]
     lane_counts = [b - a for a, b in pairwise(lanes)]
     if not all(_alike(s, small.at(s.name), rank_counts, lane_counts) for s in stages):
         return unfolded(graph)
     return Fold(
-        graph, small, tuple(tuple(axis[a:b]) for a, b in pairwise(cuts)), tuple(range(a, b) for a, b in pairwise(lanes))
+        graph, small, tuple(tuple(axis[a:b]) for a, b in pairwise(ends)), tuple(range(a, b) for a, b in pairwise(lanes))
     )
 
 

@@ -6,7 +6,7 @@ Between the graph (ranks and order) and the costs (bytes and seconds): nothing h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from types import ModuleType
@@ -22,7 +22,7 @@ from .schedule import check
 from .slots import place_slots
 from .spec.model_spec import hf_config
 from .spec.problems import validate_value
-from .spec.scenario import ModelUse, Scenario
+from .spec.scenario import Generation, ModelUse, Scenario
 from .strategies import Devices
 
 # Kinds of stages that move or hand over what others hold: they run no model.
@@ -49,7 +49,13 @@ class Holding:
 
     @property
     def data_parallel(self) -> int:
-        return len(self.ranks) // self.replica
+        """Ranks with the same part of the weights: those of all replicas, and all that share a sequence."""
+        return len(self.ranks) // self.use.ranks_per_copy
+
+
+def shares_with_training(holdings: dict[str, Holding], engine: Holding) -> bool:
+    """Whether an engine has ranks that train the actor, so that it must make room for that."""
+    return bool(set(engine.ranks) & set(holdings["actor"].ranks))
 
 
 def strategy_names() -> list[str]:
@@ -129,6 +135,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     except (ValueError, TypeError) as error:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
     _check_engine(graph, scenario)
+    _check_sleep(graph, scenario)
     return graph, notes
 
 
@@ -142,18 +149,49 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
             "(allowed: hybrid for plain batches, engine)",
             field="generation.engine",
         )
-    if not generation.continuous and scenario.workload.turns is not None:
-        raise InputError(
-            "are taken by continuous engines only: a static batch ends with its longest turn (allowed: generation."
-            "batching continuous, the default of generation.engine: engine)",
-            field="workload.turns",
-        )
+    if scenario.workload.turns is not None:
+        _check_turns(generation)
     if not generation.continuous and any(s.unfinished != "wait" for s in generating):
         raise InputError(
             f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
             "(allowed: continuous, the default of generation.engine: engine)",
             field="generation.batching",
         )
+
+
+def _check_turns(generation: Generation) -> None:
+    """Whether an engine can take responses in turns."""
+    if not generation.continuous:
+        raise InputError(
+            "are taken by continuous engines only: a static batch ends with its longest turn (allowed: generation."
+            "batching continuous, the default of generation.engine: engine)",
+            field="workload.turns",
+        )
+    if generation.prefix_caching:
+        raise InputError(
+            "is true; with workload.turns what an engine keeps of a context is found by its own sample only (allowed: "
+            "false; workload.turns.keep_prefix says whether turns keep theirs)",
+            field="generation.prefix_caching",
+        )
+    if generation.speculative is not None:
+        raise InputError(
+            f"verifies {generation.speculative.tokens} drafts a step, which is not modelled with workload.turns "
+            "(allowed: none)",
+            field="generation.speculative",
+        )
+
+
+def _check_sleep(graph: StageGraph, scenario: Scenario) -> None:
+    """A level 2 engine has no weights left after its first firing."""
+    training = {r for s in graph.stages() if s.kind == "train" and s.model == "actor" for r in s.ranks}
+    for stage in graph.stages():
+        sleeps = stage.kind == "generate" and stage.model == "shadow_actor" and training & set(stage.ranks)
+        if sleeps and scenario.generation.sleep == "level_2" and stage.firings > 1:
+            raise InputError(
+                f"is level_2, which forgets the weights, but {scenario.strategy.name} generates {stage.firings} times "
+                "for each sync (allowed: level_1)",
+                field="generation.sleep",
+            )
 
 
 def _check_rounds(graph: StageGraph, algorithm: Algorithm, strategy: str) -> None:
@@ -258,6 +296,7 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
             use = scenario.generation.engine_use(use).model_copy(
                 update={
                     "zero_stage": 0,
+                    "shard_ranks": None,
                     "pipeline_parallel": 1,
                     "pipeline_chunks": 1,
                     "offload_parameters": False,
@@ -273,6 +312,8 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
     for stage in graph.stages():
         if stage.kind not in IDLE_KINDS and stage.model in found:
             _check_places(stage, found[stage.model], scenario)
+    if scenario.cluster.parts:
+        _check_kinds(scenario, graph, found)
     return found
 
 
@@ -280,13 +321,17 @@ def check_real(scenario: Scenario) -> None:
     """Raises InputError for what a simulated scenario may have and a real run may not."""
     generation, vocabulary = scenario.generation, scenario.models.actor.shape.vocabulary
     longest = scenario.workload.longest_sample
-    for field, value, allowed in (
-        ("old_log_prob", scenario.algorithm.old_log_prob, ("always",)),
-        ("reward", scenario.algorithm.reward, ("model", "function")),
-    ):
+    chosen, sync = scenario.algorithm, scenario.weight_sync
+    allowed_values: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("algorithm.old_log_prob", chosen.old_log_prob, ("always",)),
+        ("algorithm.reward", chosen.reward, ("model", "function")),
+        ("weight_sync.through", sync.through, ("gpu",)),
+        ("weight_sync.senders", sync.senders, ("replica", "stage_heads", "first_rank")),  # the same with whole replicas
+    )
+    for field, value, allowed in allowed_values:
         if value not in allowed:
             message = f"is {value!r}, which real runs do not have yet (allowed: {', '.join(allowed)})"
-            raise InputError(message, field=f"algorithm.{field}")
+            raise InputError(message, field=field)
     if scenario.workload.turns is not None:
         raise InputError("are not part of real runs yet (allowed: none)", field="workload.turns")
     if scenario.rounds > 1:
@@ -298,8 +343,15 @@ def check_real(scenario: Scenario) -> None:
             f"is {updates}; a real run keeps a prompt's responses in one mini-batch: it must divide {prompts} prompts"
         )
         raise InputError(message, field="algorithm.minibatches")
+    if scenario.workload.balanced:
+        raise InputError("is true; real runs share samples out in order (allowed: false)", field="workload.balanced")
     for role in scenario.roles:
         use: ModelUse = getattr(scenario.models, role)
+        for field in ("micro_batch_tokens", "score_micro_batch_tokens", "shard_ranks"):
+            if (limit := getattr(use, field)) is not None:
+                shared = "shard over all ranks" if field == "shard_ranks" else "count samples of a micro-batch"
+                message = f"is {limit}; real runs {shared} (allowed: none)"
+                raise InputError(message, field=f"models.{role}.{field}")
         hf_config(use.shape)  # complains about what cannot be built
         if use.shape.window and longest > use.shape.window:
             message = (
@@ -310,6 +362,15 @@ def check_real(scenario: Scenario) -> None:
         if use.offload_parameters and role in ("actor", "critic") and not sharded:
             message = "is true; real runs offload trained weights only with backend deepspeed and zero_stage 3"
             raise InputError(message, field=f"models.{role}.offload_parameters")
+        for field in ("offload_gradients", "offload_activations"):
+            if getattr(use, field):
+                message = "is true; real runs offload optimizers and weights only (allowed: false)"
+                raise InputError(message, field=f"models.{role}.{field}")
+        for field in ("overlap_grad_reduce", "overlap_param_gather"):
+            if getattr(use, field) is not None:
+                raise InputError(
+                    "is given; real runs overlap as DeepSpeed does (allowed: none)", field=f"models.{role}.{field}"
+                )
         if (split := use.ranks_per_replica) > 1:
             message = f"makes {split} ranks per replica; real runs split no model over ranks (allowed: 1)"
             raise InputError(message, field=f"models.{role}.tensor_parallel")
@@ -322,6 +383,10 @@ def check_real(scenario: Scenario) -> None:
     if (split := generation.tensor_parallel) > 1:
         message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
         raise InputError(message, field="generation.tensor_parallel")
+    for name in ("speculative", "prefix_caching", "sleep"):
+        if getattr(generation, name):
+            message = "is set; real runs have nothing of the kind (leave it out)"
+            raise InputError(message, field=f"generation.{name}")
     if (routing := generation.routing) != "static":
         message = f"is {routing!r}; real runs share samples out beforehand (allowed: static)"
         raise InputError(message, field="generation.routing")
@@ -385,10 +450,12 @@ def sync_rank_sets(graph: StageGraph, holdings: dict[str, Holding], method: str)
 
 def placement_notes(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> list[str]:
     """What a user should know about a layout that works and may surprise."""
-    notes, per_node = [], scenario.cluster.node.gpus_per_node
+    notes, nodes = _notes_on_kinds(scenario, graph), scenario.cluster.rank_nodes
+    sizes = sorted({part.node.gpus_per_node for part in scenario.cluster.all_parts})
+    per_node = " or ".join(map(str, sizes))
     for field, degree, ranks in dict.fromkeys(_tensor_groups(scenario, graph, holdings)):
         groups = (ranks[i : i + degree] for i in range(0, len(ranks), degree))
-        apart = next((g for g in groups if len({r // per_node for r in g}) > 1), None)
+        apart = next((g for g in groups if len({nodes[r] for r in g}) > 1), None)
         if apart:
             notes.append(
                 f"{field} {degree}: ranks {rank_text(apart)} are on several nodes of {per_node} GPUs; what they "
@@ -439,7 +506,55 @@ def _tensor_groups(
             yield "generation.tensor_parallel", scenario.generation.tensor_parallel, stage.ranks
         elif stage.kind not in IDLE_KINDS and stage.model in holdings:
             role = stage.model.removeprefix("shadow_")
-            yield f"models.{role}.tensor_parallel", holdings[stage.model].use.tensor_parallel, stage.ranks
+            use = holdings[stage.model].use
+            yield f"models.{role}.tensor_parallel", use.tensor_parallel, stage.ranks
+            if use.context_parallel > 1:
+                degree = use.tensor_parallel * use.context_parallel
+                yield f"models.{role}.tensor_parallel x context_parallel", degree, stage.ranks
+
+
+def _notes_on_kinds(scenario: Scenario, graph: StageGraph) -> list[str]:
+    """Stages on machines of several kinds."""
+    notes = []
+    for stage in graph.stages() if scenario.cluster.parts else ():
+        if stage.kind not in IDLE_KINDS and len(kinds := _kinds(scenario, stage.ranks)) > 1:
+            notes.append(
+                f"stage {stage.name} is on {' and '.join(kinds)}: where its ranks meet, the slowest is waited for"
+            )
+    return notes
+
+
+def _check_kinds(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
+    """Raises InputError where ranks of different machines cannot work together."""
+    for field, degree, ranks in _tensor_groups(scenario, graph, holdings):
+        for group in (ranks[i : i + degree] for i in range(0, len(ranks), degree)):
+            if len(kinds := _kinds(scenario, group)) > 1:
+                raise InputError(
+                    f"is {degree}, but ranks {rank_text(group)} of one group are of {' and '.join(kinds)}; a group "
+                    "must be of one kind (strategy.split or ranks, or another order of cluster.parts)",
+                    field=field,
+                )
+    overheads = [bool(scenario.overheads_of(part).deepspeed) for part in scenario.cluster.parts]
+    rank_kinds = scenario.cluster.rank_kinds
+    for stage in graph.stages():
+        kinds = _kinds(scenario, stage.ranks)
+        if len(kinds) > 1 and stage.unfinished != "wait":
+            raise InputError(
+                f"stage {stage.name} is on {' and '.join(kinds)}; engines that keep responses for a later firing must "
+                "be of one kind",
+                field=f"strategy ({scenario.strategy.name})",
+            )
+        if stage.kind not in IDLE_KINDS and len({overheads[rank_kinds[r]] for r in stage.ranks}) > 1:
+            raise InputError(
+                f"are measured for some of the machines of stage {stage.name} ({' and '.join(kinds)}) and not for all",
+                field="overheads.deepspeed",
+            )
+
+
+def _kinds(scenario: Scenario, ranks: Iterable[int]) -> list[str]:
+    """Names of the parts with the different machines among ranks."""
+    kinds = scenario.cluster.rank_kinds
+    return [scenario.cluster.all_parts[k].name for k in dict.fromkeys(kinds[r] for r in ranks)]
 
 
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
@@ -455,6 +570,11 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
         raise InputError(
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=field,
+        )
+    if (shard := held.use.shard_ranks) and (len(held.ranks) % shard or stage.size % shard):
+        raise InputError(
+            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})",
+            field=f"models.{stage.model.removeprefix('shadow_')}.shard_ranks",
         )
     if not generates and stage.size % held.use.ranks_together:
         raise InputError(

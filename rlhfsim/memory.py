@@ -16,6 +16,7 @@ from .model import (
     embedding_parameters,
     head_parameters,
     kv_bytes_per_token,
+    kv_heads_per_rank,
     layer_parameters,
     layers_parameters,
     layers_routed_parameters,
@@ -48,8 +49,16 @@ LOGITS_COPIES = 2.77
 # 1b88ac36.
 LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 
-# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers).
+# One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers);
+# without overlap there is one.
 REDUCE_BUCKETS = 2
+
+# One layer's activations leave for the host while the next one's are made: the double buffer of Transformer Engine's
+# AsyncDoubleBufferGroupOffloadHandler (transformer_engine/pytorch/cpu_offload.py).
+LAYERS_ON_DEVICE = 2
+# fp32 tensors of rows x vocabulary while vLLM draws tokens: logits, probabilities, noise. Top-k and top-p mask in place
+# (vllm/v1/sample/ops/topk_topp_sampler.py, without sorting since pull request 33538, 2026-02).
+SAMPLER_FP32_COPIES = 3
 
 # CUDA context, NCCL buffers and allocator slack (unverified).
 RESERVED_BYTES = 1.5 * 2**30
@@ -115,6 +124,7 @@ def static_bytes(
     per_parameter = MOMENT_BYTES * stepped + (0 if use.precision == "fp32" else MASTER_BYTES)
     share = shards.largest(trained, routed, 1)
     if use.offload_optimizer:
+        gradients = 0.0 if use.offload_gradients else gradients
         return resting + Bytes(gradients=gradients, host=share * (per_parameter + HOST_GRADIENT_BYTES))
     return resting + Bytes(gradients=gradients, optimizer=share * per_parameter)
 
@@ -130,7 +140,8 @@ class Shards:
     @classmethod
     def of(cls, use: ModelUse, data_parallel: int) -> Shards:
         ranks = data_parallel * use.tensor_parallel
-        return cls(use.zero_stage, data_parallel, ranks / use.expert_ranks)
+        sharing = use.shard_ranks or data_parallel
+        return cls(use.zero_stage, sharing, ranks / use.expert_ranks)
 
     def largest(self, count: float, routed: float, from_stage: int) -> float:
         """What one rank keeps of `count` parameters (`routed` of them in routed experts) that a ZeRO stage shards."""
@@ -173,14 +184,31 @@ def trained_routed_parameters(use: ModelUse, stage: int = 0) -> float:
 
 def engine_bytes(use: ModelUse, generation: Generation, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
     """An inference engine: its copy of the weights (unless it uses the resting ones) and a cache of `kv_tokens`."""
-    t = generation.tensor_parallel
-    per_token = kv_bytes_per_token(use.shape, generation.kv_bytes(use), tensor_parallel=t)
+    per_token = cache_bytes_per_token(use, generation)
     held = engine_weight_bytes(use, generation) if own_weights else 0.0
     return Bytes(engine=held, kv_cache=per_token * kv_tokens)
 
 
+def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens: float | None = None) -> float:
+    """KV cache of one token on one rank of an engine, with that of the model that drafts.
+
+    sequence_tokens: the mean over a sequence of so many (see `kv_bytes_per_token`).
+    """
+    return sum(
+        kv_bytes_per_token(
+            cached.shape,
+            generation.kv_bytes(cached),
+            tensor_parallel=generation.tensor_parallel,
+            sequence_tokens=sequence_tokens,
+        )
+        for cached in (use, generation.draft_use(use))
+        if cached is not None
+    )
+
+
 def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
-    """Weights of an engine on one rank, with `served` LoRA factors; quantised: the layers' matrices in one byte each.
+    """Weights of an engine on one rank, with `served` LoRA factors and what drafts; quantised: the layers' matrices in
+    one byte each (not those of what drafts).
 
     Scales of quantised blocks are left out (below 0.1 % for blocks of 128 x 128).
     """
@@ -191,7 +219,40 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
         held += lora_parameters(spec, use.lora_rank) / t * width
+    drafting, draft = generation.speculative, generation.draft_use(use)
+    if drafting and draft:
+        whole = drafting.draft is not None  # else layers without embedding and head of their own
+        drafts = rank_parameters(draft.shape, "lm", tensor_parallel=t) if whole else layers_parameters(draft.shape, t)
+        held += drafts * width
     return held
+
+
+def profile_bytes(use: ModelUse, generation: Generation) -> Bytes:
+    """Peak of one step at the scheduler's limits, which vLLM runs before it sizes the KV cache.
+
+    All `prefill_tokens` go through the layers, then tokens are drawn for `max_sequences` rows over the whole vocabulary
+    (vllm/v1/worker/gpu_model_runner.py, profile_run and _dummy_sampler_run). The larger of the two counts; the hidden
+    states of all tokens are still there while tokens are drawn.
+    """
+    tokens, width = generation.prefill_tokens, use.bytes_per_parameter
+    rows = min(generation.max_sequences, tokens)
+    hidden = float(tokens * use.shape.hidden * width)
+    layers = tokens * max(_inference_bytes(use, generation, kind) for kind in use.shape.layer_kinds())
+    drawing = float(rows * use.shape.vocabulary * (width + 4 * SAMPLER_FP32_COPIES))
+    return Bytes(activations=layers) if layers > hidden + drawing else Bytes(activations=hidden, logits=drawing)
+
+
+def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> float:
+    """Alive at once in one layer of an engine, per token on one rank: the residual, and the input and output of the
+    widest step (queries, keys and values; the activation of the MLP; of experts the rows of all that a token chose)."""
+    spec, t = use.shape, generation.tensor_parallel
+    attention = spec.hidden + (spec.query_width + 2 * spec.kv_width) / t
+    up = 2 if spec.gated_mlp else 1
+    mlp = (up + 1) * spec.ffn / t
+    if kind.experts:
+        rows, own = spec.experts_per_token, spec.expert_ffn / t
+        mlp = rows * (max(up * own, spec.hidden) + own) + (up + 1) * spec.shared_expert_ffn / t
+    return use.bytes_per_parameter * (spec.hidden + max(attention, mlp))
 
 
 def reserved_bytes(overheads: Overheads) -> Bytes:
@@ -216,16 +277,18 @@ def training_bytes(
     """Forward and backward of micro-batches of so many tokens in sequences of up to `sequence_tokens`.
 
     Activations of trained layers are kept for all micro-batches in flight; with recomputation one layer is whole again
-    at a time. Buffers: gradients on their way to the other ranks.
+    at a time. Buffers: gradients on their way to the other ranks, and what ranks that share sequences exchange.
     """
+    micro_batch_tokens = micro_batch_tokens / use.context_parallel
     spec, layers = use.shape, _trained_layers(use, stage)
     kept = sum(
-        micro_batch_tokens
-        * _activation_bytes(use, sequence_tokens, use.recompute, kind)
-        * (count / use.pipeline_chunks)
+        micro_batch_tokens * kept_activation_bytes(use, sequence_tokens, kind) * (count / use.pipeline_chunks)
         for kind, count in spec.layer_kinds(layers).items()
     )
-    activations = kept * chunks_in_flight(use, stage, micro_batches)
+    activations, host = kept * chunks_in_flight(use, stage, micro_batches), 0.0
+    if use.offload_activations and layers:
+        largest = max(kept_activation_bytes(use, sequence_tokens, kind) for kind in spec.layer_kinds(layers))
+        activations, host = min(activations, LAYERS_ON_DEVICE * micro_batch_tokens * largest), activations
     if use.recompute != "none":
         activations += micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage)
     logits = 0.0
@@ -239,9 +302,11 @@ def training_bytes(
         activations += micro_batch_tokens * output
         logits = _logits(use, micro_batch_tokens, head)
     reduced = min(trained_parameters(use, head, stage), REDUCE_BUCKET_PARAMETERS)
-    buffers = REDUCE_BUCKETS * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
+    buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS
+    buffers = buckets * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
-    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers)
+    buffers += _exchanged(use, micro_batch_tokens, backward=True)
+    return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers, host=host)
 
 
 def scoring_bytes(
@@ -255,10 +320,12 @@ def scoring_bytes(
 ) -> Bytes:
     """A forward pass without gradients: one layer's activations at a time, then the logits."""
     last = stage == use.pipeline_parallel - 1
+    micro_batch_tokens = micro_batch_tokens / use.context_parallel
     return Bytes(
         activations=micro_batch_tokens * _largest_activation_bytes(use, sequence_tokens, stage),
         logits=_logits(use, micro_batch_tokens, head) if last else 0.0,
         gathered=gathered_bytes(use, data_parallel, head),
+        buffers=_exchanged(use, micro_batch_tokens),
     )
 
 
@@ -267,7 +334,7 @@ def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> floa
 
     An upper limit: FSDP keeps about two layers.
     """
-    if use.zero_stage != 3 or data_parallel == 1:
+    if use.zero_stage != 3 or (use.shard_ranks or data_parallel) == 1:
         return 0.0
     spec = use.shape
     layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())
@@ -315,6 +382,11 @@ def _largest_activation_bytes(use: ModelUse, sequence_tokens: float, stage: int)
     return max(_activation_bytes(use, sequence_tokens, "none", kind) for kind in kinds)
 
 
+def kept_activation_bytes(use: ModelUse, sequence_tokens: float, kind: LayerKind) -> float:
+    """Per token, what a layer keeps from its forward for its backward."""
+    return _activation_bytes(use, sequence_tokens, use.recompute, kind)
+
+
 def _activation_bytes(
     use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"], kind: LayerKind
 ) -> float:
@@ -331,6 +403,22 @@ def _activation_bytes(
         split=use.expert_split(),
         routing_imbalance=use.routing_imbalance if use.expert_parallel > 1 else 1.0,
     )
+
+
+def _exchanged(use: ModelUse, tokens: float, *, backward: bool = False) -> float:
+    """Attention's inputs from other ranks, of one layer: the next piece of keys and values, all pieces, or one's heads.
+
+    With the gradients of as many in the backward (layouts of the exchanges in `costs.passes`; not compared with a
+    framework).
+    """
+    shape, t, c = use.shape, use.tensor_parallel, use.context_parallel
+    if c == 1:
+        return 0.0
+    per_head = tokens * (shape.head_dim + shape.value_head_dim) * use.bytes_per_parameter * (2 if backward else 1)
+    kv_heads = kv_heads_per_rank(shape, t)
+    if use.context_exchange == "all_to_all":
+        return per_head * (shape.heads // t + max(kv_heads, c))
+    return per_head * kv_heads * (c if use.context_exchange == "all_gather" else 1)
 
 
 def _logits(use: ModelUse, tokens: float, head: Head) -> float:

@@ -469,14 +469,22 @@ def _write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[
 
 
 def memory_figure(
-    phases: Mapping[str, Mapping[str, float]], path: str | Path, *, capacity_bytes: float | None = None, title: str = ""
+    phases: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    capacity_bytes: float | Mapping[str, float] | None = None,
+    title: str = "",
 ) -> None:
-    """Bytes of the worst rank in each phase, by component, against what the device holds; and a CSV file (bytes)."""
+    """Bytes of the worst rank in each phase, by component, against what its device holds; and a CSV file (bytes).
+
+    capacity_bytes: one for all phases, or by phase.
+    """
     if not phases:
         raise InputError("there is no memory to draw", field="phases")
     components = list(dict.fromkeys(name for parts in phases.values() for name in parts))
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
-    widest = max([*totals.values(), capacity_bytes or 0.0]) / 2**30 or 1.0
+    held = capacity_bytes if isinstance(capacity_bytes, Mapping) else dict.fromkeys(phases, capacity_bytes or 0.0)
+    widest = max([*totals.values(), *held.values()]) / 2**30 or 1.0
     with _figure(path, 1.7 + 0.42 * len(phases), 8.5) as figure:
         axes = figure.subplots()
         left = dict.fromkeys(phases, 0.0)
@@ -494,11 +502,12 @@ def memory_figure(
                 hatch="" if number < len(COMPONENT_COLOURS) else "///",
             )
             left = {phase: at + width for (phase, at), width in zip(left.items(), widths, strict=True)}
-        for y, total in enumerate(totals.values()):
-            over = total > (capacity_bytes or math.inf)
-            text = gib(total) + (f": {gib(total - (capacity_bytes or 0))} too much" if over else "")
+        for y, (phase, total) in enumerate(totals.items()):
+            capacity = held[phase]
+            over = total > (capacity or math.inf)
+            text = gib(total) + (f": {gib(total - capacity)} too much" if over else "")
             # Beyond the capacity line where the bar ends just short of it, so that line and number do not meet.
-            end = max(total, capacity_bytes or 0.0) / 2**30
+            end = max(total, capacity) / 2**30
             axes.text(
                 end + 0.015 * widest,
                 y,
@@ -508,14 +517,14 @@ def memory_figure(
                 weight="bold" if over else "normal",
                 color="#B00020" if over else "black",
             )
-        if capacity_bytes:
-            axes.axvline(
-                capacity_bytes / 2**30,
-                color="black",
-                linewidth=1.4,
-                linestyle="--",
-                label=f"capacity {gib(capacity_bytes)}",
-            )
+        for capacity in sorted(set(held.values()) - {0.0}):
+            own = [y for y, phase in enumerate(phases) if held[phase] == capacity]
+            drawn: dict[str, Any] = {"color": "black", "linewidth": 1.4, "linestyle": "--"}
+            if len(own) == len(phases):
+                axes.axvline(capacity / 2**30, label=f"capacity {gib(capacity)}", **drawn)
+            else:
+                ends = [y - 0.5 for y in own], [y + 0.5 for y in own]
+                axes.vlines([capacity / 2**30] * len(own), *ends, label=f"capacity {gib(capacity)}", **drawn)
         axes.set_xlim(0, widest * 1.4)
         axes.set_yticks(range(len(phases)), [_short(phase, 24) for phase in phases])
         axes.set_ylim(len(phases) - 0.5, -0.5)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -41,6 +44,7 @@ from .validate import Result
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
+    from .sync_cost import SyncCost
 
 
 def console() -> Console:
@@ -127,7 +131,8 @@ def draw_fit(setup: Setup, fit: Fit, path: str) -> None:
     from .plot import memory_figure
 
     phases = {phase: instant.bytes.components for phase, instant in fit.by_phase.items()}
-    memory_figure(phases, path, capacity_bytes=fit.capacity_bytes, title=f"{setup.label} on {_cluster(setup.scenario)}")
+    capacity = {phase: instant.capacity_bytes for phase, instant in fit.by_phase.items()}
+    memory_figure(phases, path, capacity_bytes=capacity, title=f"{setup.label} on {_cluster(setup.scenario)}")
 
 
 def print_fit_reason(fit: Fit) -> None:
@@ -142,8 +147,7 @@ def _memory_table(fit: Fit) -> Table:
         table.add_column(name, justify="right")
     for phase, instant in fit.by_phase.items():
         parts = [three(instant.bytes.components[c] / 2**30) for c in components]
-        free = (fit.capacity_bytes - instant.bytes.total) / 2**30
-        table.add_row(phase, *parts, three(instant.bytes.total / 2**30), three(free))
+        table.add_row(phase, *parts, three(instant.bytes.total / 2**30), three(-instant.missing_bytes / 2**30))
     return table
 
 
@@ -159,7 +163,7 @@ def _short_memory_table(fit: Fit) -> Table:
         table.add_row(
             phase,
             three(instant.bytes.total / 2**30),
-            three((fit.capacity_bytes - instant.bytes.total) / 2**30),
+            three(-instant.missing_bytes / 2**30),
             f"{largest} {three(components[largest] / 2**30)}",
         )
     return table
@@ -169,6 +173,8 @@ def _short_memory_table(fit: Fit) -> Table:
 
 
 def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[str, Any]:
+    from .sync_cost import weight_syncs  # needs the simulator, which `fits` does without
+
     scenario = setup.scenario
     found: dict[str, Any] = {
         "scenario": scenario.name,
@@ -198,6 +204,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
             "bound_by": bound_by(timeline),
             "idle_share": idle_share(timeline),
             "rank_groups": _group_shares(timeline),
+            "weight_syncs": [asdict(sync) for sync in weight_syncs(setup)],
             "slack_seconds": slack(setup, timeline),
             "overlap_share": overlap_share(timeline),
             "memory_peaks": {
@@ -274,7 +281,18 @@ def _off_policy_line(age: OffPolicySummary) -> str:
     return f"Per iteration: {', '.join(words)}."
 
 
+def _sync_line(sync: SyncCost) -> str:
+    words = [f"{three(sync.floor_seconds)} s at the rates of links and storage"]
+    if sync.sent_bytes:
+        words[0] += f" ({three(sync.sent_bytes / 1e9)} GB sent; {sync.busiest_link or 'no link'} is busiest)"
+    if sync.overhead_seconds:
+        words.append(f"{three(sync.overhead_seconds)} s per tensor and bucket")
+    return f"{sync.stage} takes {human_seconds(sync.seconds)} alone: {', '.join(words)}."
+
+
 def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
+    from .sync_cost import weight_syncs
+
     out, scenario = console(), setup.scenario
     seconds = step_seconds(timeline)
     out.print(
@@ -312,6 +330,9 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         )
     if age := off_policy_summary(timeline):
         out.print(_off_policy_line(age))
+    for sync in weight_syncs(setup):
+        if sync.sent_bytes or sync.overhead_seconds:
+            out.print(_sync_line(sync))
     out.print(
         f"Bound by {bound_by(timeline)}; {idle_share(timeline):.0%} of the GPU time is idle; "
         f"model FLOPs utilisation {model_flops_utilisation(setup, seconds):.1%}."
@@ -319,8 +340,8 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     _print_groups(out, timeline)
     if peak := memory_peak(timeline):
         out.print(
-            f"Peak memory {gib(peak.bytes)} of {gib(fit.capacity_bytes)}, in {peak.phase} on rank {peak.rank} "
-            f"from {human_seconds(peak.seconds)} on."
+            f"Peak memory {gib(peak.bytes)} of {gib(setup.memory.capacity_of(peak.rank))}, in {peak.phase} on rank "
+            f"{peak.rank} from {human_seconds(peak.seconds)} on."
         )
     _print_unverified(out, scenario)
 
@@ -388,11 +409,11 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 def baseline_settings(comparison: Comparison) -> dict[str, Any]:
     """What a speedup over the baseline depends on: its engine, per-GPU batch and network."""
     scenario = comparison.base.scenario
-    network = scenario.cluster.network
+    networks = [part.network for part in scenario.cluster.all_parts]
     return {
         "engine": scenario.generation.engine,
         "samples_per_gpu": scenario.workload.samples / scenario.cluster.gpus,
-        "network_bytes_per_second_per_node": network.nics_per_node * network.nic_bytes_per_second.value,
+        "network_bytes_per_second_per_node": min(n.nics_per_node * n.nic_bytes_per_second.value for n in networks),
     }
 
 
@@ -448,8 +469,10 @@ def _short_settings(row: Row) -> str:
     """The settings of a row in a few words; `--json` has them in full."""
     used = row.used
     words = [f"TP {used['generation.tensor_parallel']}"]
-    micro = {m for role in ("actor", "critic") if (m := used.get(f"models.{role}.micro_batch_samples")) is not None}
-    words.append("micro-batch " + "/".join(str(m) for m in sorted(micro)))
+    for unit, suffix in (("samples", ""), ("tokens", " tokens")):
+        found = (used.get(f"models.{role}.micro_batch_{unit}") for role in ("actor", "critic"))
+        if micro := {m for m in found if m is not None}:
+            words.append("micro-batch " + "/".join(str(m) for m in sorted(micro)) + suffix)
     if "ranks" in used:
         words.append(" ".join(f"{name} {count}" for name, count in used["ranks"].items()))
     words += [f"{name} {used[key]}" for name in ("batches", "replicas") if (key := f"strategy.{name}") in used]
@@ -481,15 +504,16 @@ def unverified(scenario: Scenario) -> list[str]:
         "eager_layer_seconds": not scenario.generation.graphs,
     }
     names += [f"overheads.{name}" for name, used in defaults.items() if used and getattr(overheads, name) is None]
-    kernels = scenario.cluster.gpu.kernels
-    if not all(fit.measured for fit in kernels_of(kernels).fits().values()):
-        names.append(f"kernel curves {kernels} (some copied from another architecture)")
+    for kernels in dict.fromkeys(part.gpu.kernels for part in scenario.cluster.all_parts):
+        if not all(fit.measured for fit in kernels_of(kernels).fits().values()):
+            names.append(f"kernel curves {kernels} (some copied from another architecture)")
     return names
 
 
 def _is_used(name: str, scenario: Scenario) -> bool:
     """Whether a number of the cluster can change this scenario's result."""
     uses = [getattr(scenario.models, role) for role in ROLES]
+    name = re.sub(r"^cluster\.parts\.\d+", "cluster", name)
     if name.startswith("cluster.gpu.flops_per_second."):
         return name.rpartition(".")[2] in {use.precision for use in uses}
     if name.startswith("cluster.node.host_memory"):
@@ -505,8 +529,8 @@ def _print_unverified(out: Console, scenario: Scenario) -> None:
 
 
 def _cluster(scenario: Scenario) -> str:
-    cluster = scenario.cluster
-    return f"{cluster.gpus} x {cluster.gpu.name} ({cluster.nodes} node{'s' if cluster.nodes > 1 else ''})"
+    parts = scenario.cluster.all_parts
+    return " + ".join(f"{p.gpus} x {p.gpu.name} ({p.nodes} node{'s' if p.nodes > 1 else ''})" for p in parts)
 
 
 # -- validate -----------------------------------------------------------------------------------------------------
@@ -528,23 +552,29 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
         ("", "left"),
     ):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for r in results:
-        verdict = "calibration" if r.role == "calibration" else "ok" if r.ok else "TOO FAR"
-        table.add_row(
-            r.id,
-            r.quantity,
-            three(r.predicted),
-            three(r.measured),
-            f"{r.spread:.1%}",
-            f"{r.error:+.1%}",
-            three(r.excess_seconds),
-            f"{r.tolerance:.0%}",
-            verdict,
-        )
+    for framework, own in groupby(sorted(results, key=lambda r: r.framework), key=lambda r: r.framework):
+        if framework:
+            table.add_row(f"{framework}:")
+        for r in own:
+            table.add_row(
+                r.id,
+                r.quantity,
+                three(r.predicted) + (f" ({three(r.low)} to {three(r.high)})" if r.low and r.high else ""),
+                three(r.measured),
+                f"{r.spread:.1%}",
+                f"{r.error:+.1%}",
+                three(r.excess_seconds),
+                f"{r.tolerance:.0%}",
+                r.role if r.role != "prediction" else "ok" if r.ok else "TOO FAR",
+            )
     out.print(table)
+    for gap in found["gaps"]:
+        out.print(f"{gap['id']}: {gap['kind']}: {gap['reason']}")
     if found["mean_abs_error"] is None:
         out.print("No predictions among these cases.")
         return
+    if found["frameworks"]:
+        _print_frameworks(out, found["frameworks"])
     worst = found["worst"]
     out.print(
         f"{found['predictions']} predictions in {found['groups']} groups: mean error {found['mean_abs_error']:.1%}, "
@@ -554,6 +584,25 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
         out.print(f"Pairs that differ by more than their spread, in the right order: {found['ranking']:.0%}.")
     if found["failed"]:
         out.print("Beyond tolerance: " + ", ".join(found["failed"]) + ".")
+
+
+def _print_frameworks(out: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("framework", "phase"):
+        table.add_column(name)
+    for name in ("predictions", "mean error", "median", "bias", "worst"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["framework"],
+            row["phase"],
+            str(row["count"]),
+            f"{row['mean_abs_error']:.0%}",
+            f"{row['median_abs_error']:.0%}",
+            f"{row['bias']:+.0%}",
+            f"{row['worst']['error']:+.0%}",
+        )
+    out.print(table)
 
 
 def print_calibration(found: Calibration) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .batch import even, first_kept
-from .cluster import ClusterTopology, default_collectives
+from .cluster import ClusterTopology, Collectives, default_collectives
 from .costs.kernels import Kernels, load_kernels
 from .costs.model import CostModel, head_of
 from .costs.operators import Operators
@@ -22,6 +23,7 @@ from .layout import Holding, graph_of, holdings_of, placement_notes
 from .metrics import slack_seconds
 from .model import forward_flops, training_flops
 from .spec.data import data_dir
+from .spec.hardware import Cluster, Precision
 from .spec.lengths import DrawnTurns, draw_kept, draw_lengths, draw_seconds, draw_turns
 from .spec.loader import length_dir
 from .spec.scenario import Scenario, Workload
@@ -75,6 +77,8 @@ def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
         "engine": scenario.generation.engine,
         "ranks_per_node": scenario.cluster.node.gpus_per_node,
     }
+    if scenario.cluster.parts:
+        info["nodes"] = scenario.cluster.rank_nodes
     if setup.graph.off_policy:
         info["off_policy"] = True
     return Timeline(
@@ -96,24 +100,35 @@ def _run(
 ) -> list[Span]:
     from .sim.run import run  # SimPy is not needed by those who only ask what fits
 
-    cluster, kernels = setup.scenario.cluster, kernels_of(setup.scenario.cluster.gpu.kernels)
-    collectives = default_collectives(cluster)
-    if cluster.node.gpu_link != "pcie" or cluster.gpu.fitted_on:  # shipped curves were measured over NVLink
-        collectives = collectives.updated(kernels)
-    topology = ClusterTopology(cluster, collectives, setup.scenario.effects)
-    return run(folded, costs_of(setup, folded, lengths, seed), topology, iterations)
+    return run(folded, costs_of(setup, folded, lengths, seed), topology_of(setup.scenario), iterations)
+
+
+def topology_of(scenario: Scenario) -> ClusterTopology:
+    """The links of the scenario's cluster, with what its kernels' files measured."""
+    collectives = [_collectives_of(part) for part in scenario.cluster.all_parts]
+    return ClusterTopology(scenario.cluster, collectives, scenario.effects)
+
+
+def _collectives_of(part: Cluster) -> Collectives:
+    collectives = default_collectives(part)
+    if part.node.gpu_link != "pcie" or part.gpu.fitted_on:  # shipped curves were measured over NVLink
+        collectives = collectives.updated(kernels_of(part.gpu.kernels))
+    return collectives
 
 
 def costs_of(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndarray]], seed: int) -> CostModel:
     """What every firing costs, with lengths drawn by `lengths_of` with this seed."""
-    scenario, gpu = setup.scenario, setup.scenario.cluster.gpu
+    scenario = setup.scenario
     return CostModel(
         scenario,
         folded,
         setup.holdings,
-        Operators(gpu, kernels_of(gpu.kernels), scenario.effects, scenario.overheads),
+        [
+            Operators(part.gpu, kernels_of(part.gpu.kernels), scenario.effects, scenario.overheads_of(part))
+            for part in scenario.cluster.all_parts
+        ],
         lengths,
-        setup.memory.kv_capacity_tokens,
+        setup.memory.kv_capacity_by_kind,
         batches=[numbers for _, numbers in rounds_of(scenario, seed)] if scenario.rounds > 1 else None,
         reward_seconds=reward_seconds_of(scenario, seed) if scenario.algorithm.queued else None,
         turns=turns_of(scenario, seed),
@@ -139,16 +154,24 @@ def model_flops_utilisation(setup: Setup, step_seconds: float) -> float:
     """Share of the GPUs' peak that an iteration's floating-point operations need (MFU), of all GPUs and stages.
 
     Counted once: no recomputation (Chowdhery et al., "PaLM", 2022, appendix B). Padding counts where it is computed.
-    Each stage at the peak of its model's precision.
+    Each stage at the peak of its model's precision, which is the mean of all GPUs' where they differ.
     """
     cluster = setup.scenario.cluster
-    peaks = {name: rate.value for name, rate in cluster.gpu.flops_per_second.items()}
     at_peak = sum(
-        _stage_flops(setup, stage) / peaks[setup.holdings[stage.model].use.precision]
+        _stage_flops(setup, stage) / _mean_peak(cluster, setup.holdings[stage.model].use.precision)
         for stage in setup.graph.stages()
         if stage.kind in ("generate", "score", "train") and stage.every == 1 and stage.model in setup.holdings
     )
     return at_peak / (cluster.gpus * step_seconds)
+
+
+def _mean_peak(cluster: Cluster, precision: Precision) -> float:
+    """FLOP/s of one GPU."""
+    rates = [part.gpu.flops_per_second.get(precision) for part in cluster.all_parts]
+    peaks = [(rate.value if rate else 0.0, part.gpus) for rate, part in zip(rates, cluster.all_parts, strict=True)]
+    if len({peak for peak, _ in peaks}) == 1:
+        return peaks[0][0]
+    return sum(peak * gpus for peak, gpus in peaks) / cluster.gpus
 
 
 def _stage_flops(setup: Setup, stage: Stage) -> float:
@@ -260,7 +283,7 @@ def folded_graph(setup: Setup, lengths: list[tuple[np.ndarray, np.ndarray]]) -> 
     equal = all(np.all(tokens == tokens[0]) for pair in lengths for tokens in pair)
     equal = equal and setup.scenario.workload.turns_alike
     if equal and setup.scenario.rounds == 1 and even(setup.graph, setup.scenario.workload.samples):
-        return fold(setup.graph)
+        return fold(setup.graph, cuts=accumulate(part.gpus for part in setup.scenario.cluster.parts))
     return unfolded(setup.graph)
 
 

@@ -42,24 +42,25 @@ def write_trace(
 
     ranks: show these, unfolded. Otherwise groups of like ranks, evenly chosen where there are more than `max_tracks`
     a timeline. flows: arrows from each span to those that it released. Which ranks share a node comes from
-    `info["ranks_per_node"]`; without it there is one node.
+    `info["nodes"]` (the node of each rank) or `info["ranks_per_node"]`; without them there is one node.
     """
     events: list[Event] = []
     processes = itertools.count(1)
     arrows = itertools.count(1)
     for label, timeline in timelines.items():
         per_node = int(timeline.info.get("ranks_per_node") or max(1, timeline.ranks))
+        nodes = timeline.info.get("nodes") or [rank // per_node for rank in range(timeline.ranks)]
         shown, skipped = _shown(timeline, ranks, max_tracks)
         name = label if timeline.source in label else f"{label} ({timeline.source})"
         note = f", {skipped} more groups of ranks not shown" if skipped else ""
         process_of: dict[int, int] = {}
         for _, rank, _ in shown:
-            node = rank // per_node
+            node = nodes[rank]
             if node not in process_of:
                 process_of[node] = next(processes)
                 events.append(_meta(process_of[node], 0, "process_name", {"name": f"{name}: node {node}{note}"}))
                 events.append(_meta(process_of[node], 0, "process_sort_index", {"sort_index": process_of[node]}))
-        tracks = [_Track(name, rank, process_of[rank // per_node], spans) for name, rank, spans in shown]
+        tracks = [_Track(name, rank, process_of[nodes[rank]], spans) for name, rank, spans in shown]
         for track in tracks:
             events.append(_meta(track.process, track.rank, "thread_name", {"name": track.name}))
             events.append(_meta(track.process, track.rank, "thread_sort_index", {"sort_index": track.rank}))

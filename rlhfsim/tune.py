@@ -85,7 +85,7 @@ def _score(scenario: Scenario) -> _Score:
 
 def _excess(fit: Fit) -> float:
     """Bytes that are missing; a trifle where only an engine's cache is too small for one sequence."""
-    return max(1.0, fit.worst.bytes.total - fit.capacity_bytes, fit.host_bytes - fit.host_capacity_bytes)
+    return max(1.0, fit.worst.missing_bytes, fit.host_bytes - fit.host_capacity_bytes)
 
 
 def _kept(key: str, given: Scenario) -> bool:
@@ -127,11 +127,11 @@ def _tensor_parallel(best: Scenario, given: Scenario) -> Iterator[Scenario]:
 
 def _engine_sizes(best: Scenario, given: Scenario) -> list[Scenario]:
     """Engine sizes inside a node that divide the heads."""
-    generation, node = best.generation, best.cluster.node.gpus_per_node
+    generation, nodes = best.generation, [part.node.gpus_per_node for part in best.cluster.all_parts]
     if generation.engine == "zero3_per_token" or _kept("generation.tensor_parallel", given):
         return [best]
     choices = tensor_parallel_choices(best.models.actor.shape)
-    sizes = [t for t in choices if t <= node and node % t == 0 and t & (t - 1) == 0]
+    sizes = [t for t in choices if all(node % t == 0 for node in nodes) and t & (t - 1) == 0]
     return [_with_generation(best, tensor_parallel=t) for t in sizes]
 
 
@@ -180,10 +180,11 @@ def _train_micro_batches(best: Scenario, given: Scenario) -> Iterator[Scenario]:
     for halvings in range(1, 8):
         models = best.models
         for role in ("actor", "critic"):
-            if not _kept(f"models.{role}.micro_batch_samples", given):
-                use: ModelUse = getattr(models, role)
-                size = max(1, use.micro_batch_samples >> halvings)
-                models = models.model_copy(update={role: use.model_copy(update={"micro_batch_samples": size})})
+            use: ModelUse = getattr(models, role)
+            name = "micro_batch_samples" if use.micro_batch_tokens is None else "micro_batch_tokens"
+            if not _kept(f"models.{role}.{name}", given):
+                size = max(_least(name, best), getattr(use, name) >> halvings)
+                models = models.model_copy(update={role: use.model_copy(update={name: size})})
         yield best.model_copy(update={"models": models})
 
 
@@ -207,9 +208,15 @@ def _with_micro_batches(scenario: Scenario, given: Scenario) -> Scenario:
     for key, size in largest.items():
         _, role, name = key.split(".")
         if not _kept(key, given):
-            power = 1 << max(0, size.bit_length() - 1)
+            power = max(_least(name, scenario), 1 << max(0, size.bit_length() - 1))
             models = models.model_copy(update={role: getattr(models, role).model_copy(update={name: power})})
     return scenario.model_copy(update={"models": models})
+
+
+def _least(name: str, scenario: Scenario) -> int:
+    """The smallest micro-batch: one sample, or the tokens of the longest."""
+    workload = scenario.workload
+    return workload.longest_sample if name.endswith("_tokens") else 1
 
 
 def _with_generation_batches(scenario: Scenario, given: Scenario) -> Scenario:
@@ -220,7 +227,7 @@ def _with_generation_batches(scenario: Scenario, given: Scenario) -> Scenario:
     memory = prepare(scenario).memory
     stage = next(s for s in memory.graph.stages() if s.kind == "generate")
     size = memory.samples_per_replica(stage)
-    while size > 1 and max(i.bytes.total for i in memory.of_stage(stage)) > memory.capacity_bytes:
+    while size > 1 and any(i.missing_bytes > 0 for i in memory.of_stage(stage)):
         size = -(-size // 2)
         scenario = _with_generation(scenario, batch_samples=size)
         memory = prepare(scenario).memory

@@ -12,7 +12,7 @@ A case is a YAML file:
     tolerance: {step_seconds: 0.1, stages: 0.1}
     source: where the measurement is from
 
-Quantities are `step_seconds` and stages in verl's names.
+Quantities are `step_seconds` and stages in verl's names. Files of many published cases are read by `published`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +39,9 @@ from .spec.scenario import Scenario
 from .spec.yaml_file import read_yaml
 
 Positive = Annotated[float, Field(gt=0, le=1e12)]
+
+STEP = "step_seconds"
+PATTERNS = ("*.case.yaml", "*.cases.yaml")  # one recorded run; the published ones of a source
 
 
 class Measured(Record):
@@ -95,7 +98,10 @@ class Case(Record):
 
 @dataclass(frozen=True)
 class Result:
-    """One quantity of one case. excess_seconds: measured minus predicted, what the model does not explain."""
+    """One quantity of one case. excess_seconds: measured minus predicted, what the model does not explain.
+
+    role: prediction, calibration, or unscored. framework, quality, phase: of a published case.
+    """
 
     id: str
     quantity: str
@@ -107,6 +113,9 @@ class Result:
     tolerance: float
     low: float | None = None
     high: float | None = None
+    framework: str = ""
+    quality: str = ""
+    phase: str = ""
 
     @property
     def error(self) -> float:
@@ -118,8 +127,8 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Within the tolerance beyond the measurement's own spread; calibration cases cannot fail."""
-        return self.role == "calibration" or abs(self.error) <= self.tolerance + self.spread
+        """Within the tolerance beyond the measurement's own spread; only predictions can fail."""
+        return self.role != "prediction" or abs(self.error) <= self.tolerance + self.spread
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -136,21 +145,44 @@ class Result:
             "high": self.high,
             "tolerance": self.tolerance,
             "ok": self.ok,
-        }
+        } | {name: value for name in ("framework", "quality", "phase") if (value := getattr(self, name))}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What is wrong with the prediction of a case as a whole.
+
+    kind: `refused` (the simulator does not take the scenario), `does not fit` (it says so of a run that there was), or
+    `inexpressible` (no scenario says it yet, which is no wrong prediction).
+    """
+
+    id: str
+    role: str
+    group: str
+    kind: str
+    reason: str
+    framework: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.role != "prediction" or self.kind == "inexpressible"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
 
 
 def find_cases(paths: Iterable[str | Path]) -> list[Path]:
-    """Case files among paths: files as they are, folders searched for `*.case.yaml`. Raises InputError if none."""
+    """Case files among paths: files as they are, folders searched for PATTERNS. Raises InputError if there are none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(path.rglob("*.case.yaml"))
+            found += sorted(file for pattern in PATTERNS for file in path.rglob(pattern))
         elif path.exists():
             found.append(path)
         else:
             raise InputError("does not exist", where=str(path))
     if not found:
-        raise InputError("there are no case files (*.case.yaml)", where=", ".join(map(str, paths)))
+        raise InputError(f"there are no case files ({', '.join(PATTERNS)})", where=", ".join(map(str, paths)))
     return found
 
 
@@ -161,7 +193,7 @@ def run_case(path: Path) -> list[Result]:
     scenario = _scenario(case, path.parent)
     setup = prepare(scenario)
     measured = _measured(case, setup, path)
-    _check_role(case, scenario, path)
+    check_role(case.role, scenario, [path] + ([path.parent / case.timeline] if case.timeline else []))
     draws = [simulate(setup, seed=scenario.simulation.seed + k) for k in range(scenario.simulation.draws)]
     predictions = [_quantities(t) for t in draws]
     results = []
@@ -173,7 +205,7 @@ def run_case(path: Path) -> list[Result]:
                 where=str(path),
                 field=f"measured.{quantity}",
             )
-        tolerance = case.tolerance.step_seconds if quantity == "step_seconds" else case.tolerance.stages
+        tolerance = case.tolerance.step_seconds if quantity == STEP else case.tolerance.stages
         interval = (
             (float(np.quantile(values, 0.05)), float(np.quantile(values, 0.95))) if len(values) > 1 else (None, None)
         )
@@ -218,7 +250,7 @@ def _measured(case: Case, setup: Setup, path: Path) -> dict[str, Measured]:
                 where=str(path),
             )
         intervals = metrics.step_intervals(run)
-        found["step_seconds"] = Measured(value=metrics.step_seconds(run), low=min(intervals), high=max(intervals))
+        found[STEP] = Measured(value=metrics.step_seconds(run), low=min(intervals), high=max(intervals))
         found |= {
             stage: Measured(value=seconds) for stage, seconds in metrics.stage_seconds(run).items() if seconds > 0
         }
@@ -226,7 +258,7 @@ def _measured(case: Case, setup: Setup, path: Path) -> dict[str, Measured]:
 
 
 def _quantities(run: timeline.Timeline) -> dict[str, float]:
-    return {"step_seconds": metrics.step_seconds(run), **metrics.stage_seconds(run)}
+    return {STEP: metrics.step_seconds(run), **metrics.stage_seconds(run)}
 
 
 def digest(path: Path) -> str:
@@ -234,22 +266,22 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_role(case: Case, scenario: Scenario, path: Path) -> None:
-    """A spec remembers what it was fitted on; such a case is no prediction."""
-    fitted_on = set(scenario.cluster.gpu.fitted_on)
-    files = [path] + ([path.parent / case.timeline] if case.timeline else [])
-    if case.role == "prediction" and (used := [f.name for f in files if digest(f) in fitted_on]):
+def check_role(role: str, scenario: Scenario, files: list[Path]) -> None:
+    """A spec remembers what it was fitted on: raises InputError where that is called a prediction."""
+    fitted_on = {used for part in scenario.cluster.all_parts for used in part.gpu.fitted_on}
+    if role == "prediction" and fitted_on and (used := [f.name for f in files if digest(f) in fitted_on]):
         raise InputError(
-            f"is 'prediction', but {scenario.cluster.gpu.name} was fitted on {', '.join(used)}",
+            f"is 'prediction', but {scenario.cluster.name} was fitted on {', '.join(used)}",
             field="role",
-            where=str(path),
+            where=str(files[0]),
         )
 
 
-def summary(results: list[Result]) -> dict[str, Any]:
+def summary(results: list[Result], gaps: Iterable[Gap] = ()) -> dict[str, Any]:
     """Over predictions only: errors of iterations and of stages, ranking of comparable pairs, coverage of intervals."""
+    gaps = list(gaps)
     predictions = [r for r in results if r.role == "prediction"]
-    steps = [r for r in predictions if r.quantity == "step_seconds"] or predictions
+    steps = [r for r in predictions if r.quantity == STEP] or predictions
     errors = np.array([r.error for r in steps])
     with_interval = [r for r in predictions if r.low is not None and r.high is not None]
     worst = max(steps, key=lambda r: abs(r.error), default=None)
@@ -261,7 +293,31 @@ def summary(results: list[Result]) -> dict[str, Any]:
         "worst": {"id": worst.id, "quantity": worst.quantity, "error": worst.error} if worst else None,
         "ranking": _ranking(steps),
         "coverage": float(np.mean([r.low <= r.measured <= r.high for r in with_interval])) if with_interval else None,  # type: ignore[operator]
-        "failed": [f"{r.id}: {r.quantity}" for r in results if not r.ok],
+        "failed": [f"{r.id}: {r.quantity}" for r in results if not r.ok]
+        + [f"{gap.id}: {gap.kind}" for gap in gaps if not gap.ok],
+        "frameworks": _by_framework(predictions),
+        "gaps": [gap.as_json() for gap in gaps],
+    }
+
+
+def _by_framework(predictions: list[Result]) -> list[dict[str, Any]]:
+    """Errors of published cases, by framework and phase."""
+    cells: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for r in predictions:
+        if r.framework:
+            cells[r.framework, r.phase].append(r)
+    return [{"framework": name, "phase": phase} | _errors(cell) for (name, phase), cell in sorted(cells.items())]
+
+
+def _errors(cell: list[Result]) -> dict[str, Any]:
+    errors = np.array([r.error for r in cell])
+    worst = cell[int(np.abs(errors).argmax())]
+    return {
+        "count": len(cell),
+        "mean_abs_error": float(np.abs(errors).mean()),
+        "median_abs_error": float(np.median(np.abs(errors))),
+        "bias": float(errors.mean()),
+        "worst": {"id": worst.id, "quantity": worst.quantity, "error": worst.error},
     }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from fractions import Fraction
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from rlhfsim.costs import generation as module
-from rlhfsim.costs.engine import Runs, continuous_runs, static_runs
+from rlhfsim.costs.engine import Progress, Runs, continuous_runs, static_runs
 from rlhfsim.costs.generation import StepSeconds, generation_program, route_samples
 from rlhfsim.costs.kernels import bus_factor, load_kernels
 from rlhfsim.costs.operators import Operators
@@ -21,7 +24,7 @@ from rlhfsim.errors import DoesNotFit, InputError
 from rlhfsim.model import forward_flops, kv_bytes_per_token, parameters
 from rlhfsim.spec.hardware import Gpu
 from rlhfsim.spec.model_spec import load_model
-from rlhfsim.spec.scenario import Effects, Generation, ModelUse, Overheads
+from rlhfsim.spec.scenario import Effects, Generation, ModelUse, Overheads, Speculative
 
 SPECS = Path(__file__).parents[1] / "hw_specs"
 ENGINE = Generation(engine="engine")
@@ -58,47 +61,101 @@ def seconds(segments: list, rate: float = np.inf, latency: float = 0.0) -> float
 class TwinSequence:
     """prompt and response tokens, tokens drawn and computed so far, blocks held."""
 
-    def __init__(self, name: int, prompt: int, response: int) -> None:
-        self.name, self.prompt, self.response = name, prompt, response
-        self.drawn = self.computed = self.blocks = 0
+    def __init__(self, name: int, prompt: int, response: int, group: int | None = None) -> None:
+        self.name, self.prompt, self.response, self.group = name, prompt, response, group
+        self.drawn = self.computed = 0
+        self.held: list[object] = []  # its blocks in order
         self.ready = False  # prompt computed: every step computes the token drawn last
+
+    @property
+    def blocks(self) -> int:
+        return len(self.held)
+
+
+class TwinCache:
+    """Blocks one by one: those of a known prompt have the key (prompt, position) and count who holds them."""
+
+    def __init__(self, blocks: int, block: int) -> None:
+        self.free, self.block = blocks, block
+        self.holders: Counter[object] = Counter()
+
+    def wanted(self, sequence: TwinSequence, tokens: int) -> list[object]:
+        """Blocks for so many tokens; the last token of the prompt is always computed, so its block is one's own."""
+        count = (tokens + self.block - 1) // self.block
+        common = 0 if sequence.group is None else (sequence.prompt - 1) // self.block
+        return [(sequence.group, i) if i < common else object() for i in range(count)]
+
+    def admit(self, sequence: TwinSequence, tokens: int) -> int | None:
+        """Tokens that are already there; None, and nothing happens, where there is no room."""
+        wanted = self.wanted(sequence, tokens)
+        fresh = [b for b in wanted if not self.holders[b]]
+        if len(fresh) > self.free:
+            return None
+        self.free -= len(fresh)
+        self.holders.update(wanted)
+        sequence.held = wanted
+        return (len(wanted) - len(fresh)) * self.block
+
+    def grow(self, sequence: TwinSequence) -> None:
+        sequence.held.append(object())
+        self.holders[sequence.held[-1]] += 1
+        self.free -= 1
+
+    def release(self, sequence: TwinSequence) -> int:
+        """How many of the tokens that it has computed are still there for others."""
+        kept = 0
+        for position, block in enumerate(sequence.held):
+            self.holders[block] -= 1
+            if self.holders[block]:
+                kept += max(0, min(self.block, sequence.computed - position * self.block))
+            else:
+                del self.holders[block]
+                self.free += 1
+        sequence.held = []
+        return kept
 
 
 def twin(
     prompts: list[int], responses: list[int], max_sequences: int, budget: int, block: int, blocks: int,
-    whole: bool, padded: bool,
+    whole: bool, padded: bool, groups: list[int] | None = None, drafts: int = 0, gain: Fraction = Fraction(1),
 ):  # fmt: skip
-    """vLLM's policy step by step, request by request. -> (steps, step at which each ends, preemptions, recomputed)."""
-    waiting = [TwinSequence(i, p, r) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    """vLLM's policy step by step, request by request; `drafts` are verified with every token, and bring `gain` tokens.
+
+    -> (steps, step at which each ends, preemptions, tokens lost by them, tokens of prompts found in the cache).
+    """
+    names = groups or [None] * len(prompts)
+    waiting = [TwinSequence(i, p, r, g) for i, (p, r, g) in enumerate(zip(prompts, responses, names, strict=True))]
     running: list[TwinSequence] = []
-    free, preemptions, recomputed, steps, ended = blocks, 0, 0, [], {}
+    cache, preemptions, recomputed, reused, steps, ended = TwinCache(blocks, block), 0, 0, 0, [], {}
     while waiting or running:
         left, preempted, decoding, pieces, drawing = budget, [], [], [], []
         while whole and waiting and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
-            needed = (length + block - 1) // block
-            if needed > free or (pieces and length > left):
+            found = cache.admit(sequence, length + drafts)
+            if found is None:
+                break
+            if pieces and length - found > left:
+                cache.release(sequence)
                 break
             running.append(waiting.pop(0))
-            free -= needed
-            sequence.blocks = needed
-            pieces.append((sequence, 0, length))
-            left -= length
+            reused += found
+            pieces.append((sequence, found, length - found))
+            left -= length - found
         for sequence in list(running):
             if sequence not in running or (whole and pieces):
                 continue  # preempted for an older one, or waiting for the prompts
             if not sequence.ready:
-                count = min(left, sequence.prompt + sequence.drawn - sequence.computed)
+                count = max(0, min(left, sequence.prompt + sequence.drawn - sequence.computed))
                 if count:
                     pieces.append((sequence, sequence.computed, count))
                 left -= count
                 continue
-            while sequence.computed == sequence.blocks * block and free == 0:
+            needed = ceil((sequence.computed + drafts + gain) / block) - sequence.blocks
+            while needed > cache.free:
                 victim = running.pop()
-                free += victim.blocks
-                recomputed += victim.computed
-                victim.computed = victim.blocks = 0
+                recomputed += floor(victim.computed) - cache.release(victim)
+                victim.computed, victim.drawn = 0, floor(victim.drawn)
                 victim.ready = False
                 waiting.insert(0, victim)
                 preempted.append(victim)
@@ -106,57 +163,78 @@ def twin(
                     break
             if sequence in preempted:
                 continue
-            if sequence.computed == sequence.blocks * block:
-                free -= 1
-                sequence.blocks += 1
+            for _ in range(needed):
+                cache.grow(sequence)
             decoding.append(sequence)
-            left -= 1
-        while waiting and left and not preempted and not whole and len(running) < max_sequences:
+            left -= 1 + drafts
+        while waiting and left > 0 and not preempted and not whole and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
-            needed = (length + block - 1) // block
-            if needed > free:
+            found = cache.admit(sequence, length + drafts)
+            if found is None:
                 break
             waiting.pop(0)
             running.append(sequence)
-            free -= needed
-            sequence.blocks = needed
-            count = min(left, length)
-            pieces.append((sequence, 0, count))
+            reused += found
+            count = min(left, length - found)
+            pieces.append((sequence, found, count))
             left -= count
         preemptions += len(preempted)
-        contexts = [s.computed + 1 for s in decoding]
+        contexts = [s.computed + 1 + drafts for s in decoding]
         context = len(decoding) * max(contexts, default=0) if padded else sum(contexts)
         admitted = len(running)
         for sequence in decoding:
-            sequence.computed += 1
-            drawing.append(sequence)
+            sequence.computed += gain
+            sequence.drawn += gain
         for sequence, start, count in pieces:
             sequence.computed = start + count
             if sequence.computed == sequence.prompt + sequence.drawn:
                 sequence.ready = True
                 drawing.append(sequence)
-        for sequence in drawing:
-            sequence.drawn += 1
-            if sequence.drawn == sequence.response:
+                sequence.drawn += 1
+        for sequence in (*decoding, *drawing):
+            if sequence.drawn >= sequence.response:
                 ended[sequence.name] = len(steps)
-                free += sequence.blocks
+                cache.release(sequence)
                 running.remove(sequence)
         chunks = [((start + count) ** 2 - start**2) ** 0.5 for _, start, count in pieces]
-        steps.append((len(decoding), context, sum(count for *_, count in pieces), len(drawing), admitted, chunks))
-    return steps, [ended[i] for i in range(len(prompts))], preemptions, recomputed
+        rows = len(decoding) * (1 + drafts) + len(drawing)
+        steps.append((len(decoding), hundredths(context), sum(n for *_, n in pieces), rows, admitted, chunks))
+    assert cache.free == blocks
+    return steps, [ended[i] for i in range(len(prompts))], preemptions, recomputed, reused
 
 
-def twin_seconds(step: tuple, ops: Operators, model: ModelUse, floor: float, per_step: float, per_sequence: float):
-    decodes, context, prompt, drawn, _, chunks = step
-    layer = ops.layer_forward(model, decodes + prompt, 1).seconds
+def hundredths(tokens: float | Fraction) -> float:
+    """Rounded to what fractions of tokens are counted in, and less."""
+    return round(float(tokens), 6)
+
+
+def pass_seconds(
+    ops: Operators, model: ModelUse, floor: float, decodes: int, context: float, tokens: int, rows: int, chunks: list
+) -> float:
+    layer = ops.layer_forward(model, tokens, 1).seconds
     if decodes:
         layer = layer + ops.attention_decode(model, decodes, context, 1).seconds
     if chunks:
         layer = layer + ops.attention_prefill(model, np.array(chunks), 1).seconds
-    rest = ops.embedding(model, decodes + prompt).seconds + ops.head_forward(model, drawn, 1).seconds
-    device = model.shape.layers * layer + rest
-    return max(float(device), floor) + per_step + per_sequence * drawn
+    rest = ops.embedding(model, tokens).seconds + ops.head_forward(model, rows, 1).seconds
+    return max(float(model.shape.layers * layer + rest), floor)
+
+
+def twin_seconds(
+    step: tuple, ops: Operators, model: ModelUse, layer_floor: float, per_step: float, per_sequence: float,
+    drafts: int = 0, draft: ModelUse | None = None,
+) -> float:  # fmt: skip
+    decodes, context, prompt, rows, _, chunks = step
+    tokens, completed = decodes * (1 + drafts) + prompt, rows - decodes * (1 + drafts)
+    seconds = pass_seconds(ops, model, layer_floor * model.shape.layers, decodes, context, tokens, rows, chunks)
+    if draft:
+        floor = layer_floor * draft.shape.layers
+        alone = decodes + prompt, decodes + completed
+        seconds += pass_seconds(ops, draft, floor, decodes, context, *alone, chunks)
+        if decodes:
+            seconds += (drafts - 1) * pass_seconds(ops, draft, floor, decodes, context, decodes, decodes, [])
+    return seconds + per_step + per_sequence * rows
 
 
 workloads = st.fixed_dictionaries(
@@ -168,6 +246,8 @@ workloads = st.fixed_dictionaries(
         "spare": st.integers(0, 60),
         "whole": st.booleans(),
         "padded": st.booleans(),
+        "responses_per_prompt": st.one_of(st.none(), st.integers(1, 5)),
+        "drafting": st.one_of(st.none(), st.tuples(st.integers(1, 4), st.sampled_from([0.0, 0.1, 0.37, 0.5, 1.0]))),
     }
 )
 
@@ -176,22 +256,43 @@ def expanded(runs: Runs) -> list[tuple]:
     """Runs written out step by step."""
     chunks = [runs.chunk_tokens[runs.chunk_run == r].tolist() for r in range(len(runs.steps))]
     return [
-        (int(runs.decodes[r]), int(runs.context_tokens[r] + i * runs.decodes[r]), int(runs.prompt_tokens[r]),
+        (int(runs.decodes[r]), hundredths(runs.context_tokens[r] + i * runs.decodes[r] * runs.progress.advance),
+         int(runs.prompt_tokens[r]),
          int(runs.sampled[r]), int(runs.running[r]), chunks[r])
         for r in range(len(runs.steps)) for i in range(runs.steps[r])
     ]  # fmt: skip
 
 
+def speculative(workload: dict, **more: object) -> Speculative | None:
+    """drafting: drafts per step, and the share of them that is accepted."""
+    if not workload.get("drafting"):
+        return None
+    tokens, share = workload["drafting"]
+    return Speculative(tokens=tokens, acceptance_length=round(1 + share * tokens, 2), **more)
+
+
 def both(workload: dict) -> tuple[Runs, tuple]:
     prompts, responses = map(list, zip(*workload["samples"], strict=True))
+    groups = None
+    if size := workload.get("responses_per_prompt"):
+        groups = [i // size for i in range(len(prompts))]
+        prompts = [prompts[g * size] for g in groups]
     block = workload["block"]
-    blocks = max(-(-(p + r - 1) // block) for p, r in workload["samples"]) + workload["spare"] // block
-    limit, budget = min(workload["max_sequences"], workload["budget"]), workload["budget"]
+    drafting = speculative(workload)
+    slots, drafts = (drafting.slots, drafting.tokens) if drafting else (0, 0)
+    gain = Fraction(str(drafting.acceptance_length)) if drafting else Fraction(1)
+    longest = max(p + r - 1 + slots for p, r in zip(prompts, responses, strict=True))
+    blocks, budget = -(-longest // block) + workload["spare"] // block, workload["budget"]
+    limit = min(workload["max_sequences"], max(1, budget // (1 + drafts)))
     runs = continuous_runs(
-        np.array(prompts), np.array(responses), max_sequences=limit, step_tokens=budget, block_tokens=block,
-        kv_blocks=blocks, chunked_prefill=not workload["whole"], padded=workload["padded"],
+        np.array(prompts), np.array(responses), max_sequences=workload["max_sequences"], step_tokens=budget,
+        block_tokens=block, kv_blocks=blocks, chunked_prefill=not workload["whole"], padded=workload["padded"],
+        groups=None if groups is None else np.array(groups), progress=Progress.of(drafting),
     )  # fmt: skip
-    return runs, twin(prompts, responses, limit, budget, block, blocks, workload["whole"], workload["padded"])
+    expected = twin(
+        prompts, responses, limit, budget, block, blocks, workload["whole"], workload["padded"], groups, drafts, gain
+    )
+    return runs, expected
 
 
 PREEMPTING = {
@@ -199,39 +300,93 @@ PREEMPTING = {
 }  # fmt: skip
 
 
+# Responses to prompts of three blocks, of which all have two, in a cache that is too small for them.
+SHARING = {
+    "samples": [(12, 40 + 5 * i) for i in range(8)], "max_sequences": 6, "budget": 32, "block": 4, "spare": 40,
+    "whole": False, "padded": False, "responses_per_prompt": 4,
+}  # fmt: skip
+
+
 @settings(max_examples=300, deadline=None)
 @example(PREEMPTING)
 @example(PREEMPTING | {"whole": True, "padded": True})
+@example(SHARING)
+@example(SHARING | {"whole": True})
+@example(SHARING | {"drafting": (3, 0.37)})
+@example(PREEMPTING | {"drafting": (2, 0.1)})
 @given(workloads)
 def test_every_step_is_that_of_the_twin(workload: dict) -> None:
-    runs, (steps, ended, preemptions, recomputed) = both(workload)
+    runs, (steps, ended, preemptions, recomputed, reused) = both(workload)
     assert expanded(runs) == steps
     assert (np.cumsum(runs.steps)[runs.completion_run] - 1).tolist() == ended
-    assert (runs.preemptions, runs.recomputed_tokens) == (preemptions, recomputed)
-    prompts, responses = map(sum, zip(*workload["samples"], strict=True))
-    through = int((runs.steps * (runs.decodes + runs.prompt_tokens)).sum())
-    assert through == prompts + responses - len(workload["samples"]) + recomputed
+    assert (runs.preemptions, runs.recomputed_tokens, runs.reused_tokens) == (preemptions, recomputed, reused)
+    if workload.get("drafting"):
+        return
+    responses = sum(r for _, r in workload["samples"])
     assert int((runs.steps * runs.sampled).sum()) == responses
+    if not workload.get("responses_per_prompt"):
+        prompts = sum(p for p, _ in workload["samples"])
+        through = int((runs.steps * (runs.decodes + runs.prompt_tokens)).sum())
+        assert through == prompts + responses - len(workload["samples"]) + recomputed
 
 
-def test_the_preempting_example_preempts() -> None:
-    assert both(PREEMPTING)[0].preemptions > 3
+@pytest.mark.parametrize("workload", [PREEMPTING, SHARING])
+def test_the_preempting_examples_preempt(workload: dict) -> None:
+    runs = both(workload)[0]
+    assert runs.preemptions > 3
+    assert (runs.reused_tokens > 0) == ("responses_per_prompt" in workload)
 
 
-@settings(max_examples=40, deadline=None)
-@example(PREEMPTING, 0.0)
-@given(workloads, st.sampled_from([0.0, 0.9, 1.0, 1.0005]))
-def test_seconds_are_those_of_the_twin(workload: dict, floor_share: float) -> None:
+@pytest.mark.parametrize("prompt, blocks", [(1, 0), (16, 0), (17, 1), (512, 31), (1000, 62)])
+def test_a_prompt_is_computed_once_for_all_its_responses(prompt: int, blocks: int) -> None:
+    """Closed form: 8 responses to each of 4 prompts; seven of eight find its blocks, but for that of the last token."""
+    lengths = np.full(32, prompt), np.full(32, 10)
+    run = functools.partial(continuous_runs, *lengths, max_sequences=32, step_tokens=8192)
+    runs = run(groups=np.arange(32) // 8)
+    assert int(runs.prompt_tokens.sum()) == 32 * prompt - 4 * 7 * 16 * blocks
+    assert runs.reused_tokens == 4 * 7 * 16 * blocks
+    assert int((runs.steps * runs.decodes).sum()) == 32 * 9
+    alone = run(groups=np.arange(32))
+    assert expanded(alone) == expanded(run())
+
+
+def test_shared_blocks_are_held_once() -> None:
+    """Eight responses of 4 blocks each, 3 of which they share, run together in 11 blocks; in 10 one has to go."""
+    run = functools.partial(
+        continuous_runs, np.full(8, 49), np.full(8, 16), max_sequences=8, step_tokens=8192, groups=np.zeros(8, int),
+    )  # fmt: skip
+    assert run(kv_blocks=11).running.max() == 8 and run(kv_blocks=11).preemptions == 0
+    assert run(kv_blocks=10).running.max() == 7
+
+
+def test_responses_of_one_prompt_on_several_engines_share_nothing() -> None:
+    """Four responses: on one engine their prompt is computed once, on four engines four times."""
+    generation = ENGINE.model_copy(update={"prefix_caching": True})
+    program = functools.partial(generation_program, use("opt-125m"), generation, operators=operators())
+    prompt, response, prompts = np.full(4, 321), np.full(4, 20), np.zeros(4, dtype=int)
+    together = program([prompt], [response], ranks=[0], groups=[prompts])
+    apart = program(*[np.split(x, 4) for x in (prompt, response)], ranks=range(4), groups=np.split(prompts, 4))
+    assert [s.prompt_tokens for s in together.stats] == [4 * 321 - 3 * 320]
+    assert [s.prompt_tokens for s in apart.stats] == [321] * 4
+    assert together.stats[0].seconds < program([prompt], [response], ranks=[0]).stats[0].seconds
+
+
+@settings(max_examples=30, deadline=None)
+@example(PREEMPTING, 0.0, 1)
+@example(PREEMPTING | {"drafting": (3, 0.37)}, 1.0, 2)
+@given(workloads, st.sampled_from([0.0, 0.9, 1.0, 1.0005]), st.integers(0, 2))
+def test_seconds_are_those_of_the_twin(workload: dict, floor_share: float, draft_layers: int) -> None:
     """Launch floors below, above and among the seconds of the device's steps (they grow with the context)."""
     runs, (steps, *_) = both(workload)
-    model, ops = use("opt-125m"), operators()
-    floor = floor_share * twin_seconds(steps[len(steps) // 2], ops, model, 0.0, 0.0, 0.0)
-    generation = Generation(engine="engine", cuda_graphs=False)
-    eager = operators(
-        eager_layer_seconds=floor / model.shape.layers, decode_step_seconds=1e-4, decode_sequence_seconds=1e-6
-    )
+    model, ops, drafting = use("opt-125m"), operators(), speculative(workload, layers=draft_layers)
+    drafts = drafting.tokens if drafting else 0
+    floor = floor_share * twin_seconds(steps[len(steps) // 2], ops, model, 0.0, 0.0, 0.0, drafts) / model.shape.layers
+    generation = Generation(engine="engine", cuda_graphs=False, speculative=drafting)
+    eager = operators(eager_layer_seconds=floor, decode_step_seconds=1e-4, decode_sequence_seconds=1e-6)
     found = StepSeconds(eager, model, generation).of(runs).sum(axis=0)
-    by_step = [twin_seconds(step, ops, model, floor, 1e-4, 1e-6) for step in steps]
+    few = model.shape.model_copy(update={"layers": draft_layers})
+    draft = model.model_copy(update={"shape": few}) if drafting and draft_layers else None
+    by_step = [twin_seconds(step, ops, model, floor, 1e-4, 1e-6, drafts, draft) for step in steps]
     expected = np.add.reduceat(by_step, np.concatenate([[0], np.cumsum(runs.steps)[:-1]]))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -251,6 +406,82 @@ def test_far_fewer_evaluations_than_tokens(kv_blocks: int | None, factor: int) -
     runs = continuous_runs(np.full(64, 256), responses, max_sequences=64, step_tokens=8192, kv_blocks=kv_blocks)
     assert (runs.preemptions > 0) == (kv_blocks is not None)
     assert int((runs.steps * runs.decodes).sum()) > factor * len(runs.steps)
+
+
+# --- drafts --------------------------------------------------------------------------------------------------------
+
+
+def decoding(steps: int, decodes: int, context: int, drafting: Speculative | None = None) -> Runs:
+    """One run of plain decode steps."""
+    progress = Progress.of(drafting)
+    one = [np.array([x]) for x in (steps, decodes, context, 0, decodes * progress.width, decodes)]
+    none = np.zeros(0, dtype=int)
+    return Runs(*one, none, none.astype(float), none, progress=progress)
+
+
+def engine_with(drafting: Speculative | None) -> Generation:
+    return ENGINE.model_copy(update={"speculative": drafting})
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_free_drafts_that_are_never_accepted_are_plain_decoding_with_wider_steps(tokens: int) -> None:
+    """As many steps as without; each has the products of as many more tokens and the same cache to read."""
+    model, drafting = use(), Speculative(tokens=tokens, acceptance_length=1, layers=0)
+    lengths = [np.full(16, 100)], [long_tailed(16) % 300 + 2]
+    program = functools.partial(generation_program, model, operators=operators())
+    plain, wide = (
+        program(engine_with(d), *lengths, ranks=[0]).stats[0] for d in (None, drafting)
+    )  # fmt: skip
+    assert (wide.decode_steps, wide.preemptions) == (plain.decode_steps, 0)
+    assert wide.decoded_tokens == (1 + tokens) * plain.decoded_tokens
+    ops, context = operators(), 16 * 500
+    step = StepSeconds(ops, model, engine_with(drafting)).of(decoding(1, 16, context, drafting)).sum()
+    rows = 16 * (1 + tokens)
+    host = StepSeconds(ops, model, ENGINE).step_seconds
+    assert step == pytest.approx(host + pass_seconds(ops, model, 0.0, 16, context, rows, rows, []), rel=1e-9)
+
+
+@pytest.mark.parametrize("accepted, steps", [(1.0, 1200), (2.0, 600), (2.5, 480), (4.0, 300), (3.37, 357)])
+def test_steps_are_tokens_over_the_acceptance_length(accepted: float, steps: int) -> None:
+    """1201 tokens, the first from the prompt: ceil(1200 / acceptance length) steps, of the longest response."""
+    runs = continuous_runs(
+        np.array([10, 10]), np.array([1201, 5]), max_sequences=8, step_tokens=8192,
+        progress=Progress.of(Speculative(tokens=3, acceptance_length=accepted)),
+    )  # fmt: skip
+    assert int(runs.steps[runs.prompt_tokens == 0].sum()) == steps
+    short = int(np.cumsum(runs.steps)[runs.completion_run[1]]) - 1
+    assert short == -(-4 // Fraction(str(accepted)))
+
+
+def test_perfect_free_drafts_at_a_small_batch_divide_the_time() -> None:
+    """Where reading the weights is all that a step does, four tokens a step take a quarter of the time."""
+    drafting = Speculative(tokens=3, acceptance_length=4, layers=0)
+    ops = operators(effects=Effects(efficiency=False))
+    spent = [
+        generation_program(use(), engine_with(d), [np.array([16])], [np.array([401])], [0], ops).stats[0].decode_seconds
+        for d in (None, drafting)
+    ]
+    assert spent[0] / spent[1] == pytest.approx(4, rel=0.02)
+
+
+def test_a_draft_model_costs_a_pass_per_draft() -> None:
+    """Llama-2-7B with a 125M model: a step takes longer by k decode steps of that model, without the host's time."""
+    model, ops = use(), operators()
+    small = ModelUse(spec="opt-125m", shape=load_model("opt-125m"))
+    drafting = Speculative(tokens=4, acceptance_length=3, draft="opt-125m", shape=small.shape)
+    free = drafting.model_copy(update={"draft": None, "shape": None, "layers": 0})
+    run = decoding(1, 8, 8 * 400, drafting)
+    found, alone = (float(StepSeconds(ops, model, engine_with(d)).of(run).sum()) for d in (drafting, free))
+    host = StepSeconds(ops, small, ENGINE).step_seconds
+    drafts = 4 * (float(StepSeconds(ops, small, ENGINE).of(decoding(1, 8, 8 * 400)).sum()) - host)
+    assert found - alone == pytest.approx(drafts, rel=1e-9)
+
+
+def test_settings_of_drafts_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="at most 4 tokens"):
+        Speculative(tokens=3, acceptance_length=4.5)
+    with pytest.raises(ValueError, match="batching must be continuous"):
+        Generation(engine="hybrid", speculative=Speculative(tokens=3, acceptance_length=2))
 
 
 # --- static batches --------------------------------------------------------------------------------------------------

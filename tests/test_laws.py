@@ -157,7 +157,7 @@ EFFECTS = ("decode", "links", "memory", "sync", "efficiency")
 # Little memory for the engine, lengths with a tail, offloaded Adam: every effect has something to take away.
 TIGHT = TAIL | {
     "models.actor.offload_optimizer": True,
-    "generation.memory_fraction": 0.0013,
+    "generation.memory_fraction": 0.0018,
     "overheads.reserved_bytes": 0.0,
     "workload.prompts": 256,
 }
@@ -769,6 +769,11 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "generation.memory_fraction": st.sampled_from((None, 0.002, 0.5)),
     "generation.routing": st.sampled_from(("static", "least_loaded")),
     "generation.prefill_tokens": st.sampled_from((16, 8192)),
+    "generation.memory_fraction_covers": st.sampled_from(("profile", "profile_and_graphs", "static")),
+    "generation.kv_cache_tokens": st.sampled_from((None, 64, 2000)),
+    "generation.prefix_caching": st.booleans(),
+    "generation.speculative": st.sampled_from((None, {"tokens": 3, "acceptance_length": 2.4})),
+    "generation.sleep": st.sampled_from((None, "level_1", "level_2")),
     "weight_sync.method": st.sampled_from(("p2p", "broadcast")),
     "weight_sync.bucket_bytes": st.sampled_from((1e6, 1e9)),
     "overheads.controller_bytes_per_second": st.sampled_from((None, 1e9)),

@@ -19,9 +19,9 @@ from rlhfsim.memory import (
     trained_parameters,
     training_bytes,
 )
-from rlhfsim.model import layer_parameters, lora_parameters, parameters, rank_parameters
+from rlhfsim.model import kv_bytes_per_token, layer_parameters, lora_parameters, parameters, rank_parameters
 from rlhfsim.spec.model_spec import ModelSpec, load_model
-from rlhfsim.spec.scenario import Generation, ModelUse, Overheads
+from rlhfsim.spec.scenario import Generation, ModelUse, Overheads, Speculative
 
 LLAMA = load_model("llama-7b")
 GIB = 2**30
@@ -222,6 +222,23 @@ def test_engine_holds_its_copy_and_the_cache() -> None:
     assert engine.kv_cache == 131072 * 1000
     split = engine_bytes(u, Generation(engine="engine", tensor_parallel=8), 1000, own_weights=False)
     assert (split.engine, split.kv_cache) == (0, 131072 * 1000 / 8)
+
+
+def test_what_drafts_is_in_the_engine_and_in_the_cache() -> None:
+    """A head has layers like the model's and no embedding; a model of its own has everything."""
+    u, small = use(load_model("llama-3-8b")), load_model("qwen2.5-0.5b")
+
+    def engine(**drafting: object) -> Bytes:
+        given = Speculative(tokens=3, acceptance_length=2, **drafting) if drafting else None
+        return engine_bytes(u, Generation(engine="engine", speculative=given), 1000)
+
+    plain, head, model, free = engine(), engine(layers=1), engine(draft="qwen2.5-0.5b", shape=small), engine(layers=0)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert head.engine - plain.engine == 2 * layer
+    assert head.kv_cache == plain.kv_cache * 33 / 32
+    assert model.engine - plain.engine == 2 * parameters(small)
+    assert model.kv_cache - plain.kv_cache == 1000 * kv_bytes_per_token(small)
+    assert free == plain
 
 
 def test_bytes_add_up_by_component() -> None:

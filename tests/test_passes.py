@@ -31,7 +31,7 @@ from rlhfsim.spec.scenario import Effects, ModelUse, Overheads
 
 CLUSTER = load_cluster("a100-80g-sxm")
 LLAMA = load_model("llama-7b")
-HOST = Host(400e9, 8)
+HOST = Host(400e9, [rank // 8 for rank in range(64)])
 FREE = math.inf
 
 

@@ -11,15 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_generation import expanded, operators, use
 
-from rlhfsim.costs.engine import continuous_runs
+from rlhfsim.costs.engine import Progress, continuous_runs
 from rlhfsim.costs.generation import StepSeconds
 from rlhfsim.costs.pool import Engine, Plan, Pool, Sample
-from rlhfsim.spec.scenario import Generation
+from rlhfsim.spec.scenario import Generation, Speculative
+
+DRAFTING = Speculative(tokens=2, acceptance_length=1.75, layers=0)
 
 
 @functools.cache
-def steps() -> StepSeconds:
-    return StepSeconds(operators(), use("opt-125m"), Generation(engine="engine"))
+def steps(drafts: bool = False) -> StepSeconds:
+    return StepSeconds(
+        operators(), use("opt-125m"), Generation(engine="engine", speculative=DRAFTING if drafts else None)
+    )
 
 
 # ---------------------------------------------------------------- one engine
@@ -29,13 +33,23 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1
 
 
 @settings(max_examples=150, deadline=None)
-@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False)
-@given(lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60), st.booleans(), st.booleans())
+@example([(5, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 0, None)
+@example([(13, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 3, None)
+@example([(13, 60)] * 6, [3] * 30, 6, 32, 8, True, False, 3, Speculative(tokens=3, acceptance_length=2.6))
+@given(
+    lengths, pieces, st.integers(1, 8), st.integers(8, 64), st.integers(0, 60), st.booleans(), st.booleans(),
+    st.integers(0, 4), st.sampled_from([None, DRAFTING]),
+)  # fmt: skip
 def test_an_engine_in_pieces_does_what_it_does_at_once(
-    samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int, chunked: bool, padded: bool
-) -> None:
-    """Also with a small cache, where sequences are put back: stopped after any steps and copied, it loses nothing."""
-    blocks = max(-(-(p + r - 1) // 4) for p, r in samples) + spare // 4
+    samples: list[tuple[int, int]], pieces: list[int], limit: int, budget: int, spare: int, chunked: bool, padded: bool,
+    size: int, drafting: Speculative | None,
+) -> None:  # fmt: skip
+    """Also with a small cache, where sequences are put back, and with `size` responses that share a prompt (0: none):
+    stopped after any steps and copied, it loses nothing."""
+    groups = np.arange(len(samples)) // max(size, 1)
+    samples = [(samples[g * max(size, 1)][0], r) for g, (_, r) in zip(groups.tolist(), samples, strict=True)]
+    slots = drafting.slots if drafting else 0
+    blocks = max(-(-(p + r - 1 + slots) // 4) for p, r in samples) + spare // 4
     generation = Generation(
         engine="engine",
         max_sequences=limit,
@@ -43,6 +57,8 @@ def test_an_engine_in_pieces_does_what_it_does_at_once(
         block_tokens=4,
         chunked_prefill=chunked,
         kv_cache="preallocated" if padded else "paged",
+        prefix_caching=size > 0,
+        speculative=drafting,
     )
     prompts, responses = (np.array(x) for x in zip(*samples, strict=True))
     whole = continuous_runs(
@@ -54,26 +70,35 @@ def test_an_engine_in_pieces_does_what_it_does_at_once(
         kv_blocks=blocks,
         chunked_prefill=chunked,
         padded=padded,
+        groups=groups if size else None,
+        progress=Progress.of(drafting),
     )
     engine = Engine(generation, blocks)
-    engine.submit([Sample(k, k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
-    found, preemptions, recomputed, total = [], 0, 0, int(whole.steps.sum())
+    engine.submit([Sample(k, int(groups[k]), p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
+    found, preemptions, recomputed, reused, total = [], 0, 0, 0, int(whole.steps.sum())
     for count in (*pieces, total):
         count = min(count, total - len(found))
         engine.run_steps(count)
         found += expanded(engine.builder.runs())
         preemptions, recomputed = preemptions + engine.preemptions, recomputed + engine.recomputed
+        reused += engine.reused
         engine = engine.copy()
     assert found == expanded(whole)
-    assert (preemptions, recomputed) == (whole.preemptions, whole.recomputed_tokens)
+    assert (preemptions, recomputed, reused) == (whole.preemptions, whole.recomputed_tokens, whole.reused_tokens)
     assert not engine.samples and engine.free == engine.total
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, st.integers(0, 60), st.sets(st.integers(0, 8)))
-def test_removed_samples_give_their_blocks_back(samples: list[tuple[int, int]], count: int, gone: set[int]) -> None:
-    engine = Engine(Generation(engine="engine", max_sequences=4, prefill_tokens=16, block_tokens=4), 200)
-    engine.submit([Sample(k, k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
+@given(lengths, st.integers(0, 60), st.sets(st.integers(0, 8)), st.booleans())
+def test_removed_samples_give_their_blocks_back(
+    samples: list[tuple[int, int]], count: int, gone: set[int], sharing: bool
+) -> None:
+    engine = Engine(
+        Generation(engine="engine", max_sequences=4, prefill_tokens=16, block_tokens=4, prefix_caching=sharing), 200
+    )
+    if sharing:  # one prompt for all
+        samples = [(samples[0][0], r) for _, r in samples]
+    engine.submit([Sample(k, 0 if sharing else k, p, r) for k, (p, r) in enumerate(samples)], [0] * len(samples))
     for _ in range(count):
         if engine.running or engine.waiting:
             engine.run_steps(1)
@@ -90,17 +115,24 @@ def test_removed_samples_give_their_blocks_back(samples: list[tuple[int, int]], 
 class Both:
     """The pool and its twin, given the same work."""
 
-    def __init__(self, engines: int, limit: int, budget: int, group_size: int) -> None:
-        generation = Generation(engine="engine", max_sequences=limit, prefill_tokens=budget)
-        self.pool = Pool(Engine(generation, None), steps(), group_size)
+    def __init__(
+        self, engines: int, limit: int, budget: int, group_size: int, drafts: bool = False, sharing: bool = False
+    ) -> None:
+        drafting, self.sharing = DRAFTING if drafts else None, sharing
+        generation = Generation(
+            engine="engine", max_sequences=limit, prefill_tokens=budget, speculative=drafting, prefix_caching=sharing
+        )
+        self.pool = Pool(Engine(generation, None), steps(drafts), group_size)
         self.pool.set_engines(engines)
-        self.twin = TwinPool(engines, limit, budget, steps(), group_size)
+        self.twin = TwinPool(engines, limit, budget, steps(drafts), group_size, drafting, sharing)
         self.number = self.drawn = 0
         self.given: list[tuple[int, int]] = []
 
     def submit(self, lengths: list[tuple[int, int]], carried: list[Response] | None = None) -> None:
         numbers = range(self.number, self.number + len(lengths))
         size = self.twin.group_size
+        if self.sharing:
+            lengths = [(lengths[k // size * size][0], r) for k, (_, r) in enumerate(lengths)]
         self.pool.submit([Sample(n, n // size, p, r) for n, (p, r) in zip(numbers, lengths, strict=True)])
         self.twin.submit(carried or [])
         self.twin.submit([Response(n, n // size, p, r) for n, (p, r) in zip(numbers, lengths, strict=True)])
@@ -152,8 +184,15 @@ rollouts = st.fixed_dictionaries(
         "budget": st.integers(8, 64),
         "group_size": st.sampled_from((1, 1, 2, 4)),
         "lengths": st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=8, max_size=40),
+        "drafts": st.booleans(),
+        "sharing": st.booleans(),
     }
 )
+
+
+def both_of(given: dict) -> Both:
+    names = ("engines", "limit", "budget", "group_size", "drafts", "sharing")
+    return Both(**{name: given[name] for name in names})
 
 
 def dealer(lengths: list[tuple[int, int]], group_size: int):
@@ -169,11 +208,11 @@ def dealer(lengths: list[tuple[int, int]], group_size: int):
     return deal
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rollouts, st.lists(st.floats(0.01, 0.99), min_size=2, max_size=6), st.booleans(), st.integers(1, 2))
 def test_interrupted_engines_go_on_as_the_twin(given: dict, shares: list[float], recompute: bool, ahead: int) -> None:
     """Asynchronous: each firing wants four groups, is interrupted by new weights once, and `ahead` more are at work."""
-    both = Both(given["engines"], given["limit"], given["budget"], given["group_size"])
+    both = both_of(given)
     deal = dealer(given["lengths"], given["group_size"])
     wanted = 4 * given["group_size"]
     both.submit(deal(4 * (1 + ahead)))
@@ -187,11 +226,11 @@ def test_interrupted_engines_go_on_as_the_twin(given: dict, shares: list[float],
     both.check_counts()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rollouts, st.integers(2, 6), st.integers(0, 4))
 def test_partial_rollouts_go_on_as_the_twin(given: dict, iterations: int, more: int) -> None:
     """Four groups are wanted of four and some more; the rest is carried to the next iteration. No token is lost."""
-    both = Both(given["engines"], given["limit"], given["budget"], given["group_size"])
+    both = both_of(given)
     deal = dealer(given["lengths"], given["group_size"])
     wanted, carried = 4 * given["group_size"], []
     for version in range(iterations):
@@ -206,7 +245,8 @@ def test_partial_rollouts_go_on_as_the_twin(given: dict, iterations: int, more: 
     both.check_counts()
     done = [s for group in both.pool.ended.values() for s in group] + both.pool.ready
     kept = sum(drawn for _, drawn in both.pool.outside) + sum(s.response for s in done)
-    assert both.drawn == kept + sum(response for _, response in both.given)
+    if not given["drafts"]:  # else it is what was verified
+        assert both.drawn == kept + sum(response for _, response in both.given)
 
 
 def test_throwing_away_takes_whole_prompts() -> None:

@@ -349,6 +349,16 @@ def test_without_reference_there_is_no_price_of_leaving_it(one_rank: None) -> No
     assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-7) for n in weights[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("speculative", {"tokens": 2, "acceptance_length": 2}), ("prefix_caching", True), ("sleep", "level_1")],
+)
+def test_what_real_engines_do_not_have_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(InputError) as error:
+        check_real(made(BASE | ZERO_0 | {"strategy": "colocated", "engine": "engine", f"generation.{name}": value}))
+    assert error.value.field == f"generation.{name}"
+
+
 # --- models and generation -------------------------------------------------------------------------------------------
 
 

@@ -170,7 +170,7 @@ class BlockTwin:
         lengths = [((start + count) ** 2 - start**2) ** 0.5 for _, start, count in pieces]
         prompt = sum(count for *_, count in pieces)
         self.found.steps.append((len(decoding), context, prompt, len(drawing), len(self.running), lengths))
-        self.now += one_step(self.seconds, self.found.steps[-1])
+        self.now += one_step(self.seconds, self.found.steps[-1], None)
         self.end([talk for talk in drawing if self.draw(talk)])
 
     @staticmethod
@@ -234,7 +234,7 @@ class Conversation(Response):
 
 class TurnTwinEngine(TwinEngine):
     def __init__(self, limit: int, budget: int, steps: StepSeconds, keep: bool, places: int | None) -> None:
-        super().__init__(limit, budget, lambda step: one_step(steps, step))
+        super().__init__(limit, budget, lambda step: one_step(steps, step, None), None, lambda prompt: 0)
         self.away: list[tuple[float, int, Conversation]] = []
         self.tools, self.keep, self.idle, self.recomputed = Tools(places), keep, False, 0
 
@@ -243,7 +243,7 @@ class TurnTwinEngine(TwinEngine):
             self.waiting.append(heapq.heappop(self.away)[-1])
         self.idle = bool(self.away) and not (self.waiting or self.running)
         if self.idle:
-            self.end = self.away[0][0]
+            self.end, self.rows = self.away[0][0], 0
         else:
             super().begin(now)
 

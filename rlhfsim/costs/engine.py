@@ -9,7 +9,16 @@ The continuous scheduler follows vLLM's (docs.vllm.ai, "Optimization and Tuning"
 recomputation; vllm/v1/core/sched/scheduler.py): decodes come first, then prompts in order, cut to what is left of the
 step's token budget; when the KV blocks run out, the most recently admitted sequence is preempted, put back to the head
 of the queue and computed again; no prompt is admitted in a step that preempted. A prompt is admitted when blocks for
-all of it are free (vLLM's V1 engine asks only for those of its first chunk). Shared prompt prefixes are not cached.
+all of it are free (vLLM's V1 engine asks only for those of its first chunk).
+
+With prefix caching the whole blocks of a prompt, but for the one with its last token (which is computed again to draw
+from it; vllm/v1/core/kv_cache_manager.py, get_computed_blocks), are there once for all of its responses that run. A
+response that is admitted while another one runs computes the rest only, also in the step that computes the other one
+(V1 enters blocks into its table as they are scheduled). Blocks that nobody uses count as free and gone; vLLM finds them
+again until it needs the room, and the tokens of a preempted response as well.
+
+With speculative decoding a step verifies `width` tokens of every decoding sequence, which gains the mean number each
+time: fractions of tokens are kept as ticks of a clock. Room is kept for all drafts.
 
 Without chunked prefill prompts go first and whole, in steps of their own in which nobody decodes, as in vLLM before V1
 (docs.vllm.ai, v0.6, "Performance and Tuning": the scheduler prioritises prefills by default, and does not batch them
@@ -20,12 +29,37 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from rlhfsim.errors import DoesNotFit
+from rlhfsim.spec.scenario import Speculative
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a decode step does for a sequence: `width` tokens computed, `ticks` gained, of which `unit` are a token."""
+
+    width: int = 1
+    ticks: int = 1
+    unit: int = 1
+
+    @classmethod
+    def of(cls, drafting: Speculative | None) -> Progress:
+        if drafting is None:
+            return cls()
+        return cls(drafting.tokens + 1, drafting.advance.numerator, drafting.advance.denominator)
+
+    @property
+    def advance(self) -> float:
+        """Tokens."""
+        return self.ticks / self.unit
+
+
+ONE_TOKEN = Progress()
 
 
 @dataclass(frozen=True)
@@ -33,12 +67,14 @@ class Runs:
     """Steps of one engine in order, alike ones together. Arrays, one entry per run; counts are those of one step.
 
     steps: how many. decodes: sequences that are given one token more. context_tokens: KV tokens that they attend to in
-    the first step of the run, themselves included; `decodes` more in each later step. prompt_tokens: tokens of prompts
-    (and of preempted sequences) computed; only runs of one step have any. sampled: tokens drawn, padding rows included.
-    running: sequences that are admitted and not yet at their end.
+    the first step of the run, themselves included; `decodes` more in each later step (with drafts: as many times
+    `progress.advance`). prompt_tokens: tokens of prompts (and of preempted sequences) computed; only runs of one step
+    have any. sampled: tokens drawn (or drafts verified), padding rows included. running: sequences that are admitted
+    and not yet at their end.
     chunk_run, chunk_tokens: one entry per piece of a prompt: its run, and the length of a whole prompt that costs as
     much attention (a piece from a to b of a prompt: sqrt(b^2 - a^2)).
     completion_run: one entry per sample: the run at whose end its response is there.
+    recomputed_tokens: of preempted sequences, lost from the cache. reused_tokens: of prompts, found in it.
     idle_seconds: before each run, with nothing to do but to wait for tools (see `turns.py`).
     tool_calls, tool_seconds: calls of tools, and what they took together, waiting for their turn included.
     """
@@ -54,6 +90,8 @@ class Runs:
     completion_run: np.ndarray
     preemptions: int = 0
     recomputed_tokens: int = 0
+    reused_tokens: int = 0
+    progress: Progress = ONE_TOKEN
     idle_seconds: np.ndarray = field(default_factory=lambda: np.zeros(1))
     tool_calls: int = 0
     tool_seconds: float = 0.0
@@ -61,7 +99,12 @@ class Runs:
     @property
     def mean_context_tokens(self) -> np.ndarray:
         """Attended KV tokens in the mean step of a run."""
-        return np.asarray(self.context_tokens + self.decodes * (self.steps - 1) / 2)
+        return np.asarray(self.context_tokens + self.decodes * self.progress.advance * (self.steps - 1) / 2)
+
+    @property
+    def computed(self) -> np.ndarray:
+        """Tokens that go through the layers in a step."""
+        return np.asarray(self.decodes * self.progress.width + self.prompt_tokens)
 
 
 def static_runs(
@@ -106,22 +149,36 @@ def continuous_runs(
     kv_blocks: int | None = None,
     chunked_prefill: bool = True,
     padded: bool = False,
+    groups: np.ndarray | None = None,
+    progress: Progress = ONE_TOKEN,
 ) -> Runs:
     """Continuous batching with a paged KV cache of `kv_blocks` (None: unlimited), samples admitted in order.
 
     step_tokens: at most so many tokens in a step (without chunked prefill: of prompts, and one prompt always).
     padded: every decoding sequence attends to as many tokens as the longest (a cache of rows and columns).
+    groups: with prefix caching, the prompt of each sample; samples of one group have the same. progress: of a sequence
+    in a decode step.
     Raises DoesNotFit when a sequence alone exceeds the cache.
     """
     return _Scheduler(
-        prompt_tokens, response_tokens, max_sequences, step_tokens, block_tokens, kv_blocks, chunked_prefill, padded
+        prompt_tokens,
+        response_tokens,
+        max_sequences,
+        step_tokens,
+        block_tokens,
+        kv_blocks,
+        chunked_prefill,
+        padded,
+        groups,
+        progress,
     ).run()
 
 
 class _Builder:
-    """Collects runs row by row."""
+    """Collects runs row by row; contexts are in ticks."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, progress: Progress = ONE_TOKEN) -> None:
+        self.progress = progress
         self.rows: list[tuple[int, int, int, int, int, int]] = []
         self.chunk_run: list[int] = []
         self.chunk_tokens: list[float] = []
@@ -136,57 +193,79 @@ class _Builder:
         self.chunk_tokens += chunks
         self.rows.append((steps, decodes, context, prompt, sampled, running))
 
-    def runs(self, preemptions: int = 0, recomputed_tokens: int = 0) -> Runs:
-        steps, decodes, context, prompt, sampled, running = np.array(self.rows, dtype=np.int64).reshape(-1, 6).T
+    def runs(self, preemptions: int = 0, recomputed_tokens: int = 0, reused_tokens: int = 0) -> Runs:
+        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 6).T
+        return replace(
+            self.decoding(rows[0], rows),
+            chunk_run=np.array(self.chunk_run, dtype=int),
+            chunk_tokens=np.array(self.chunk_tokens, dtype=float),
+            completion_run=self.completion_run,
+            preemptions=preemptions,
+            recomputed_tokens=recomputed_tokens,
+            reused_tokens=reused_tokens,
+            idle_seconds=np.array([self.idle_seconds.get(run, 0.0) for run in range(len(self.rows))]),
+        )
+
+    def decoding(self, steps: np.ndarray, rows: np.ndarray) -> Runs:
+        """So many steps of runs without prompts; rows: as they are kept here, one column per run."""
+        _, decodes, context, prompt, sampled, running = rows
+        if self.progress.unit > 1:
+            context = context / self.progress.unit
+        none = np.zeros(0, dtype=int)
         return Runs(
-            steps, decodes, context, prompt, sampled, running,
-            np.array(self.chunk_run, dtype=int), np.array(self.chunk_tokens, dtype=float),
-            self.completion_run, preemptions, recomputed_tokens,
-            np.array([self.idle_seconds.get(run, 0.0) for run in range(len(self.rows))]),
-        )  # fmt: skip
+            steps, decodes, context, prompt, sampled, running, none, none.astype(float), none, progress=self.progress
+        )
 
     def last_run(self) -> Runs:
         """Without the wait before it."""
-        first = bisect_left(self.chunk_run, len(self.rows) - 1)
-        chunks, none = np.array(self.chunk_tokens[first:], dtype=float), np.zeros(0, dtype=int)
-        steps, decodes, context, prompt, sampled, running = np.array(self.rows[-1:], dtype=np.int64).T
-        owners = np.zeros(len(chunks), dtype=int)
-        return Runs(steps, decodes, context, prompt, sampled, running, owners, chunks, none)
+        first, rows = bisect_left(self.chunk_run, len(self.rows) - 1), np.array(self.rows[-1:], dtype=np.int64).T
+        chunks = np.array(self.chunk_tokens[first:], dtype=float)
+        return replace(self.decoding(rows[0], rows), chunk_run=np.zeros(len(chunks), dtype=int), chunk_tokens=chunks)
 
 
 class _Scheduler:
     """State of one continuous engine.
 
-    A decoding sequence i has `base[i] + step` tokens in the cache before the step with that number, and needs a new
-    block when that is a multiple of the block size: `crossing[r]` counts the sequences whose base is r modulo it.
+    A decoding sequence i has `base[i] + clock` ticks of tokens in the cache, with the clock at what all have gained so
+    far. It needs a new block when, drafts included, that is a multiple of the block size: `crossing[r]` counts the
+    sequences that do when the clock is -r modulo the ticks of a block.
+    `shared[i]` blocks of sample i are those of every running sequence with the same `group`, of which there are
+    `members`.
     """
 
     def __init__(
         self, prompt: np.ndarray, response: np.ndarray, max_sequences: int, step_tokens: int, block: int,
-        blocks: int | None, chunked_prefill: bool, padded: bool,
+        blocks: int | None, chunked_prefill: bool, padded: bool, groups: np.ndarray | None = None,
+        progress: Progress = ONE_TOKEN,
     ) -> None:  # fmt: skip
         self.prompt: list[int] = prompt.tolist()
         self.response: list[int] = response.tolist()
         self.block, self.chunked, self.padded = block, chunked_prefill, padded
+        self.progress, self.drafts = progress, progress.width - 1
+        self.block_ticks = block * progress.unit
+        self.caching = groups is not None
+        self.group: list[int] = [0] * len(prompt) if groups is None else groups.tolist()
+        self.shared = self._shareable(self.prompt)
+        self.members: Counter[int] = Counter()
         # The last token is drawn and never computed, so it needs no room.
         need = self._needed_blocks(self.prompt, self.response, blocks)
         self.final_blocks = need
         self.free = blocks if blocks is not None else sum(need)
         self.total = self.free
         # vLLM refuses a step budget below the number of sequences: every one must be able to decode.
-        self.max_sequences, self.step_tokens = min(max_sequences, step_tokens), step_tokens
-        self.step = 0  # steps in which sequences decode: all but those of whole prompts
+        self.max_sequences, self.step_tokens = min(max_sequences, max(1, step_tokens // progress.width)), step_tokens
+        self.clock = 0  # ticks in steps in which sequences decode: all but those of whole prompts
         self.waiting = list(range(len(need)))[::-1]  # the next one last
         self.running: dict[int, None] = {}  # in order of admission, the newest last
         self.partial: list[int] | None = None  # [sample, computed, to compute]: at most one, and always the newest
         self.base: dict[int, int] = {}  # the decoding ones
-        self.finish: dict[int, int] = {}  # the step after their last
+        self.finish: dict[int, int] = {}  # the clock after their last step
         self.ending: list[tuple[int, int]] = []  # heap of (finish, sample); entries of preempted ones are stale
         self.generated = [0] * len(need)
-        self.crossing = [0] * block
+        self.crossing = [0] * self.block_ticks
         self.base_sum = 0
-        self.builder = _Builder(len(need))
-        self.preemptions = self.recomputed = 0
+        self.builder = _Builder(len(need), progress)
+        self.preemptions = self.recomputed = self.reused = 0
 
     def run(self) -> Runs:
         while self.waiting or self.running:
@@ -194,7 +273,7 @@ class _Scheduler:
                 self._drain()
                 break
             self.advance()
-        return self.builder.runs(self.preemptions, self.recomputed)
+        return self.builder.runs(self.preemptions, self.recomputed, self.reused)
 
     def advance(self, limit: int | None = None) -> None:
         """One run: until the batch changes, at most `limit` steps."""
@@ -203,26 +282,73 @@ class _Scheduler:
         preempted = self._make_room()
         decoding = len(self.base)
         context = self._context()
-        fresh = self.crossing[-self.step % self.block]
+        fresh, width = self._fresh(1), self.progress.width
         self.free -= fresh
-        chunks, prompt, completed = self._prefill(self.step_tokens - decoding, admit=self.chunked and not preempted)
+        chunks, prompt, completed = self._prefill(
+            self.step_tokens - decoding * width, admit=self.chunked and not preempted
+        )
         if chunks or preempted:
             steps = 1
         else:
             self.free += fresh
             steps = self._steps_until_change(limit)
-        self.builder.add(steps, decoding, context, prompt, decoding + len(completed), len(self.running), chunks=chunks)
-        self.step += steps
+        sampled = decoding * width + len(completed)
+        self.builder.add(steps, decoding, context, prompt, sampled, len(self.running), chunks=chunks)
+        self.clock += steps * self.progress.ticks
         for sample in completed:
             self._start_decoding(sample)
         self._retire()
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.block)
+        return -(-(tokens + self.drafts) // self.block)
+
+    def _held(self, sample: int) -> int:
+        """Blocks of a decoding sequence."""
+        ticks = self.base[sample] + self.clock + self.drafts * self.progress.unit
+        return -(-ticks // self.block_ticks)
+
+    def _cached(self, sample: int) -> int:
+        """Whole tokens in the cache of a decoding sequence."""
+        return (self.base[sample] + self.clock) // self.progress.unit
+
+    def _fresh(self, steps: int) -> int:
+        """Blocks that the decoding sequences need in so many steps."""
+        periods, rest = divmod(steps * self.progress.ticks, self.block_ticks)
+        beyond = sum(self.crossing[-(self.clock + tick) % self.block_ticks] for tick in range(rest))
+        return periods * len(self.base) + beyond
+
+    def _shareable(self, prompts: list[int]) -> list[int]:
+        """Blocks that every response to a prompt of so many tokens can use."""
+        return [(tokens - 1) // self.block if self.caching else 0 for tokens in prompts]
+
+    def _found(self, sample: int) -> int:
+        """Blocks of a sample that are in the cache before it is admitted."""
+        return self.shared[sample] if self.shared[sample] and self.members[self.group[sample]] else 0
+
+    def _known(self, sample: int) -> int:
+        """Tokens of a waiting sample that need not be computed when it is admitted."""
+        return self._found(sample) * self.block
+
+    def _enter(self, sample: int, tokens: int) -> int:
+        """Admit a sample, for which there is room, with blocks for so many tokens -> how many of those are computed."""
+        found = self._found(sample)
+        self.free -= self._blocks(tokens) - found
+        self.members[self.group[sample]] += 1
+        self.running[sample] = None
+        self.reused += found * self.block
+        return found * self.block
+
+    def _leave(self, sample: int, blocks: int) -> int:
+        """Free so many blocks of a sample that is no longer running -> how many of its tokens stay in the cache."""
+        self.members[self.group[sample]] -= 1
+        kept = self._found(sample)
+        self.free += blocks - kept
+        return kept * self.block
 
     def _needed_blocks(self, prompts: list[int], responses: list[int], blocks: int | None) -> list[int]:
         """Of sequences at their full length; DoesNotFit where one has no room."""
-        need = [self._blocks(p + r - 1) for p, r in zip(prompts, responses, strict=True)]
+        beyond = -(-(self.progress.ticks - 1) // self.progress.unit)  # what the last step may draw too many
+        need = [self._blocks(p + r - 1 + beyond) for p, r in zip(prompts, responses, strict=True)]
         if blocks is not None and need and max(need) > blocks:
             longest = int(np.argmax(need))
             raise DoesNotFit(
@@ -232,49 +358,38 @@ class _Scheduler:
         return need
 
     def _context(self) -> int:
-        """KV tokens that the decoding sequences attend to in this step."""
+        """Ticks of KV tokens that the decoding sequences attend to in this step."""
         bases = max(self.base.values(), default=0) * len(self.base) if self.padded else self.base_sum
-        return bases + len(self.base) * (self.step + 1)
+        return bases + len(self.base) * (self.clock + self.progress.width * self.progress.unit)
 
     def _prefill_whole(self) -> bool:
         """A step of whole prompts, if any can be admitted."""
-        budget, lengths, admitted = self.step_tokens, list[int](), list[int]()
-        chunks: list[float] = []
+        budget, chunks, admitted = self.step_tokens, list[float](), list[int]()
         while self.waiting and len(self.running) < self.max_sequences:
             sample = self.waiting[-1]
-            length, cached = self._length(sample), self._cached(sample)
-            if self._blocks(length) > self.free or (lengths and length - cached > budget):
+            length = self._length(sample)
+            count = length - self._known(sample)
+            if self._blocks(length) - self._found(sample) > self.free or (chunks and count > budget):
                 break
-            self._admit()
-            budget -= length - cached
-            lengths.append(length - cached)
-            chunks.append((length**2 - cached**2) ** 0.5)
-            admitted.append(sample)
-        if lengths:
-            self.builder.add(1, 0, 0, sum(lengths), len(lengths), len(self.running), chunks=chunks)
+            budget -= count
+            chunks.append(_piece(self._enter(sample, length), length))
+            admitted.append(self.waiting.pop())
+        if chunks:
+            computed = self.step_tokens - budget
+            self.builder.add(1, 0, 0, computed, len(chunks), len(self.running), chunks=chunks)
             for sample in admitted:
                 self._start_decoding(sample)
             self._retire()
-        return bool(lengths)
+        return bool(chunks)
 
     def _length(self, sample: int) -> int:
         """Tokens that must be in the cache before it decodes."""
         return self.prompt[sample] + self.generated[sample]
 
-    def _cached(self, sample: int) -> int:
-        """Those of a waiting sequence that are."""
-        return 0
-
-    def _admit(self) -> None:
-        """The first of the queue joins the batch; blocks for all of its prompt are free."""
-        sample = self.waiting.pop()
-        self.free -= self._blocks(self._length(sample))
-        self.running[sample] = None
-
     def _make_room(self) -> bool:
         """Preempt the newest until every other decoding sequence can be given the block that it needs in this step."""
         preempted = False
-        while self.crossing[-self.step % self.block] > self.free:
+        while self._fresh(1) > self.free:
             self._put_back()
             self.preemptions += 1
             preempted = True
@@ -284,14 +399,12 @@ class _Scheduler:
         """The newest sequence to the head of the queue; its cache is lost."""
         sample, _ = self.running.popitem()
         if self.partial is not None and self.partial[0] == sample:
-            self.recomputed += self.partial[1]
-            self.free += self._blocks(self.partial[2])
+            self.recomputed += self.partial[1] - self._leave(sample, self._blocks(self.partial[2]))
             self.partial = None
         else:
-            cached = self.base[sample] + self.step
+            cached = self._cached(sample)
             self.generated[sample] = cached - self.prompt[sample] + 1
-            self.recomputed += cached
-            self.free += self._blocks(cached)
+            self.recomputed += cached - self._leave(sample, self._held(sample))
             self._stop_decoding(sample)
         self.waiting.append(sample)
 
@@ -304,14 +417,14 @@ class _Scheduler:
                 if not (admit and self.waiting and len(self.running) < self.max_sequences):
                     break
                 sample = self.waiting[-1]
-                length, cached = self._length(sample), self._cached(sample)
-                if self._blocks(length) > self.free:
+                length = self._length(sample)
+                if self._blocks(length) - self._found(sample) > self.free:
                     break
-                self._admit()
-                self.partial = [sample, cached, length]
+                self.waiting.pop()
+                self.partial = [sample, self._enter(sample, length), length]
             sample, computed, length = self.partial
             take = min(budget, length - computed)
-            chunks.append(((computed + take) ** 2 - computed**2) ** 0.5)
+            chunks.append(_piece(computed, computed + take))
             budget, tokens = budget - take, tokens + take
             self.partial[1] += take
             if computed + take == length:
@@ -322,16 +435,17 @@ class _Scheduler:
     def _steps_until_change(self, limit: int | None) -> int:
         """Steps that only decode: until a sequence ends or the blocks run out; takes the blocks they need."""
         self._drop_stale()
-        steps, decoding = self.ending[0][0] - self.step, len(self.base)
+        steps, decoding = (self.ending[0][0] - self.clock) // self.progress.ticks, len(self.base)
         steps = steps if limit is None else min(steps, limit)
-        periods, rest = divmod(steps, self.block)
-        needed = periods * decoding + sum(self.crossing[-(self.step + i) % self.block] for i in range(rest))
+        needed = self._fresh(steps)
         if needed > self.free:
-            # In each period of `block` steps every sequence needs one block; then walk through the last one.
+            # In each period of `block_ticks` every sequence needs one block; then walk through the last one.
             periods = self.free // decoding
-            steps, needed = periods * self.block, periods * decoding
-            while (more := self.crossing[-(self.step + steps) % self.block]) <= self.free - needed:
-                steps, needed = steps + 1, needed + more
+            ticks, needed = periods * self.block_ticks, periods * decoding
+            while (more := self.crossing[-(self.clock + ticks) % self.block_ticks]) <= self.free - needed:
+                ticks, needed = ticks + 1, needed + more
+            steps = ticks // self.progress.ticks
+            needed = self._fresh(steps)
         self.free -= needed
         return steps
 
@@ -339,27 +453,31 @@ class _Scheduler:
         """Its prompt is in the cache and one more token is drawn."""
         cached = self._length(sample)
         self.generated[sample] += 1
-        base = cached - self.step
+        base = cached * self.progress.unit - self.clock
         self.base[sample] = base
         self.base_sum += base
-        self.crossing[base % self.block] += 1
-        self.finish[sample] = self.step + self.response[sample] - self.generated[sample]
+        self.crossing[self._phase(base)] += 1
+        left = (self.response[sample] - self.generated[sample]) * self.progress.unit
+        self.finish[sample] = self.clock + -(-left // self.progress.ticks) * self.progress.ticks
         heapq.heappush(self.ending, (self.finish[sample], sample))
 
     def _stop_decoding(self, sample: int) -> None:
         base = self.base.pop(sample)
         self.base_sum -= base
-        self.crossing[base % self.block] -= 1
+        self.crossing[self._phase(base)] -= 1
         del self.finish[sample]
+
+    def _phase(self, base: int) -> int:
+        return (base + self.drafts * self.progress.unit) % self.block_ticks
 
     def _retire(self) -> None:
         """Sequences whose last token was drawn give their blocks back."""
         self._drop_stale()
-        while self.ending and self.ending[0][0] <= self.step:
+        while self.ending and self.ending[0][0] <= self.clock:
             _, sample = heapq.heappop(self.ending)
-            self.free += self._blocks(self.base[sample] + self.step)
-            self._stop_decoding(sample)
             del self.running[sample]
+            self._leave(sample, self._held(sample))
+            self._stop_decoding(sample)
             self._complete(sample)
             self._drop_stale()
 
@@ -372,7 +490,11 @@ class _Scheduler:
 
     def _all_will_fit(self) -> bool:
         """Nothing can be preempted any more, even if every running sequence had reached its full length at once."""
-        return sum(self.final_blocks[sample] for sample in self.running) <= self.total
+        needed = sum(self.final_blocks[sample] for sample in self.running)
+        if self.caching:
+            by_group = {self.group[sample]: self.shared[sample] for sample in self.running}
+            needed += sum(by_group.values()) - sum(self.shared[sample] for sample in self.running)
+        return needed <= self.total
 
     def _drain(self) -> None:
         """The rest, when nothing waits and everything fits: one run between two completions."""
@@ -381,16 +503,23 @@ class _Scheduler:
         bases = np.array([self.base[sample] for sample in samples.tolist()], dtype=int)
         order = np.argsort(finish, kind="stable")
         ends, first = np.unique(finish[order], return_index=True)
-        begins = np.concatenate([[self.step], ends[:-1]])
+        begins = np.concatenate([[self.clock], ends[:-1]])
         # Sequences with a later end, and the sum of their bases, at each begin.
         decoding = len(samples) - first
         if self.padded:
             remaining = np.maximum.accumulate(bases[order][::-1])[::-1][first] * decoding
         else:
             remaining = np.cumsum(bases[order][::-1])[::-1][first]
-        context = remaining + decoding * (begins + 1)
+        width, ticks = self.progress.width, self.progress.ticks
+        context = remaining + decoding * (begins + width * self.progress.unit)
         before = len(self.builder.rows)
         zeros = [0] * len(ends)
-        columns = (ends - begins).tolist(), decoding.tolist(), context.tolist(), zeros, decoding.tolist()
+        steps = (ends - begins) // ticks
+        columns = steps.tolist(), decoding.tolist(), context.tolist(), zeros, (decoding * width).tolist()
         self.builder.rows += zip(*columns, decoding.tolist(), strict=True)
         self.builder.completion_run[samples] = before + np.searchsorted(ends, finish)
+
+
+def _piece(begin: int, end: int) -> float:
+    """The length of a whole prompt that costs as much attention as tokens from `begin` to `end` of one."""
+    return float((end**2 - begin**2) ** 0.5)

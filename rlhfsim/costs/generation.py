@@ -12,15 +12,18 @@ The host's time (scheduling, sampling, detokenising) is serial with the device's
 For an engine that schedules one step ahead lower `overheads.decode_step_seconds`. Launches run ahead of the device: a
 step without CUDA graphs takes the longer of both (unverified: how far eager launches and the host's rest overlap).
 
-Not modelled: shared prompt prefixes, speculative decoding, the vocabulary-parallel gather of logits, experts spread
-over several engines (their all-to-all makes the engines meet at every layer).
+What drafts runs once over the tokens of a step (prompts too) and once more for each further draft, one token of every
+decoding sequence at a time.
+
+Not modelled: the vocabulary-parallel gather of logits, the all-reduces of what drafts, experts spread over several
+engines (their all-to-all makes the engines meet at every layer).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,7 +32,7 @@ from rlhfsim.memory import PREFETCH_PARAMETERS
 from rlhfsim.model import parameters
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
-from .engine import Runs, continuous_runs, static_runs
+from .engine import Progress, Runs, continuous_runs, static_runs
 from .kernels import Numbers
 from .operators import EAGER_KERNELS_PER_LAYER, Operators, OperatorTime
 from .passes import weight_tensors
@@ -72,8 +75,9 @@ class GenerationStats:
 
     completion_seconds: one entry per sample, in the order given: when its response was there.
     timeline_seconds, timeline_running: `running` sequences from that instant on.
-    prompt_tokens, decoded_tokens: that went through the layers, recomputed ones and padding included; sequence_steps is
-        their sum. The first token of a response comes from its prefill.
+    prompt_tokens, decoded_tokens: that went through the layers, recomputed ones, padding and drafts included;
+        sequence_steps is their sum. The first token of a response comes from its prefill. reused_tokens: of prompts,
+        found in the cache.
     low_occupancy_share: of the time, with less than 10 % of the largest running batch.
     idle_seconds: with nothing to do but to wait for tools. tool_calls, tool_seconds: as in `Runs`.
     """
@@ -90,6 +94,7 @@ class GenerationStats:
     decoded_tokens: int
     preemptions: int = 0
     recomputed_tokens: int = 0
+    reused_tokens: int = 0
     idle_seconds: float = 0.0
     tool_calls: int = 0
     tool_seconds: float = 0.0
@@ -133,6 +138,8 @@ def generation_counts(stats: Sequence[GenerationStats], copies: int = 1) -> dict
         "preemptions": sum(s.preemptions for s in stats),
         "recomputed_tokens": sum(s.recomputed_tokens for s in stats),
     }
+    if reused := sum(s.reused_tokens for s in stats):
+        sums["reused_tokens"] = reused
     if any(s.tool_calls or s.idle_seconds for s in stats):
         for name in ("tool_calls", "tool_seconds", "idle_seconds"):
             sums[name] = sum(getattr(s, name) for s in stats)
@@ -176,14 +183,17 @@ def generation_program(
     kv_capacity_tokens: float | None = None,
     domain: Sequence[int] | None = None,
     steps: StepSeconds | None = None,
+    engines: Sequence[tuple[StepSeconds, float | None]] | None = None,
+    groups: Sequence[np.ndarray] | None = None,
     tables: list[_Steps] | None = None,
 ) -> GenerationResult:
     """Segments of one place that generates the responses to its prompts.
 
     prompt_tokens, response_tokens: one array per replica, one entry per sample. ranks: of the place, replica by
     replica. kv_capacity_tokens: of one engine, for continuous batching; None: unlimited. domain: ranks over which the
-    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. tables: of replicas
-    whose steps are known (see `turns.py`).
+    weights are sharded (default: `ranks`). steps: pass it again to share its tables between places. engines: steps and
+    KV capacity of every replica, where they differ. groups: the prompt of every sample, for prefix caching. tables: of
+    replicas whose steps are known (see `turns.py`).
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
@@ -201,14 +211,15 @@ def generation_program(
     gather = _gather(use, generation, holders, len(prompts), operators)
     if not sum(map(len, prompts)):
         return GenerationResult([])
-    steps = steps or StepSeconds(operators, use, generation)
+    if not engines:
+        engines = [(steps or StepSeconds(operators, use, generation), kv_capacity_tokens)] * len(prompts)
     if not operators.effects.decode:
         return GenerationResult([*gather, *_proportional(use, generation, prompts, responses, ranks, operators)])
     # Without shards plain generation needs no other rank: each replica stops at its own longest response.
     together = generation.engine == "zero3_per_token" and use.zero_stage == 3 and len(holders) > 1
     until = _longest(responses, generation.batch_samples) if together else None
     if tables is None:
-        tables = _tables(generation, prompts, responses, kv_capacity_tokens, until, steps)
+        tables = _tables(generation, prompts, responses, engines, until, groups)
     if together:
         segments = _sharded_segments(use, tables, holders, operators)
     else:
@@ -220,11 +231,18 @@ def generation_program(
 
 
 class StepSeconds:
-    """Seconds of runs of steps on one engine. Keeps a table for each batch size that occurred: reuse it."""
+    """Seconds of runs of steps on one engine. Keeps a table for each batch size that occurred: reuse it.
 
-    def __init__(self, operators: Operators, use: ModelUse, generation: Generation) -> None:
+    drafts: of the model that drafts for another one, whose steps have the host's time.
+    """
+
+    def __init__(self, operators: Operators, use: ModelUse, generation: Generation, *, drafts: bool = False) -> None:
         degree, layers, ideal = generation.tensor_parallel, use.shape.layers, not operators.effects.efficiency
         per_token = generation.engine == "zero3_per_token"
+        self.draft: StepSeconds | None = None
+        if generation.speculative and (draft := generation.draft_use(use)):
+            self.draft = StepSeconds(operators, draft, generation.without_drafts(), drafts=True)
+        queries = generation.speculative.tokens + 1 if generation.speculative else 1
         use = generation.engine_use(use)
         overheads = operators.overheads
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
@@ -244,6 +262,8 @@ class StepSeconds:
             self.step_seconds = overheads.decode_step_seconds
         if overheads.decode_sequence_seconds is not None:
             self.sequence_seconds = overheads.decode_sequence_seconds
+        if drafts:
+            self.step_seconds = self.sequence_seconds = 0.0
         self.step_seconds += overheads.eager_pass_seconds
         if not operators.gpu.overlaps_launches:  # no graphs either: nothing hides what every layer's launches take
             self.step_seconds += launch_seconds
@@ -262,7 +282,7 @@ class StepSeconds:
         kv_bytes = generation.kv_bytes(use)
 
         def attention(batch: np.ndarray, context: np.ndarray) -> OperatorTime:
-            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes)
+            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes, queries=queries)
 
         self._attention = _Table(lambda b: attention(b, np.zeros(len(b))))
         self._per_token = _Table(lambda b: attention(b, np.ones(len(b))) + -1.0 * attention(b, np.zeros(len(b))))
@@ -271,12 +291,28 @@ class StepSeconds:
 
     def of(self, runs: Runs) -> np.ndarray:
         """Seconds of each run by what limits it: rows as in `BOUNDS`."""
-        tokens = runs.decodes + runs.prompt_tokens
+        seconds = self._of(runs)
+        if self.draft is None:
+            return seconds
+        one = replace(runs.progress, width=1)
+        drawn = runs.sampled - (runs.progress.width - 1) * runs.decodes
+        seconds += self.draft._of(replace(runs, sampled=drawn, progress=one))
+        decoding = runs.decodes > 0
+        some = [column[decoding] for column in (runs.steps, runs.decodes, runs.context_tokens, runs.running)]
+        steps, decodes, context, running = some
+        none = np.zeros(0, dtype=int)
+        again = Runs(steps, decodes, context, 0 * steps, decodes, running, none, none.astype(float), none, progress=one)
+        seconds[:, decoding] += (runs.progress.width - 2) * self.draft._of(again)
+        return seconds
+
+    def _of(self, runs: Runs) -> np.ndarray:
+        """Without what drafts."""
+        tokens = runs.computed
         slope = self.cache_traffic * self._per_token(runs.decodes)  # per cached token
         fixed = self._body(tokens) + self._head(runs.sampled) + self._attention(runs.decodes) + self._prefill(runs)
         context, growing = self._attended(runs)
         device = fixed + slope * context
-        growth = slope[0] * runs.decodes * growing
+        growth = slope[0] * runs.decodes * runs.progress.advance * growing
         first = device[0] - growth * (runs.steps - 1) / 2
         waiting = _below(self.floor_seconds, first, growth, runs.steps)
         launch = device[3] * runs.steps + waiting
@@ -380,9 +416,10 @@ class _Steps:
             prefill_steps=int(self.prefill.sum()),
             decode_steps=int(runs.steps[~self.prefill].sum()),
             prompt_tokens=int(runs.prompt_tokens.sum()),
-            decoded_tokens=int((runs.steps * runs.decodes).sum()),
+            decoded_tokens=int((runs.steps * (runs.computed - runs.prompt_tokens)).sum()),
             preemptions=runs.preemptions,
             recomputed_tokens=runs.recomputed_tokens,
+            reused_tokens=runs.reused_tokens,
             idle_seconds=self.idle_seconds,
             tool_calls=runs.tool_calls,
             tool_seconds=runs.tool_seconds,
@@ -393,22 +430,25 @@ def _tables(
     generation: Generation,
     prompts: list[np.ndarray],
     responses: list[np.ndarray],
-    kv_capacity_tokens: float | None,
+    engines: Sequence[tuple[StepSeconds, float | None]],
     until: list[int] | None,
-    steps: StepSeconds,
+    groups: Sequence[np.ndarray] | None = None,
 ) -> list[_Steps]:
-    """One entry per replica; replicas with the same lengths are computed once."""
-    blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
-    done: dict[tuple[bytes, bytes], _Steps] = {}
+    """One entry per replica; replicas with the same lengths on the same machines are computed once."""
+    done: dict[tuple[bytes, bytes, bytes, int, float | None], _Steps] = {}
     tables = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        key = prompt.tobytes(), response.tobytes()
+    for k, (prompt, response, (steps, kv_capacity_tokens)) in enumerate(zip(prompts, responses, engines, strict=True)):
+        group = groups[k] if groups is not None and generation.prefix_caching else None
+        prefixes = b"" if group is None else group.tobytes()
+        key = prompt.tobytes(), response.tobytes(), prefixes, id(steps), kv_capacity_tokens
         if key not in done:
+            blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
             if generation.continuous:
                 runs = continuous_runs(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
                     chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
+                    groups=group, progress=Progress.of(generation.speculative),
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)
@@ -470,7 +510,7 @@ def _sharded_segments(
             label,
             _balanced(axis.compute_seconds, operators.effects) / layers,
             axis.steps * layers,
-            (Transfer("all_gather", (domain,), _weight_bytes(use) / layers, messages),),
+            (Transfer("all_gather", use.shard_groups(domain), _weight_bytes(use) / layers, messages),),
             prefetch=1,
             lockstep=True,
             bound=_bound(tables, phase),
@@ -520,7 +560,7 @@ def _axis(tables: list[_Steps], prefill: bool) -> _Axis:
         runs = table.runs
         ends.append(np.concatenate([[0], np.cumsum(runs.steps[chosen])]))
         seconds.append(np.concatenate([[0.0], np.cumsum(table.seconds[chosen])]))
-        through = runs.steps * (runs.decodes + runs.prompt_tokens)
+        through = runs.steps * runs.computed
         tokens.append(np.concatenate([[0.0], np.cumsum(through[chosen])]))
     edges = np.unique(np.concatenate(ends))
     if len(edges) > MAX_KINDS + 1:
@@ -560,7 +600,7 @@ def _gather(
     own engine never.
     """
     effects, host_seconds = operators.effects, 0.0
-    sharded = use.zero_stage == 3 and len(domain) > 1
+    sharded = use.zero_stage == 3 and len(use.shard_groups(domain)[0]) > 1
     if generation.engine == "zero3_per_token":
         needed = sharded and not effects.decode
     else:
@@ -569,7 +609,7 @@ def _gather(
         return []
     held, wanted = use.tensor_parallel, generation.tensor_parallel
     if sharded:
-        groups: tuple[tuple[int, ...], ...] = (domain,)
+        groups = use.shard_groups(domain)
         payload, calls = _weight_bytes(use), weight_tensors(use.shape)
         host_seconds = float(operators.engine_launches(use, "gather", parameters(use.shape)).seconds)
     elif held > wanted and held % wanted == 0:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
-from rlhfsim.layout import Holding
-from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES
+from rlhfsim.layout import Holding, shares_with_training
+from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES, cache_bytes_per_token, engine_weight_bytes
 from rlhfsim.model import Head, parameters
+from rlhfsim.packing import shares_by_tokens
 from rlhfsim.spec.lengths import DrawnTurns, Turn
 from rlhfsim.spec.scenario import Scenario
 
@@ -23,15 +24,18 @@ from .generation import (
     GenerationResult,
     GenerationStats,
     StepSeconds,
+    _Steps,
     generation_counts,
     generation_program,
     route_samples,
 )
+from .mixed import mixed_program
 from .operators import Operators
 from .passes import Host, Layout, controller_program, firing_program, score_program, train_program
 from .rewards import function_seconds, queue_seconds
 from .rollout import Rollouts
 from .segment import Segment, Transfer
+from .sleep import sleep_program, wake_program
 from .sync import sync_program
 from .turns import TurnEngine, turn_steps
 
@@ -49,10 +53,24 @@ def head_of(model: str) -> Head:
     return "value" if model in VALUE_HEADS else "lm"
 
 
+class _Samples(NamedTuple):
+    """Of one firing: tokens of prompts and responses, and how they are generated (`CostModel._generated_as`)."""
+
+    prompts: np.ndarray
+    responses: np.ndarray
+    groups: np.ndarray
+    turns: SampleTurns | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.prompts.tobytes(), self.responses.tobytes(), self.groups.tobytes(), self.turns
+
+
 class CostModel:
     """The cost of every firing of one scenario's (folded) graph.
 
-    lengths: prompt and response tokens of every sample, by iteration. kv_capacity_tokens: of one engine, by model copy.
+    operators: of each part of the cluster. lengths: prompt and response tokens of every sample, by iteration.
+    kv_capacity_tokens: of one engine, by the kind of its ranks (`Cluster.rank_kinds`); None: unlimited.
     batches: numbers of the samples that are kept and train, by iteration (None: all). reward_seconds: what a judge or
         sandbox takes for every sample, by iteration. turns: in which responses are generated, by iteration (None: at
         once, or `effects.decode` off).
@@ -63,9 +81,9 @@ class CostModel:
         scenario: Scenario,
         fold: Fold,
         holdings: dict[str, Holding],
-        operators: Operators,
+        operators: Sequence[Operators],
         lengths: list[tuple[np.ndarray, np.ndarray]],
-        kv_capacity_tokens: float | None,
+        kv_capacity_tokens: Mapping[int, float] | None,
         *,
         batches: list[np.ndarray] | None = None,
         reward_seconds: list[np.ndarray] | None = None,
@@ -74,7 +92,8 @@ class CostModel:
         self.scenario, self.fold, self.holdings, self.operators = scenario, fold, holdings, operators
         self.lengths, self.kv_capacity_tokens = lengths, kv_capacity_tokens
         self.batches, self.reward_seconds, self.turns = batches, reward_seconds, turns
-        self._steps: dict[str, StepSeconds] = {}
+        self._kinds, self._nodes = np.array(scenario.cluster.rank_kinds), scenario.cluster.rank_nodes
+        self._steps: dict[tuple[str, int], StepSeconds] = {}
         self._programs: dict[tuple[Any, ...], list[Segment]] = {}
         self._finished: dict[tuple[Any, ...], list[GenerationStats]] = {}
         self._arrived: dict[int, np.ndarray] = {}
@@ -105,8 +124,8 @@ class CostModel:
         if stage.kind == "sync":
             return self._remember((f.stage,), lambda: self._sync(stage))
         if f.stage in self._rollouts.stages:
-            begin = [] if f in self._paused else self._controller(stage, len(self.numbers(f)))
-            return [*begin, *self._rollouts.segments(f)]
+            begin = [] if f in self._paused else self._controller(stage, stage.ranks, len(self.numbers(f)))
+            return self._between_sleeps(f, [*begin, *self._rollouts.segments(f)])
         self._begun_with[f] = self._versions.get(stage.model, 0)
         # A firing whose place was decided late is known by its chunk; the place says which ranks do it.
         first = f._replace(place=places[0])
@@ -115,9 +134,16 @@ class CostModel:
             return []  # the batch was full before
         prompts, responses = self._lengths(first, ids)
         reward = None if stage.model in self.holdings else self._reward_seconds(first, stage, ids)
-        turns = self._turns(first, ids) if stage.kind == "generate" else None
-        key = (f.stage, tuple(places), prompts.tobytes(), responses.tobytes(), reward, turns)
-        return self._remember(key, lambda: self._work(stage, places, prompts, responses, reward, turns))
+        ends, samples = self._ends(stage, f), _Samples(prompts, responses, *self._generated_as(first, stage, ids))
+        key = (f.stage, tuple(places), samples.key, reward, ends)
+        work = self._remember(key, lambda: self._work(stage, places, samples, reward, ends))
+        return self._between_sleeps(f, work)
+
+    def _ends(self, stage: Stage, f: Firing) -> tuple[bool, bool]:
+        """Whether a firing is the first and the last of its stage in an iteration, where it matters to its cost."""
+        if stage.kind != "train" or not self.holdings[stage.model].use.gathers_ahead:
+            return True, True
+        return f.chunk == 0, f.chunk == stage.firings - 1
 
     def ended(self, f: Firing, name: Firing) -> dict[str, float]:
         """Book what an ended firing changes: the version of weights, what engines hold; ages of what it generated."""
@@ -162,12 +188,24 @@ class CostModel:
             ids = ids % len(prompts)
         return prompts[ids], responses[ids]
 
-    def _turns(self, f: Firing, ids: np.ndarray) -> SampleTurns | None:
-        """Turns of samples that are to be generated."""
-        if self.turns is None:
-            return None
-        by_sample = self.turns[f.iteration % len(self.turns)].by_sample
-        return tuple(by_sample[k % len(by_sample)] for k in ids.tolist())
+    def _generated_as(self, f: Firing, stage: Stage, ids: np.ndarray) -> tuple[np.ndarray, SampleTurns | None]:
+        """Who shares a prompt with whom, and in which turns: of samples that are to be generated."""
+        turns = None
+        if self.turns is not None and stage.kind == "generate":
+            by_sample = self.turns[f.iteration % len(self.turns)].by_sample
+            turns = tuple(by_sample[k % len(by_sample)] for k in ids.tolist())
+        return self._groups(stage, ids), turns
+
+    def _groups(self, stage: Stage, ids: np.ndarray) -> np.ndarray:
+        """Which samples have the same prompt, where engines make use of it: equal numbers, counted from 0; else empty.
+
+        Validation generates one response to each prompt.
+        """
+        if not (self.scenario.generation.prefix_caching and stage.kind == "generate"):
+            return np.zeros(0, dtype=int)
+        if stage.name == "testing":
+            return np.arange(len(ids))
+        return np.unique(ids // self.scenario.workload.responses_per_prompt, return_inverse=True)[1]
 
     def message(self, messages: list[Message]) -> Transfer | None:
         """All lanes of one result on their way to one place; lanes that stay on their rank do not move."""
@@ -208,94 +246,135 @@ class CostModel:
 
     # -- the work of a firing -----------------------------------------------------------------------------
 
+    def _kinds_of(self, ranks: Iterable[int]) -> np.ndarray:
+        """The kinds of machines of ranks (`Cluster.rank_kinds`)."""
+        return np.asarray(self._kinds[list(ranks)])
+
+    def _operators_of(self, ranks: Iterable[int]) -> dict[int, Operators]:
+        """Operators by the kinds of machines among these ranks."""
+        kinds = np.unique(self._kinds_of(ranks)).tolist() if len(self.operators) > 1 else [0]
+        return {kind: self.operators[kind] for kind in kinds}
+
+    def _slowest(self, ranks: Iterable[int], make: Callable[[Operators], list[Segment]]) -> list[Segment]:
+        """The program on the machines, among these ranks', on which it takes longest."""
+        return max((make(operators) for operators in self._operators_of(ranks).values()), key=_seconds)
+
     def _remember(self, key: tuple[Any, ...], make: Callable[[], list[Segment]]) -> list[Segment]:
         if key not in self._programs:
             self._programs[key] = make()
         return self._programs[key]
 
     def _work(
-        self,
-        stage: Stage,
-        places: list[int],
-        prompts: np.ndarray,
-        responses: np.ndarray,
-        reward_seconds: float | None,
-        turns: SampleTurns | None,
+        self, stage: Stage, places: list[int], samples: _Samples, reward_seconds: float | None, ends: tuple[bool, bool]
     ) -> list[Segment]:
         ranks = stage.ranks_of(places[0])
         if stage.kind == "generate":
-            segments = self._generate(stage, places, prompts, responses, turns)
+            segments = self._generate(stage, places, samples)
         elif reward_seconds is not None:
             segments = self._reward(reward_seconds)
         else:
-            tokens = prompts + responses
+            tokens = samples.prompts + samples.responses
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
-            segments = self._pass(stage, ranks, tokens)
-        controller = self._controller(stage, len(prompts))
-        if not self.scenario.cluster.gpu.overlaps_communication:
+            segments = self._pass(stage, ranks, tokens, ends)
+        controller = self._controller(stage, ranks, len(samples.prompts))
+        if not all(operators.gpu.overlaps_communication for operators in self._operators_of(ranks).values()):
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
 
-    def _generate(
-        self, stage: Stage, places: list[int], prompts: np.ndarray, responses: np.ndarray, turns: SampleTurns | None
-    ) -> list[Segment]:
-        result = self._generation(stage, places[0], prompts, responses, turns)
+    def _generate(self, stage: Stage, places: list[int], samples: _Samples) -> list[Segment]:
+        result = self._generation(stage, places[0], samples)
         if not result.segments:
             return []
         *others, last = result.segments
         return [*others, replace(last, counts=generation_counts(result.stats, len(places)))]
 
-    def _shares(self, stage: Stage, prompts: np.ndarray, responses: np.ndarray) -> list[np.ndarray]:
+    def _shares(self, stage: Stage, samples: _Samples) -> list[np.ndarray]:
         """Which samples of a place go to which of its engines."""
         generation = self.scenario.generation
-        return route_samples(prompts + responses, stage.size // generation.tensor_parallel, generation.routing)
+        tokens = samples.prompts + samples.responses
+        return route_samples(tokens, stage.size // generation.tensor_parallel, generation.routing)
 
-    def _generation(
-        self, stage: Stage, place: int, prompts: np.ndarray, responses: np.ndarray, turns: SampleTurns | None
-    ) -> GenerationResult:
+    def _generation(self, stage: Stage, place: int, samples: _Samples) -> GenerationResult:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
-        shares = self._shares(stage, prompts, responses)
-        if stage.model not in self._steps:
-            self._steps[stage.model] = StepSeconds(self.operators, holding.use, generation)
-        tables, steps = None, self._steps[stage.model]
-        if turns is not None:
-            engine = self._rollouts.engine(steps)
-            assert isinstance(engine, TurnEngine)
-            tables = [turn_steps(engine, prompts[s], [turns[k] for k in s], steps) for s in shares]
-        result = generation_program(
-            holding.use,
-            generation,
-            [prompts[s] for s in shares],
-            [responses[s] for s in shares],
-            stage.ranks_of(place),
-            self.operators,
-            kv_capacity_tokens=self.kv_capacity_tokens if generation.continuous else None,
-            domain=holding.ranks,
-            steps=steps,
-            tables=tables,
-        )
-        self._finished[prompts.tobytes(), responses.tobytes(), turns] = result.stats
-        return result
+        shares, ranks = self._shares(stage, samples), stage.ranks_of(place)
+        kinds = self._kinds_of(ranks).reshape(1, -1, generation.tensor_parallel)
+        of_replicas = kinds[0, :, 0].tolist()
+        engines = [(self._steps_of(stage.model, kind), self._kv_capacity(kind)) for kind in of_replicas]
+        tables = None
+        if samples.turns is not None:
+            tables = [
+                self._turn_steps(stage.model, kind, samples, share)
+                for kind, share in zip(of_replicas, shares, strict=True)
+            ]
+        results = {
+            kind: generation_program(
+                holding.use,
+                generation,
+                [samples.prompts[s] for s in shares],
+                [samples.responses[s] for s in shares],
+                ranks,
+                operators,
+                domain=holding.ranks,
+                engines=engines,
+                groups=[samples.groups[s] for s in shares] if len(samples.groups) else None,
+                tables=tables,
+            )
+            for kind, operators in self._operators_of(ranks).items()
+        }
+        segments = mixed_program({kind: result.segments for kind, result in results.items()}, kinds)
+        stats = next(iter(results.values())).stats
+        self._finished[self._finished_key(ranks, samples)] = stats
+        return GenerationResult(segments, stats)
 
-    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray) -> list[Segment]:
+    def _turn_steps(self, model: str, kind: int, samples: _Samples, share: np.ndarray) -> _Steps:
+        """What one engine does with its share of samples in turns."""
+        steps = self._steps_of(model, kind)
+        engine = self._rollouts.engine(steps, kind)
+        assert isinstance(engine, TurnEngine) and samples.turns is not None
+        return turn_steps(engine, samples.prompts[share], [samples.turns[k] for k in share], steps)
+
+    def _finished_key(self, ranks: tuple[int, ...], samples: _Samples) -> tuple[Any, ...]:
+        """What the seconds of engines depend on: samples and machines."""
+        return *samples.key, self._kinds_of(ranks).tobytes()
+
+    def _steps_of(self, model: str, kind: int) -> StepSeconds:
+        if (model, kind) not in self._steps:
+            use = self.holdings[model].use
+            self._steps[model, kind] = StepSeconds(self.operators[kind], use, self.scenario.generation)
+        return self._steps[model, kind]
+
+    def _kv_capacity(self, kind: int) -> float | None:
+        if self.kv_capacity_tokens is None or not self.scenario.generation.continuous:
+            return None
+        return self.kv_capacity_tokens[kind]
+
+    def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, ends: tuple[bool, bool]) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
         layout = Layout.of(ranks, use)
-        shares = per_replica(tokens, layout.replicas)
-        if stage.kind == "score":
-            return score_program(use, shares, layout, self.operators, head=head)
-        node = self.scenario.cluster.node
-        host = Host(node.host_memory_bytes_per_second.value, node.gpus_per_node)
-        return train_program(use, shares, layout, self.operators, head=head, host=host)
+        share_out = shares_by_tokens if self.scenario.workload.balanced else per_replica
+        shares = share_out(tokens, layout.replicas)
+        first, last = ends
+
+        def on(kind: int, operators: Operators) -> list[Segment]:
+            if stage.kind == "score":
+                return score_program(use, shares, layout, operators, head=head)
+            node = self.scenario.cluster.all_parts[kind].node
+            host = Host(node.host_memory_bytes_per_second.value, self._nodes)
+            return train_program(use, shares, layout, operators, head=head, host=host, first=first, last=last)
+
+        programs = {kind: on(kind, operators) for kind, operators in self._operators_of(ranks).items()}
+        kinds = self._kinds[layout.grid].reshape(layout.pipeline_parallel, layout.replicas, -1)
+        return mixed_program(programs, kinds)
 
     def _reward_seconds(self, f: Firing, stage: Stage, ids: np.ndarray) -> float:
         """Of a reward that no model of ours gives."""
-        chosen, per_node = self.scenario.algorithm, self.scenario.cluster.node.gpus_per_node
+        chosen = self.scenario.algorithm
         if self.reward_seconds is None:
-            return function_seconds(stage, len(ids), chosen, per_node)
+            return function_seconds(stage, len(ids), chosen, self._nodes)
         latencies = self.reward_seconds[f.iteration % len(self.reward_seconds)][ids]
         arrivals = self._arrivals(f.iteration)[ids] if chosen.reward_streams else np.zeros(len(ids))
-        return queue_seconds(stage.ranks_of(f.place), arrivals, latencies, chosen, per_node)
+        return queue_seconds(stage.ranks_of(f.place), arrivals, latencies, chosen, self._nodes)
 
     def _reward(self, seconds: float) -> list[Segment]:
         chosen = self.scenario.algorithm.reward
@@ -320,16 +399,62 @@ class CostModel:
                 f = Firing(iteration, gen.name, chunk, max(place, 0))
                 ids = self.numbers(f)
                 prompts, responses = self._lengths(f, ids)
-                turns = self._turns(f, ids)
-                stats = self._finished.get((prompts.tobytes(), responses.tobytes(), turns))
+                samples = _Samples(prompts, responses, *self._generated_as(f, gen, ids))
+                stats = self._finished.get(self._finished_key(gen.ranks_of(f.place), samples))
                 if stats is None:
-                    stats = self._generation(gen, f.place, prompts, responses, turns).stats
-                for share, engine in zip(self._shares(gen, prompts, responses), stats, strict=bool(stats)):
+                    stats = self._generation(gen, f.place, samples).stats
+                for share, engine in zip(self._shares(gen, samples), stats, strict=bool(stats)):
                     done.append((ids[share], engine.completion_seconds))
             last = max((float(seconds.max(initial=0.0)) for _, seconds in done), default=0.0)
             for ids, seconds in done:
                 arrivals[ids] = seconds - last
         return arrivals
+
+    def _sleeps(self, model: str) -> bool:
+        """Whether a copy of a model is an engine that has to make room for training, and that this takes time."""
+        generation, effects = self.scenario.generation, self.scenario.effects
+        if generation.sleep is None or not effects.sync or model != "shadow_actor":
+            return False
+        return shares_with_training(self.holdings, self.holdings[model])
+
+    def _between_sleeps(self, f: Firing, work: list[Segment]) -> list[Segment]:
+        """The work of a firing of an engine that wakes up for it and sleeps afterwards.
+
+        The sync has brought its weights back before the first chunk; validation comes right after that, and leaves them
+        where they are.
+        """
+        stage = self.fold.original.at(f.stage)
+        if stage.kind != "generate" or not work or not self._sleeps(stage.model):
+            return work
+        generation, use = self.scenario.generation, self.holdings[stage.model].use
+        ranks = [rank for place in self.fold.places(f) for rank in stage.ranks_of(place)]
+        rate, first = self.scenario.overheads.map_bytes_per_second, f.chunk == 0
+        weights = engine_weight_bytes(use, generation)
+        tokens = max(self._kv_capacity(kind) or 0.0 for kind in self._operators_of(tuple(ranks)))
+        cache = tokens * cache_bytes_per_token(use, generation)
+        wake = wake_program(
+            ranks, weight_bytes=0.0 if first else weights, cache_bytes=cache, from_host=True, map_bytes_per_second=rate
+        )
+        sleep = sleep_program(
+            ranks,
+            weight_bytes=0.0 if f.stage == "testing" else weights,
+            cache_bytes=cache,
+            to_host=generation.sleep == "level_1",
+            map_bytes_per_second=rate,
+        )
+        return [*wake, *work, *sleep]
+
+    def _waking(self, target: Holding) -> list[Segment]:
+        """The weights of a sleeping engine, before they are overwritten."""
+        if not self._sleeps(target.name):
+            return []
+        generation = self.scenario.generation
+        return wake_program(
+            target.ranks,
+            weight_bytes=engine_weight_bytes(target.use, generation),
+            from_host=generation.sleep == "level_1",
+            map_bytes_per_second=self.scenario.overheads.map_bytes_per_second,
+        )
 
     def _sync(self, stage: Stage) -> list[Segment]:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
@@ -341,16 +466,22 @@ class CostModel:
             if target.use.zero_stage == 3 and not same
             else Layout.of(target.ranks, target.use)
         )
-        segments = sync_program(
-            source.use,
-            Layout.of(source.ranks, source.use),
-            held,
-            self.operators,
-            method="reshard" if same else choice.method,
-            bucket_bytes=choice.bucket_bytes,
-            head=head_of(stage.model),
+        segments = self._slowest(
+            stage.ranks,
+            lambda operators: sync_program(
+                source.use,
+                Layout.of(source.ranks, source.use),
+                held,
+                operators,
+                method="reshard" if same else choice.method,
+                bucket_bytes=choice.bucket_bytes,
+                head=head_of(stage.model),
+                path=choice,
+                rank_nodes=self._nodes,
+            ),
         )
-        return [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
+        moved = [moved for segment in segments if (moved := _between_ranks(segment)) is not None]
+        return [*self._waking(target), *moved]
 
     def _checkpoint(self) -> list[Segment]:
         """Weights, master weights and moments of the trained models, written at the storage's rate."""
@@ -362,21 +493,29 @@ class CostModel:
         seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
         return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 
-    def _controller(self, stage: Stage, samples: int) -> list[Segment]:
+    def _controller(self, stage: Stage, ranks: tuple[int, ...], samples: int) -> list[Segment]:
         """What the controller and the start of any firing take."""
-        return [
-            *controller_program(self._controller_bytes(stage, samples), self.operators),
-            *firing_program(self.operators),
-        ]
+        moved = self._controller_bytes(stage, samples)
+        return self._slowest(
+            ranks, lambda operators: [*controller_program(moved, operators), *firing_program(operators)]
+        )
 
     def _controller_bytes(self, stage: Stage, samples: int) -> float:
         """Padded tokens and masks out to the workers of all places, one field back."""
         return samples * stage.places * self.padded_tokens * (2 * 8 + 4)
 
 
+def _seconds(program: list[Segment]) -> float:
+    """Of its compute, on the slowest replica."""
+    return sum(float((s.compute_seconds @ s.repeats).max()) for s in program)
+
+
 def _between_ranks(segment: Segment) -> Segment | None:
     """A sync's segment without what a rank would send to itself (copies that share some of their ranks)."""
-    groups = [tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1) for t in segment.transfers]
+    groups = [
+        tuple(g for g in map(tuple, map(dict.fromkeys, t.groups)) if len(g) > 1 or t.op in ("to_host", "from_host"))
+        for t in segment.transfers
+    ]
     moved = tuple(replace(t, groups=g) for t, g in zip(segment.transfers, groups, strict=True) if g)
     return None if segment.transfers and not moved else replace(segment, transfers=moved)
 

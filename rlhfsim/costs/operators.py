@@ -224,18 +224,20 @@ class Operators:
         tensor_parallel: int,
         *,
         kv_bytes: float | None = None,
+        queries: int = 1,
     ) -> OperatorTime:
         """Attention of one layer for one new token of each sequence; `context_tokens_sum` are in their caches.
 
-        kv_bytes: of one cached element, if not the model's. Latent attention reads one vector for all heads, which
-        compute with it in the latent space; it can be bound by either.
+        kv_bytes: of one cached element, if not the model's. queries: new tokens of each sequence, where several are
+        verified at once; they read the cache together. Latent attention reads one vector for all heads, which compute
+        with it in the latent space; it can be bound by either.
         """
         shape, heads = use.shape, use.shape.heads / tensor_parallel
         kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0
         if shape.latent_attention:
             cached = shape.kv_lora_rank + shape.qk_rope_head_dim
             kv_heads, width = 1.0, cached / 2  # no values beside the keys
-            flops = 2 * heads * (cached + shape.kv_lora_rank)
+            flops = 2 * heads * (cached + shape.kv_lora_rank) * queries
         time = attention_decode_time(
             self.kernels.decode, self._rates(use), sequences, kv_heads, context_tokens_sum, width,
             kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
@@ -265,12 +267,8 @@ class Operators:
         return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
 
     def copy(self, use: ModelUse, copied_bytes: Numbers) -> OperatorTime:
-        """Of weights in device memory, read and written at the optimizer's rate, which no cache helps either.
-
-        (Measured on 2 cores: a model of 107 MB is copied at 14 GB/s, tensor by tensor; Adam streams at 14 GB/s, a
-        residual addition of activations at 90 GB/s.)
-        """
-        return self._memory(use, "optimizer", 2 * np.asarray(copied_bytes, dtype=float))
+        """Of tensors in device memory, read and written at the rate of a residual addition."""
+        return self._memory(use, "residual_add", 2 * np.asarray(copied_bytes, dtype=float))
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 

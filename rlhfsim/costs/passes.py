@@ -1,9 +1,9 @@
 """Programs of scoring and training: what each replica of a place computes, and when it must move what.
 
 `lengths` holds one array of token counts per replica, a number per sample (prompt and response; the caller pads where
-the scenario says so). Samples fill micro-batches in the given order. Where ranks wait for each other is part of the
-program: at every layer under ZeRO-3 (each gather is a meeting), at every backward under ZeRO-2, at the optimizer step
-under ZeRO-0 and 1.
+the scenario says so). Samples fill micro-batches in the given order, or are packed by tokens (`packing`). Where ranks
+wait for each other is part of the program: at every layer under ZeRO-3 (each gather is a meeting), at every backward
+under ZeRO-2, at the optimizer step under ZeRO-0 and 1.
 
 A transfer has one payload for all replicas of a place; where their token counts differ it is the mean.
 """
@@ -23,6 +23,7 @@ from rlhfsim.memory import (
     REDUCE_BUCKET_PARAMETERS,
     Shards,
     held_parameters,
+    kept_activation_bytes,
     trained_parameters,
     trained_routed_parameters,
 )
@@ -30,11 +31,14 @@ from rlhfsim.model import (
     Head,
     embedding_parameters,
     head_parameters,
+    kv_heads_per_rank,
     layer_gemms,
     layers_parameters,
+    layers_routed_parameters,
     lora_parameters,
     parameters,
 )
+from rlhfsim.packing import packed_micro_batches
 from rlhfsim.spec.model_spec import UNSPLIT, ExpertSplit, ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
@@ -46,6 +50,9 @@ from .segment import HostSegment, Op, Segment, Transfer
 
 Lengths = Sequence[np.ndarray]
 
+# In which backward passes gradients are reduced: of every micro-batch, of the last, or once all have ended.
+Reduced = Literal["each", "last", "after"]
+
 # Parameters that one gather of updated weights covers: default of allgather_bucket_size, DeepSpeed,
 # deepspeed/runtime/zero/config.py at 1b88ac36.
 ALLGATHER_BUCKET_PARAMETERS = 5e8
@@ -53,7 +60,8 @@ ALLGATHER_BUCKET_PARAMETERS = 5e8
 
 @dataclass(frozen=True)
 class Layout:
-    """The ranks of a place: tensor-parallel ranks are neighbours, then data-parallel replicas, then pipeline stages.
+    """The ranks of a place: tensor-parallel ranks are neighbours, then those that share sequences, then data-parallel
+    replicas, then pipeline stages.
 
     That is Megatron-LM's default order (tp-cp-ep-dp-pp). Routed experts are split in an order of their own over the
     ranks of a stage: the tensor-parallel ranks of an expert are neighbours, then those of the other experts.
@@ -63,26 +71,39 @@ class Layout:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     experts: ExpertSplit = UNSPLIT
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.ranks) % (self.tensor_parallel * self.pipeline_parallel):
+        if len(self.ranks) % (self.tensor_parallel * self.context_parallel * self.pipeline_parallel):
+            shared = f"context_parallel {self.context_parallel} x " if self.context_parallel > 1 else ""
             raise InputError(
                 f"{len(self.ranks)} ranks cannot be split in replicas of tensor_parallel {self.tensor_parallel} x "
-                f"pipeline_parallel {self.pipeline_parallel}"
+                f"{shared}pipeline_parallel {self.pipeline_parallel}"
             )
 
     @classmethod
     def of(cls, ranks: Sequence[int], use: ModelUse) -> Layout:
-        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel, use.expert_split())
+        return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel, use.expert_split(), use.context_parallel)
 
     @property
     def replicas(self) -> int:
+        return self.copies // self.context_parallel
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same part of the weights."""
         return len(self.ranks) // (self.tensor_parallel * self.pipeline_parallel)
 
     @cached_property
     def grid(self) -> np.ndarray:
-        """Ranks by (stage, replica, shard)."""
-        return np.array(self.ranks).reshape(self.pipeline_parallel, self.replicas, self.tensor_parallel)
+        """Ranks by (stage, copy of the weights, shard); a replica is so many copies in a row as share its sequences."""
+        return np.array(self.ranks).reshape(self.pipeline_parallel, self.copies, self.tensor_parallel)
+
+    @cached_property
+    def context_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that share sequences and hold the same shard."""
+        grid = self.grid.reshape(-1, self.context_parallel, self.tensor_parallel)
+        return as_groups(grid.transpose(0, 2, 1).reshape(-1, self.context_parallel))
 
     @cached_property
     def tensor_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -90,8 +111,8 @@ class Layout:
 
     @cached_property
     def data_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks that hold the same shard of the weights, one of every replica."""
-        return as_groups(self.grid.transpose(0, 2, 1).reshape(-1, self.replicas))
+        """Ranks that hold the same shard of the weights, one of every copy."""
+        return as_groups(self.grid.transpose(0, 2, 1).reshape(-1, self.copies))
 
     @cached_property
     def expert_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -125,22 +146,27 @@ class Layout:
 
 @dataclass(frozen=True)
 class Host:
-    """What offloaded work shares: the memory bandwidth of a node, with the ranks of as many GPUs."""
+    """What offloaded work shares: the memory bandwidth of a node. rank_nodes: the node of every rank of the cluster."""
 
     memory_bytes_per_second: float
-    gpus_per_node: int
+    rank_nodes: Sequence[int]
 
     def sharing_ranks(self, layout: Layout) -> np.ndarray:
         """Of each replica: how many of the layout's ranks are on its fullest node."""
-        _, inverse, counts = np.unique(layout.grid // self.gpus_per_node, return_inverse=True, return_counts=True)
-        return np.asarray(counts[inverse].reshape(layout.grid.shape).max(axis=(0, 2)))
+        nodes = np.asarray(self.rank_nodes)[layout.grid]
+        _, inverse, counts = np.unique(nodes, return_inverse=True, return_counts=True)
+        by_replica = counts[inverse].reshape(layout.pipeline_parallel, layout.replicas, -1)
+        return np.asarray(by_replica.max(axis=(0, 2)))
 
 
-def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
+def micro_batches(lengths: Lengths, samples: int, tokens: int | None = None, *, multiple_of: int = 1) -> np.ndarray:
     """Token counts, shape (replicas, micro-batches, samples), filled up with zeros.
 
-    Every replica has a first micro-batch; uneven numbers are filled up with empty ones.
+    Of so many samples in the given order, or of at most so many tokens. Every replica has a first micro-batch; uneven
+    numbers are filled up with empty ones.
     """
+    if tokens is not None:
+        return packed_micro_batches(lengths, tokens, multiple_of=multiple_of)
     count = max(1, max((-(-len(own) // samples) for own in lengths), default=1))
     batches = np.zeros((len(lengths), count, samples))
     for batch, own in zip(batches, lengths, strict=True):
@@ -154,16 +180,18 @@ def micro_batches(lengths: Lengths, samples: int) -> np.ndarray:
 def score_program(
     use: ModelUse, lengths: Lengths, layout: Layout, operators: Operators, *, head: Head = "lm"
 ) -> list[Segment]:
-    """One forward pass over all samples, in micro-batches of `score_micro_batch_samples`: log-probs or values."""
-    work = _Work(use, micro_batches(lengths, use.score_micro_batch_samples), layout, operators, head)
+    """One forward pass over all samples, micro-batch by micro-batch: log-probs or values."""
+    batches = micro_batches(lengths, use.score_micro_batch_samples, use.score_micro_batch_tokens)
+    work = _Work(use, batches, layout, operators, head)
     load = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
-        return [*load, work.pipeline("forward", backward=False)]
+        return [*load, work.pipeline("forward")]
     zero3 = use.zero_stage == 3
     layers = _Part(work.layer_forward(), use.shape.layers, work.gathers_layer() + work.inside_forward())
     ends = _Part(work.ends_forward(), 1, work.gathers_ends() + work.tensor_ends())
     engine = work.engine("forward") if zero3 else []  # what is not sharded is scored without an engine
-    return [*load, work.segment("forward", [layers, ends, *engine], overlapped=zero3, lockstep=zero3)]
+    overlapped = zero3 or use.overlap_tensor_parallel
+    return [*load, work.segment("forward", [layers, ends, *engine], overlapped=overlapped, lockstep=zero3)]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -177,6 +205,8 @@ def train_program(
     *,
     head: Head = "lm",
     host: Host | None = None,
+    first: bool = True,
+    last: bool = True,
 ) -> list[Segment]:
     """One minibatch: forward, recomputation and backward of every micro-batch, gradient reduction, optimizer step.
 
@@ -184,32 +214,45 @@ def train_program(
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` (1e9 parameters by default; deepspeed/runtime/
     zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
     backward. Gradients are reduced in the model's precision.
-    Reductions hide behind the backward where a replica is one rank (DeepSpeed with overlap_comm, DDP, FSDP). With
-    tensor, pipeline or expert parallelism they follow the last one (Megatron-LM without --overlap-grad-reduce, its
-    default), and ZeRO-2 is as ZeRO-1.
-    `host` is needed for an offloaded optimizer.
+    Reductions hide behind the backward, or follow the last one, as `ModelUse.reduces_beside` says. With tensor,
+    pipeline or expert parallelism ZeRO-2 is as ZeRO-1.
+    `host` is needed for an offloaded optimizer. first, last: of the updates between two other uses of the weights; only
+    between updates can the gather of updated weights wait for the next forward pass.
     """
-    work = _Work(use, micro_batches(lengths, use.micro_batch_samples), layout, operators, head)
+    # The interleaved schedule wants whole rounds of its stages.
+    whole = use.pipeline_parallel if use.pipeline_chunks > 1 else 1
+    batches = micro_batches(lengths, use.micro_batch_samples, use.micro_batch_tokens, multiple_of=whole)
+    work = _Work(use, batches, layout, operators, head)
     program = _load_parameters(use, work, head)
     if use.pipeline_parallel > 1 and operators.effects.efficiency:
-        program += [work.pipeline("forward_backward", backward=True), *work.reduction_after()]
+        beside = operators.gpu.overlaps_communication
+        reduced: Reduced = "last" if use.reduces_beside and beside else "after"
+        gathered = use.gathers_ahead and not first and beside
+        program.append(work.pipeline("forward_backward", reduced, gathered=gathered))
+        program += work.reduction_after() if reduced == "after" else []
     elif use.zero_stage == 3:
         program.append(work.segment("forward_backward", work.passes_zero3(), overlapped=True, lockstep=True))
-    elif use.ranks_together > 1:
-        program += [work.segment("forward_backward", work.passes("after")), *work.reduction_after()]
-    elif use.zero_stage == 2:
-        every = work.segment("forward_backward", work.passes("each"), overlapped=True)
+    elif use.zero_stage == 2 and use.ranks_together == 1:
+        parts = work.passes("each", gathered=use.gathers_ahead and not first)
+        every = work.segment("forward_backward", parts, overlapped=True)
         program += _by_micro_batch(every, work.batches.shape[1])
     else:
-        program.append(work.segment("forward_backward", work.passes("last"), overlapped=True))
-    return program + _optimizer_program(use, work, host)
+        reduced = "last" if use.reduces_beside else "after"
+        parts = work.passes(reduced, gathered=use.gathers_ahead and not first)
+        overlapped = use.reduces_beside or use.overlap_tensor_parallel
+        program.append(work.segment("forward_backward", parts, overlapped=overlapped))
+        program += work.reduction_after() if reduced == "after" else []
+    return program + _optimizer_program(use, work, host, gather=last or not use.gathers_ahead)
 
 
-def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Segment]:
-    """Adam on this rank's share (on the GPU or the host), and the gather of updated weights under ZeRO-1 and 2."""
+def _optimizer_program(use: ModelUse, work: _Work, host: Host | None, *, gather: bool) -> list[Segment]:
+    """Adam on this rank's share (on the GPU or the host), and the gather of updated weights under ZeRO-1 and 2.
+
+    gather: not left to the next forward pass.
+    """
     trained, width = work.trained_rank_parameters(), use.bytes_per_parameter
     routed = work.trained_rank_routed_parameters()
-    share = Shards.of(use, work.layout.replicas).largest(trained, routed, 1)
+    share = Shards.of(use, work.layout.copies).largest(trained, routed, 1)
     if use.offload_optimizer and work.operators.effects.sync:
         if host is None:
             raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
@@ -218,20 +261,17 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None) -> list[Se
             use, share, host.memory_bytes_per_second, host.sharing_ranks(work.layout)
         )
         streamed = Transfer("host_memory", single, adam_bytes(use) * share)
+        leaving = [] if use.offload_gradients else [Transfer("to_host", single, share * width)]
         program = [
-            work.transfer_only("gradients_to_host", Transfer("to_host", single, share * width)),
+            *(work.transfer_only("gradients_to_host", t) for t in leaving),
             HostSegment("optimizer", adam[:, None], transfers=(streamed,), bound={"host": float(adam.mean())}),
             work.transfer_only("weights_from_host", Transfer("from_host", single, share * width)),
         ]
     else:
         program = [work.uniform("optimizer", work.operators.optimizer_step(use, share))]
     program += [work.uniform("engine_step", part.time) for part in work.engine("step")]
-    if use.zero_stage in (1, 2):
-        for groups, count in work.replicated(trained, routed):
-            messages = messages_of(count, ALLGATHER_BUCKET_PARAMETERS)
-            program.append(
-                work.transfer_only("gather_weights", Transfer("all_gather", groups, count * width, messages))
-            )
+    if use.zero_stage in (1, 2) and gather:
+        program += [work.transfer_only("gather_weights", t) for t in work.gathers_updated(trained, routed)]
     return program
 
 
@@ -293,7 +333,8 @@ class _Work:
 
     def __init__(self, use: ModelUse, batches: np.ndarray, layout: Layout, operators: Operators, head: Head) -> None:
         self.use, self.batches, self.layout, self.operators, self.head = use, batches, layout, operators, head
-        self.tokens = batches.sum(axis=-1)
+        # Of one rank: what ranks share is padded to a multiple of them.
+        self.tokens = np.ceil(batches.sum(axis=-1) / use.context_parallel)
         self.trainable: Literal["all", "lora"] = "lora" if use.lora_rank else "all"
         self.trained_layers = use.trainable_layers or use.shape.layers
 
@@ -301,18 +342,22 @@ class _Work:
 
     def layer_forward(self) -> OperatorTime:
         t, ops = self.use.tensor_parallel, self.operators
-        time = ops.layer_forward(self.use, self.tokens, t) + ops.attention_prefill(self.use, self.batches, t)
-        return ops.with_launches(time)
+        return ops.with_launches(ops.layer_forward(self.use, self.tokens, t) + self.attention())
+
+    def attention(self, *, backward: bool = False) -> OperatorTime:
+        """Of whole sequences; ranks that share them have equal parts (of heads, or early and late pieces)."""
+        degree = self.use.tensor_parallel * self.use.context_parallel
+        return self.operators.attention_prefill(self.use, self.batches, degree, backward=backward)
 
     def layer_backward(self) -> OperatorTime:
         """Backward of a trained layer, after what has to be computed again."""
         t, ops, use = self.use.tensor_parallel, self.operators, self.use
-        attention = ops.attention_prefill(use, self.batches, t, backward=True)
+        attention = self.attention(backward=True)
         time = ops.with_backward_launches(ops.layer_backward(use, self.tokens, t, self.trainable) + attention)
         if use.recompute == "full":
             return time + self.layer_forward()
         if use.recompute == "selective":
-            return time + ops.attention_prefill(use, self.batches, t)
+            return time + self.attention()
         return time
 
     def embedding(self) -> OperatorTime:
@@ -348,6 +393,11 @@ class _Work:
             return lora_parameters(spec, self.use.lora_rank, 1) / t
         return layers_parameters(spec, t, self.use.expert_split()) / spec.layers
 
+    def _layer_routed_parameters(self) -> float:
+        """The part of `trained_layer_parameters` that is in routed experts."""
+        spec, t = self.use.shape, self.use.tensor_parallel
+        return 0.0 if self.use.lora_rank else layers_routed_parameters(spec, t, self.use.expert_split()) / spec.layers
+
     def trained_end_parameters(self) -> float:
         """Embedding and head on one rank; neither with LoRA, only the head with the lower layers frozen."""
         if self.use.lora_rank:
@@ -377,6 +427,14 @@ class _Work:
 
     # Transfers.
 
+    def gathers_updated(self, count: float, routed: float) -> list[Transfer]:
+        """ZeRO-1 and 2: of so many updated weights, `routed` of them in routed experts."""
+        width = self.use.bytes_per_parameter
+        return [
+            Transfer("all_gather", groups, number * width, messages_of(number, ALLGATHER_BUCKET_PARAMETERS))
+            for groups, number in self.replicated(count, routed)
+        ]
+
     def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec = self.use.shape
         return self._gathers(layers_parameters(spec) / spec.layers, layer_matrices(spec) if one_by_one else 0)
@@ -396,21 +454,23 @@ class _Work:
         """
         if self.use.zero_stage != 3:
             return ()
-        payload, ranks = count * self.use.bytes_per_parameter, self.layout.ranks
+        payload, groups = count * self.use.bytes_per_parameter, self.use.shard_groups(self.layout.ranks)
         whole = parameters(self.use.shape, self.head)
         ahead = messages_of(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
+        blocking = not self.use.gathers_ahead
         if self.use.offload_parameters and self.operators.effects.sync:
-            load = (Transfer("from_host", self.layout.single_ranks, payload / len(ranks), messages),)
-        return load + ((Transfer("all_gather", (ranks,), payload, messages),) if len(ranks) > 1 else ())
+            load = (Transfer("from_host", self.layout.single_ranks, payload / len(groups[0]), messages, blocking),)
+        return load + ((Transfer("all_gather", groups, payload, messages, blocking),) if len(groups[0]) > 1 else ())
 
     def reduces(self, count: float, routed: float = 0.0) -> tuple[Transfer, ...]:
         """The gradients of `count` parameters, `routed` of them in routed experts, over the ranks that have copies.
 
-        Buckets cross the bounds of layers. ZeRO-1 and 2 of DeepSpeed reduce whole buckets to every rank, which then
-        keeps its part (deepspeed/runtime/zero/stage_1_and_2.py, `allreduce_and_scatter`:
-        `use_multi_rank_bucket_allreduce` is true by default in 0.19.8). Megatron's distributed optimizer scatters them.
+        Shards of a group of ranks are summed with those of the other groups. Buckets cross the bounds of layers. ZeRO-1
+        and 2 of DeepSpeed reduce whole buckets to every rank, which then keeps its part (deepspeed/runtime/zero/
+        stage_1_and_2.py, `allreduce_and_scatter`: `use_multi_rank_bucket_allreduce` is true by default in 0.19.8).
+        Megatron's distributed optimizer scatters them.
         """
         stage = self.use.zero_stage
         op: Op = "reduce_scatter" if stage == 3 or (stage and self.use.ranks_per_replica > 1) else "all_reduce"
@@ -419,10 +479,58 @@ class _Work:
             trained = self.trained_rank_parameters()
             return messages_of(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
-        width = self.use.bytes_per_parameter
+        width, blocking = self.use.bytes_per_parameter, not self.use.reduces_beside
+        if self.use.shard_ranks:
+            inside = self.use.shard_groups(self.layout.ranks)
+            across, shard = tuple(zip(*inside, strict=True)), count * width / self.use.shard_ranks
+            both = (
+                Transfer("reduce_scatter", inside, count * width, messages(count), blocking),
+                Transfer("all_reduce", across, shard, messages(count), blocking),
+            )
+            return tuple(t for t in both if len(t.groups[0]) > 1)
         return tuple(
-            Transfer(op, groups, number * width, messages(number)) for groups, number in self.replicated(count, routed)
+            Transfer(op, groups, number * width, messages(number), blocking)
+            for groups, number in self.replicated(count, routed)
         )
+
+    # What a layer leaves on the host, over PCIe beside its own compute: a copy takes longer only where that is shorter.
+
+    def layer_leaves(self) -> tuple[Transfer, ...]:
+        """Offloaded activations of the mean layer, from its forward."""
+        return self._activations("to_host", self.layer_forward())
+
+    def layer_returns(self) -> tuple[Transfer, ...]:
+        """They come back for its backward; its offloaded gradients leave."""
+        return self._activations("from_host", self.layer_backward()) + self.gradients_leave(
+            self.trained_layer_parameters(), self.layer_backward()
+        )
+
+    def _activations(self, op: Op, beside: OperatorTime) -> tuple[Transfer, ...]:
+        use, kinds = self.use, self.use.shape.layer_kinds()
+        if not use.offload_activations or not self.operators.effects.sync:
+            return ()
+        # Without the scores of attention no layer keeps anything that depends on the length of its sequences.
+        layers = use.shape.layers
+        per_token = sum(n / layers * kept_activation_bytes(use, 1, kind) for kind, n in kinds.items())
+        trained = self.trained_layers / layers if op == "to_host" else 1.0
+        return (self._to_or_from_host(op, trained * per_token * self.tokens.mean(axis=0), beside),)
+
+    def gradients_leave(self, count: float, beside: OperatorTime = NO_TIME) -> tuple[Transfer, ...]:
+        """Offloaded gradients of `count` parameters, this rank's share; those of earlier micro-batches come first."""
+        use = self.use
+        if not use.offload_gradients or not self.operators.effects.sync:
+            return ()
+        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.bytes_per_parameter
+        earlier = np.ones(self.batches.shape[1])
+        earlier[0] = 0.0
+        back, leaving = (self._to_or_from_host(op, share, beside) for op in ("from_host", "to_host"))
+        return (_scaled(back, earlier), leaving)
+
+    def _to_or_from_host(self, op: Op, payload: Numbers, beside: OperatorTime) -> Transfer:
+        hidden: Numbers = 0.0
+        if self.operators.gpu.overlaps_communication:
+            hidden = np.broadcast_to(np.asarray(beside.seconds), self.tokens.shape).mean(axis=0)
+        return Transfer(op, self.layout.single_ranks, payload, blocking=True, hidden_seconds=hidden)
 
     def tensor_forward(self, collectives: float = 2) -> tuple[Transfer, ...]:
         """Collectives over activations; one layer's forward has two, after attention and after the MLP.
@@ -435,21 +543,76 @@ class _Work:
             return ()
         payload = collectives * self.tokens.mean(axis=0) * self.use.shape.hidden * self.use.bytes_per_parameter
         ops: tuple[Op, ...] = ("all_gather", "reduce_scatter") if self.use.sequence_parallel else ("all_reduce",)
-        return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives) for op in ops)
+        return tuple(Transfer(op, self.layout.tensor_groups, payload, collectives, blocking=True) for op in ops)
 
-    def inside_forward(self, passes: int = 1) -> tuple[Transfer, ...]:
-        """What the ranks of a replica, and those that share experts, exchange in so many passes of the mean layer.
+    def inside_forward(self) -> tuple[Transfer, ...]:
+        """What the ranks of a replica, and those that share experts, exchange in a forward pass of the mean layer."""
+        return self._between(1) + self.context(1)
+
+    def _between(self, passes: int) -> tuple[Transfer, ...]:
+        """Collectives between the operators of the mean layer in so many passes.
 
         Where experts are split in their own way, their all-to-alls take the place of the MLP's collective, unless a
         shared expert needs that too.
         """
         exchange = self.exchange(passes)
         instead = self.expert_share if exchange and not self.use.shape.shared_expert_ffn else 0
-        return self.tensor_forward(passes * (2 - instead)) + exchange
+        return self._beside_products(self.tensor_forward(passes * (2 - instead))) + exchange
+
+    def context(self, passes: int, *, backward: bool = False) -> tuple[Transfer, ...]:
+        """What ranks that share sequences exchange for the attention of one layer, in so many passes.
+
+        ring: keys and values of c - 1 other ranks pass by, with their gradients in the backward, while the attention
+        with the piece before is computed; that takes a c-th of the whole each. all_gather: keys and values of whole
+        sequences; the backward gathers them again and scatters their gradients. all_to_all: queries, keys, values and
+        outputs, or their gradients (Jacobs et al., "DeepSpeed Ulysses", arXiv:2309.14509, 2023, section 3); KV heads
+        are repeated until every rank has one (verl, verl/models/transformers/monkey_patch.py).
+        """
+        use, shape, t, c = self.use, self.use.shape, self.use.tensor_parallel, self.use.context_parallel
+        if c == 1 or not passes:
+            return ()
+        groups = self.layout.context_groups
+        per_head = self.tokens.mean(axis=0) * use.bytes_per_parameter * passes
+        widths = shape.head_dim + shape.value_head_dim
+        kv_heads = kv_heads_per_rank(shape, t)
+        if use.context_exchange == "all_to_all":
+            sent = per_head * widths * (shape.heads // t + max(kv_heads, c))
+            return (Transfer("all_to_all", groups, sent, 4.0 * passes, blocking=True),)
+        kv = per_head * widths * kv_heads
+        if use.context_exchange == "all_gather":
+            gather = Transfer("all_gather", groups, c * kv, 2.0 * passes, blocking=True)
+            scatter = Transfer("reduce_scatter", groups, c * kv, 2.0 * passes, blocking=True)
+            return (gather, scatter) if backward else (gather,)
+        pairs = tuple(
+            (rank, other) for group in groups for rank, other in zip(group, group[1:] + group[:1], strict=True)
+        )
+        hidden: Numbers = 0.0
+        if self.operators.gpu.overlaps_communication:
+            attention = np.asarray(self.attention(backward=backward).seconds).mean(axis=0)
+            hidden = passes * (c - 1) / c * attention
+        sent = (c - 1) * kv * (2 if backward else 1)
+        return (Transfer("send", pairs, sent, passes * (c - 1.0), blocking=True, hidden_seconds=hidden),)
+
+    def _beside_products(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+        """The first piece of each collective, of as many as ranks, blocks; the others run beside the layer's products.
+
+        As in Transformer Engine's ring exchange of user buffers, where a product starts with the piece that is there
+        (unverified). Here they may hide behind all of a layer's compute, which is products for the most part.
+        """
+        if not self.use.overlap_tensor_parallel:
+            return transfers
+        first = 1 / self.use.tensor_parallel
+        return tuple(
+            _scaled(replace(t, blocking=blocking), share)
+            for t in transfers
+            for blocking, share in ((False, 1 - first), (True, first))
+        )
 
     def inside_backward(self) -> tuple[Transfer, ...]:
         """With full recomputation the forward's collectives are repeated too."""
-        return self.inside_forward(2 if self.use.recompute == "full" else 1)
+        again = self.use.recompute == "full"
+        others = self._between(2 if again else 1)
+        return others + self.context(int(self.use.recompute != "none")) + self.context(1, backward=True)
 
     @property
     def expert_share(self) -> float:
@@ -474,12 +637,12 @@ class _Work:
         calls = self.expert_share * passes
         transfers: list[Transfer] = []
         if split.parallel > 1:
-            transfers.append(Transfer("all_to_all", self.layout.expert_groups, 2 * one, 2 * calls))
+            transfers.append(Transfer("all_to_all", self.layout.expert_groups, 2 * one, 2 * calls, blocking=True))
         if split.tensor > 1:
             groups = self.layout.expert_tensor_groups
             transfers += [
-                Transfer("all_gather", groups, one * split.tensor, calls),
-                Transfer("reduce_scatter", groups, one * split.tensor, calls),
+                Transfer("all_gather", groups, one * split.tensor, calls, blocking=True),
+                Transfer("reduce_scatter", groups, one * split.tensor, calls, blocking=True),
             ]
         return tuple(transfers)
 
@@ -489,23 +652,30 @@ class _Work:
 
     # Passes of training: parts in the order backward of layers, forward of layers, ends.
 
-    def passes(self, reduced: Literal["each", "last", "after"]) -> list[_Part]:
+    def passes(self, reduced: Reduced, *, gathered: bool = False) -> list[_Part]:
         """Forward and backward with full weights; gradients are reduced in each or the last micro-batch, or not here.
 
         Order among the micro-batches of a step is free, so the first, which every replica has, is taken as the last.
+        gathered: updated weights come beside the first forward pass; embedding and head have nothing to hide behind.
         """
         layers, spec = self.trained_layers, self.use.shape
-        of_layer, of_ends = (  # experts are split only where reductions come after
-            () if reduced == "after" else self.reduces(count)
-            for count in (self.trained_layer_parameters(), self.trained_end_parameters())
-        )
+        in_layer = self.trained_layer_parameters(), self._layer_routed_parameters()
+        in_ends = self.trained_end_parameters(), 0.0
+        of_layer, of_ends = (() if reduced == "after" else self.reduces(*part) for part in (in_layer, in_ends))
         if reduced == "last":
             of_layer, of_ends = self._only_in_first(of_layer), self._only_in_first(of_ends)
+        updated_layer: tuple[Transfer, ...] = ()
+        updated_ends: tuple[Transfer, ...] = ()
+        if gathered:
+            share = layers / spec.layers
+            updated_layer = self._only_in_first(tuple(_scaled(t, share) for t in self.gathers_updated(*in_layer)))
+            ends = self.gathers_updated(*in_ends)
+            updated_ends = self._only_in_first(tuple(replace(t, blocking=True) for t in ends))
         return [
-            _Part(self.layer_backward(), layers, of_layer + self.inside_backward()),
-            _Part(self.layer_forward(), spec.layers, self.inside_forward()),
-            _Part(self.ends_forward(), 1, self.tensor_ends()),
-            _Part(self.ends_backward(), 1, of_ends + self.tensor_ends()),
+            _Part(self.layer_backward(), layers, of_layer + self.inside_backward() + self.layer_returns()),
+            _Part(self.layer_forward(), spec.layers, updated_layer + self.inside_forward() + self.layer_leaves()),
+            _Part(self.ends_forward(), 1, updated_ends + self.tensor_ends()),
+            _Part(self.ends_backward(), 1, of_ends + self.tensor_ends() + self.gradients_leave(in_ends[0])),
             *self.engine("forward", "backward"),
         ]
 
@@ -513,17 +683,22 @@ class _Work:
         """Forward and backward with weights gathered for each, gradients reduced at every backward."""
         gather, gather_ends = self.gathers_layer(), self.gathers_ends()
         return [
-            _Part(self.layer_forward(), self.use.shape.layers, gather),
+            _Part(self.layer_forward(), self.use.shape.layers, gather + self.inside_forward() + self.layer_leaves()),
             _Part(
                 self.layer_backward(),
                 self.trained_layers,
-                self.gathers_layer(one_by_one=True) + self.reduces(self.trained_layer_parameters()),
+                self.gathers_layer(one_by_one=True)
+                + self.reduces(self.trained_layer_parameters())
+                + self.inside_backward()
+                + self.layer_returns(),
             ),
             _Part(self.ends_forward(), 1, gather_ends),
             _Part(
                 self.ends_backward(),
                 1,
-                self.gathers_ends(one_by_one=True) + self.reduces(self.trained_end_parameters()),
+                self.gathers_ends(one_by_one=True)
+                + self.reduces(self.trained_end_parameters())
+                + self.gradients_leave(self.trained_end_parameters()),
             ),
             *self.engine("forward", "backward"),
         ]
@@ -571,8 +746,12 @@ class _Work:
     def transfer_only(self, label: str, transfer: Transfer) -> Segment:
         return Segment(label, np.zeros((len(self.batches), 1)), transfers=(transfer,))
 
-    def pipeline(self, label: str, *, backward: bool) -> PipelineSegment:
-        """1F1B over the pipeline stages; embedding and head are at the two ends."""
+    def pipeline(self, label: str, reduced: Reduced | None = None, *, gathered: bool = False) -> PipelineSegment:
+        """1F1B over the pipeline stages; embedding and head are at the two ends.
+
+        reduced: None: forward passes only. gathered: updated weights come beside the first forward passes.
+        """
+        backward = reduced is not None
         use, spec = self.use, self.use.shape
         stages, virtual = use.pipeline_parallel, use.pipeline_parallel * use.pipeline_chunks
         if spec.layers % virtual and not use.given_stages:
@@ -598,9 +777,17 @@ class _Work:
         for time, repeats in times:
             add_bound(bound, time, repeats / stages, len(self.batches))
         per_stage = spec.layers / stages
-        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in self.inside_forward()]
+        ahead, behind = self.inside_forward(), self.inside_backward()
         if backward:
-            collectives += [("backward", _scaled(t, per_stage)) for t in self.inside_backward()]
+            ahead, behind = ahead + self.layer_leaves(), behind + self.layer_returns()
+        collectives: list[tuple[Role, Transfer]] = [("forward", _scaled(t, per_stage)) for t in ahead]
+        if backward:
+            collectives += [("backward", _scaled(t, per_stage)) for t in behind]
+        whole = self.trained_rank_parameters(), self.trained_rank_routed_parameters()
+        if reduced == "last":
+            collectives += [("reduce", t) for t in self._only_in_first(self.reduces(*whole))]
+        if gathered:
+            collectives += [("gather", t) for t in self._only_in_first(tuple(self.gathers_updated(*whole)))]
         hop_bytes = self.tokens.mean(axis=0) * spec.hidden * use.bytes_per_parameter
         hop = Transfer("send", self.layout.hops, hop_bytes / (use.tensor_parallel if use.sequence_parallel else 1))
         roles, transfers = zip(*collectives, ("hop", hop), strict=True)
@@ -609,11 +796,13 @@ class _Work:
             busy,
             np.ones(self.batches.shape[1]),
             transfers,
+            int(use.overlap_tensor_parallel),
             bound=bound,
             stages=stages,
             forward_seconds=forward,
             backward_seconds=back,
             roles=roles,
+            pieces=spec.layers / virtual,
         )
 
 
@@ -624,7 +813,12 @@ def _by_micro_batch(segment: Segment, count: int) -> list[Segment]:
     for own in (slice(k, None, count) for k in range(count)):
         share = float(mean[own].sum() / mean.sum()) if mean.sum() else 0.0
         transfers = tuple(
-            Transfer(t.op, t.groups, np.asarray(t.payload_bytes)[own], np.asarray(t.messages)[own])
+            replace(
+                t,
+                payload_bytes=np.asarray(t.payload_bytes)[own],
+                messages=np.asarray(t.messages)[own],
+                hidden_seconds=np.broadcast_to(t.hidden_seconds, len(segment.repeats))[own],
+            )
             for t in segment.transfers
         )
         bound = {limit: seconds * share for limit, seconds in segment.bound.items()}
@@ -644,20 +838,35 @@ def _stack(times: list[OperatorTime], first: OperatorTime, last: OperatorTime) -
 
 
 def _scaled(transfer: Transfer, factor: Numbers) -> Transfer:
-    return Transfer(transfer.op, transfer.groups, transfer.payload_bytes * factor, transfer.messages * factor)
+    return replace(
+        transfer,
+        payload_bytes=transfer.payload_bytes * factor,
+        messages=transfer.messages * factor,
+        hidden_seconds=transfer.hidden_seconds * factor,
+    )
 
 
 def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple[Transfer, ...]:
-    """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none)."""
-    merged: dict[tuple[Op, tuple[tuple[int, ...], ...]], tuple[np.ndarray, np.ndarray]] = {}
+    """Transfers of the same operation and groups as one, with payloads and messages by kind (0: none).
+
+    Those that hide behind compute of their own stay apart.
+    """
+    kinds = len(by_part) * micro_batch_count
+    merged: dict[tuple[Op, tuple[tuple[int, ...], ...], bool, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     for p, transfers in enumerate(by_part):
         own = slice(p * micro_batch_count, (p + 1) * micro_batch_count)
+        alone = 0
         for t in transfers:
-            kinds = len(by_part) * micro_batch_count
-            payload, messages = merged.setdefault((t.op, t.groups), (np.zeros(kinds), np.zeros(kinds)))
+            alone += bool(np.any(t.hidden_seconds))
+            key = t.op, t.groups, t.blocking, alone if np.any(t.hidden_seconds) else 0
+            payload, messages, hidden = merged.setdefault(key, (np.zeros(kinds), np.zeros(kinds), np.zeros(kinds)))
             payload[own] += t.payload_bytes
             messages[own] += t.messages
-    return tuple(Transfer(op, groups, payload, messages) for (op, groups), (payload, messages) in merged.items())
+            hidden[own] += t.hidden_seconds
+    return tuple(
+        Transfer(op, groups, payload, messages, blocking, hidden if alone else 0.0)
+        for (op, groups, blocking, alone), (payload, messages, hidden) in merged.items()
+    )
 
 
 def add_bound(bound: dict[str, float], time: OperatorTime, repeats: float, replicas: int) -> None:

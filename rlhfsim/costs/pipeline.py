@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .segment import Elapsed, Route, Segment, transfer_seconds
+from .segment import Elapsed, Route, Segment, exposed_seconds
 
-Role = Literal["forward", "backward", "hop"]
+Role = Literal["forward", "backward", "hop", "gather", "reduce"]
 
 
 class Step(NamedTuple):
@@ -84,15 +84,29 @@ def _predecessor(step: Step, last: int) -> Step | None:
     return Step(False, step.virtual_stage - 1, step.micro_batch) if step.virtual_stage else None
 
 
-def makespan(forward: np.ndarray, backward: np.ndarray | None, hop: np.ndarray, stages: int) -> np.ndarray:
-    """Seconds until the last step has ended, one per replica.
+def makespan(
+    forward: np.ndarray,
+    backward: np.ndarray | None,
+    hop: np.ndarray,
+    stages: int,
+    *,
+    gather: float = 0.0,
+    reduce: float = 0.0,
+    pieces: float = 1.0,
+) -> np.ndarray:
+    """Seconds until the last step and the last transfer have ended, one per replica.
 
     forward, backward: seconds, shape (virtual stages, micro-batches, replicas); backward None: forward passes only.
     hop: seconds, shape (micro-batches,), between a virtual stage and the next; it delays the receiver, not the sender
     (sends are asynchronous, as with Megatron-LM's overlapped p2p; its blocking p2p is slower by up to one hop a step).
     With several chunks Megatron-LM wants a multiple of `stages` micro-batches: empty ones fill up.
+    gather, reduce: seconds of a virtual stage's weights, ahead of its first micro-batch, and of its gradients, behind
+    the backward of its last one; each stage moves one virtual stage after the other. The very first, which nothing else
+    can hide, moves in `pieces` (layers), of which the last is computed with once it has come, or sent once it is
+    computed; the others as a whole (Megatron-LM, megatron/core/distributed/distributed_data_parallel.py).
     """
     virtual, micro_batches, replicas = forward.shape
+    final = micro_batches - 1
     if micro_batches == 0:
         return np.zeros(replicas)
     if virtual > stages and micro_batches % stages:
@@ -102,7 +116,7 @@ def makespan(forward: np.ndarray, backward: np.ndarray | None, hop: np.ndarray, 
         backward = None if backward is None else np.pad(backward, filled)
         micro_batches += empty
     last = virtual - 1
-    clock = np.zeros((stages, replicas))
+    clock, reduced = np.zeros((stages, replicas)), np.zeros((stages, replicas))
     ended: dict[Step, np.ndarray] = {}
     for step in execution_order(stages, virtual // stages, micro_batches, backward is None):
         stage = step.virtual_stage % stages
@@ -113,8 +127,15 @@ def makespan(forward: np.ndarray, backward: np.ndarray | None, hop: np.ndarray, 
             start = np.maximum(start, ended[needed] + delay)
         seconds = backward if step.backward else forward
         assert seconds is not None
-        clock[stage] = ended[step] = start + seconds[step.virtual_stage, step.micro_batch]
-    return np.asarray(clock.max(axis=0))
+        own = seconds[step.virtual_stage, step.micro_batch]
+        split = 1.0 if step.virtual_stage else pieces
+        end = start + own
+        if gather and not step.backward and step.micro_batch == 0:
+            end = np.maximum(end, gather * (step.virtual_stage // stages + 1) + own / split)
+        clock[stage] = ended[step] = end
+        if reduce and step.backward and step.micro_batch == final:
+            reduced[stage] = np.maximum(np.maximum(reduced[stage], start) + reduce, end + reduce / split)
+    return np.asarray(np.maximum(clock, reduced).max(axis=0))
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,9 @@ class PipelineSegment(Segment):
 
     compute_seconds: mean over stages, forward and backward. forward_seconds, backward_seconds: as in `makespan`.
     roles: what each transfer belongs to. A `forward` or `backward` transfer carries the collectives of one micro-batch
-    inside one stage (all its chunks) and blocks; a `hop` carries one micro-batch from one virtual stage to the next.
+    inside one stage (all its chunks); it blocks, or runs beside the stage's compute. A `hop` carries one micro-batch
+    from one virtual stage to the next. A `gather` or `reduce` carries weights or gradients of one stage (all its
+    chunks), beside its first forward or last backward; its payload is in the first kind. `pieces`: see `makespan`.
     Bubbles are `peers`: a stage that waits for another one.
     """
 
@@ -131,18 +154,33 @@ class PipelineSegment(Segment):
     forward_seconds: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 1)))
     backward_seconds: np.ndarray | None = None
     roles: tuple[Role, ...] = ()
+    pieces: float = 1.0
 
     def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
-        seconds = {role: np.zeros(len(self.repeats)) for role in ("forward", "backward", "hop")}
+        roles: tuple[Role, ...] = ("forward", "backward", "hop", "gather", "reduce")
+        blocking, beside = ({role: np.zeros(len(self.repeats)) for role in roles} for _ in range(2))
         for transfer, role, route, rate in zip(self.transfers, self.roles, routes, rates, strict=True):
-            seconds[role] = seconds[role] + transfer_seconds(transfer, route, rate)
+            blocks = role in ("forward", "backward") and (transfer.blocking or not self.prefetch)
+            seconds = blocking if blocks else beside
+            seconds[role] = seconds[role] + exposed_seconds(transfer, route, rate)
         chunks = len(self.forward_seconds) // self.stages
-        forward = self.forward_seconds + seconds["forward"][:, None] / chunks
-        backward = self.backward_seconds
-        if backward is not None:
-            backward = backward + seconds["backward"][:, None] / chunks
-        total = float(makespan(forward, backward, seconds["hop"], self.stages).max())
+        collectives: float | np.ndarray = 0.0  # how much longer they make the steps of the mean stage
+
+        def occupied(compute: np.ndarray, role: Role) -> np.ndarray:
+            nonlocal collectives
+            hidden = beside[role][:, None] / chunks
+            collectives = collectives + blocking[role].sum()
+            collectives = collectives + np.maximum(hidden - compute, 0.0).sum(axis=(0, 1)) / self.stages
+            return np.asarray(np.maximum(compute, hidden) + blocking[role][:, None] / chunks)
+
+        forward = occupied(self.forward_seconds, "forward")
+        backward = None if self.backward_seconds is None else occupied(self.backward_seconds, "backward")
+        hop = beside["hop"]
+        steps = total = float(makespan(forward, backward, hop, self.stages).max())
+        gather, reduce = (float(beside[role].sum()) / chunks for role in ("gather", "reduce"))
+        if gather or reduce:
+            moved = {"gather": gather, "reduce": reduce, "pieces": self.pieces}
+            total = float(makespan(forward, backward, hop, self.stages, **moved).max())
         busy = self.compute_seconds @ self.repeats
-        collectives = seconds["forward"].sum() + (seconds["backward"].sum() if backward is not None else 0.0)
-        exposed = np.minimum(collectives, total - busy)
+        exposed = np.minimum(collectives, steps - busy) + (total - steps)
         return Elapsed(total, busy, exposed, total - busy - exposed)

@@ -22,7 +22,7 @@ import numpy as np
 from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation
 
-from .engine import Runs, _Scheduler
+from .engine import Progress, Runs, _Scheduler
 from .generation import StepSeconds, _Steps, route_samples
 
 UNLIMITED_BLOCKS = 1 << 60
@@ -94,6 +94,8 @@ class Engine(_Scheduler):
             kv_blocks,
             generation.chunked_prefill,
             padded=generation.kv_cache == "preallocated",
+            groups=none if generation.prefix_caching else None,
+            progress=Progress.of(generation.speculative),
         )
         self.generation, self.kv_blocks = generation, kv_blocks
         self.free = self.total = UNLIMITED_BLOCKS if kv_blocks is None else kv_blocks
@@ -116,6 +118,8 @@ class Engine(_Scheduler):
         self.samples += samples
         self.prompt += prompts
         self.response += responses
+        self.group += [s.group for s in samples]
+        self.shared += self._shareable(prompts)
         self.generated += drawn
         self.waiting[:0] = range(len(self.samples) - 1, first - 1, -1)
 
@@ -127,6 +131,8 @@ class Engine(_Scheduler):
         other.samples = [self.samples[k] for k in kept]
         other.prompt, other.response = [self.prompt[k] for k in kept], [self.response[k] for k in kept]
         other.generated, other.final_blocks = [self.generated[k] for k in kept], [self.final_blocks[k] for k in kept]
+        other.group, other.shared = [self.group[k] for k in kept], [self.shared[k] for k in kept]
+        other.members = Counter(other.group[: len(self.running)])
         other.running = dict.fromkeys(range(len(self.running)))
         other.waiting = list(range(len(self.running) + len(self.waiting) - 1, len(self.running) - 1, -1))
         other.partial = self.partial and [new[self.partial[0]], *self.partial[1:]]
@@ -134,7 +140,7 @@ class Engine(_Scheduler):
         other.finish = {new[k]: finish for k, finish in self.finish.items()}
         other.ending = [(finish, k) for k, finish in other.finish.items()]
         heapq.heapify(other.ending)
-        other.step, other.free, other.base_sum, other.crossing = self.step, self.free, self.base_sum, [*self.crossing]
+        other.clock, other.free, other.base_sum, other.crossing = self.clock, self.free, self.base_sum, [*self.crossing]
         other.late_seconds, other.late = self.late_seconds, [*self.late]
         return other
 
@@ -169,13 +175,13 @@ class Engine(_Scheduler):
     def remove(self, gone: set[int]) -> None:
         """Take these samples (their numbers) out, whatever they do."""
         for k in [k for k in self.running if self.samples[k].number in gone]:
+            del self.running[k]
             if self.partial is not None and self.partial[0] == k:
-                self.free += self._blocks(self.partial[2])
+                self._leave(k, self._blocks(self.partial[2]))
                 self.partial = None
             else:
-                self.free += self._blocks(self.base[k] + self.step)
+                self._leave(k, self._held(k))
                 self._stop_decoding(k)
-            del self.running[k]
         self.waiting = [k for k in self.waiting if self.samples[k].number not in gone]
 
     def unfinished(self) -> list[tuple[Sample, int]]:
@@ -183,7 +189,7 @@ class Engine(_Scheduler):
         return [(self.samples[k], self._drawn(k)) for k in self.kept()]
 
     def _drawn(self, k: int) -> int:
-        return self.base[k] + self.step - self.prompt[k] + 1 if k in self.base else self.generated[k]
+        return self._cached(k) - self.prompt[k] + 1 if k in self.base else self.generated[k]
 
     def _complete(self, sample: int) -> None:
         self.completions.append((len(self.builder.rows) - 1, sample))
@@ -267,11 +273,12 @@ class Plan:
         if not engines:
             return []
         rows = np.array([self.engines[k].builder.rows[last[k]] for k in engines]).T
+        builder = self.engines[engines[0]].builder
         left = instant - np.array([self._begin(k, last[k]) for k in engines])
         low, high = np.ones_like(rows[0]), rows[0].copy()
         while (low < high).any():
             middle = (low + high) // 2
-            enough = self.pool.steps.of(_decoding_runs(middle, rows)).sum(axis=0) >= left
+            enough = self.pool.steps.of(builder.decoding(middle, rows)).sum(axis=0) >= left
             high, low = np.where(enough, middle, high), np.where(enough, low, np.minimum(middle + 1, high))
         return [int(steps) for steps in high]
 
@@ -284,7 +291,7 @@ class Plan:
         if steps and steps < cut[-1]:
             cut[-1] = steps
             rows = np.array([self.engines[k].builder.rows[last]]).T
-            by_bound[:, -1:] = self.pool.steps.of(_decoding_runs(cut[-1:], rows))
+            by_bound[:, -1:] = self.pool.steps.of(self.engines[k].builder.decoding(cut[-1:], rows))
         return _Steps(
             Runs(
                 cut,
@@ -296,17 +303,11 @@ class Plan:
                 runs.chunk_run[chunks],
                 runs.chunk_tokens[chunks],
                 np.zeros(0, dtype=int),
+                progress=runs.progress,
                 idle_seconds=runs.idle_seconds[:count],
             ),
             by_bound,
         )
-
-
-def _decoding_runs(steps: np.ndarray, rows: np.ndarray) -> Runs:
-    """So many steps of runs that are given as columns of `rows`, as the builder keeps them."""
-    _, decodes, context, prompt, sampled, running = rows
-    none = np.zeros(0, dtype=int)
-    return Runs(steps, decodes, context, prompt, sampled, running, none, none.astype(float), none)
 
 
 class Pool:
@@ -377,6 +378,8 @@ class Pool:
             self.engines[k].run_steps(steps)
             self.counts["preemptions"] += self.engines[k].preemptions
             self.counts["recomputed_tokens"] += self.engines[k].recomputed
+            if self.engines[k].reused:
+                self.counts["reused_tokens"] += self.engines[k].reused
             for name, count in self.engines[k].calls.items():
                 self.counts[name] += count
             self.engines[k] = self.engines[k].copy()

@@ -10,6 +10,7 @@ and not thrown away are at most (version + staleness + 1) batches.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -38,6 +39,7 @@ def base_name(stage: str) -> str:
 class Rollouts:
     """All such firings of one scenario's graph, in the order in which they happen.
 
+    operators, kv_capacity_tokens: as of `CostModel`; all engines of a pool are of one kind.
     lengths: prompt and response tokens by iteration; response number n has those of iteration n // samples. turns: in
         which these responses are generated, by iteration (None: at once).
     """
@@ -47,12 +49,13 @@ class Rollouts:
         scenario: Scenario,
         fold: Fold,
         holdings: dict[str, Holding],
-        operators: Operators,
+        operators: Sequence[Operators],
         lengths: Lengths,
-        kv_capacity_tokens: float | None,
+        kv_capacity_tokens: Mapping[int, float] | None,
         turns: list[DrawnTurns] | None = None,
     ) -> None:
         self.scenario, self.graph, self.holdings, self.operators = scenario, fold.original, holdings, operators
+        self._kinds = scenario.cluster.rank_kinds
         self.lengths, self.kv_capacity_tokens, self.turns = lengths, kv_capacity_tokens, turns
         self.samples = scenario.workload.samples
         self._together = kept_together(self.graph, self.samples, scenario.workload.responses_per_prompt)
@@ -84,8 +87,9 @@ class Rollouts:
         self._begin(f, stage, pool)
         plan = self._plans[f] = Plan(pool, len(self._ids(f)))
         cut = plan.cut(plan.seconds)
-        working = _segment(plan, cut, self._seconds(stage, plan, cut), self.scenario, holding, stage, self.operators)
-        return [*_gather(holding.use, generation, holding.ranks, engines, self.operators), working]
+        operators = self.operators[self._kinds[stage.ranks[0]]]
+        working = _segment(plan, cut, self._seconds(stage, plan, cut), self.scenario, holding, stage, operators)
+        return [*_gather(holding.use, generation, holding.ranks, engines, operators), working]
 
     def _begin(self, f: Firing, stage: Stage, pool: Pool) -> None:
         """Hand new prompts to the engines: as many as the stage may have at work."""
@@ -180,19 +184,20 @@ class Rollouts:
             if stage in self.graph.refreshed_by(self.graph.at(name).model):
                 self._pool(name).enter(version, self.graph.at(name).recompute)
 
-    def engine(self, steps: StepSeconds) -> Engine:
-        """One without work."""
+    def engine(self, steps: StepSeconds, kind: int) -> Engine:
+        """One without work, on machines of this kind."""
         generation, turns, blocks = self.scenario.generation, self.scenario.workload.turns, None
         if self.kv_capacity_tokens is not None:
-            blocks = int(self.kv_capacity_tokens) // generation.block_tokens
+            blocks = int(self.kv_capacity_tokens[kind]) // generation.block_tokens
         return TurnEngine(generation, blocks, turns, steps) if turns else Engine(generation, blocks)
 
     def _pool(self, stage: str) -> Pool:
         step = base_name(stage)
         if step not in self._pools:
-            workload, use = self.scenario.workload, self.holdings[self.graph.at(stage).model].use
-            steps = StepSeconds(self.operators, use, self.scenario.generation)
-            self._pools[step] = Pool(self.engine(steps), steps, workload.responses_per_prompt)
+            kind, use = self._kinds[self.graph.at(stage).ranks[0]], self.holdings[self.graph.at(stage).model].use
+            steps = StepSeconds(self.operators[kind], use, self.scenario.generation)
+            size = self.scenario.workload.responses_per_prompt
+            self._pools[step] = Pool(self.engine(steps, kind), steps, size)
         return self._pools[step]
 
 

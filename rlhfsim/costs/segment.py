@@ -24,6 +24,7 @@ Op = Literal[
     "send",
     "to_host",
     "from_host",
+    "host_send",
     "host_memory",
 ]
 
@@ -32,7 +33,8 @@ Op = Literal[
 class Transfer:
     """A collective or copy, run by every group of `groups` at the same time.
 
-    op: `send` groups are (source, destination) pairs; `to_host` and `from_host` groups are single ranks, as are
+    op: `send` groups are (source, destination) pairs, as are those of `host_send`, from the host memory of the source
+        rank's node to that of the destination's; `to_host` and `from_host` groups are single ranks, as are
         those of `host_memory`: what a rank's work on the CPU reads and writes there.
     op `custom_all_reduce`: the one-shot kernel of an inference engine (it reads its peers' buffers over NVLink);
         where a group has no NVLink between all its ranks it is an ordinary all_reduce.
@@ -40,6 +42,9 @@ class Transfer:
         the input of a reduce_scatter, a rank's send buffer in an all_to_all (its own share included), the message of
         a send or copy.
         A number, or an array over the kinds of repeats of its segment.
+    hidden_seconds: so much of it passes beside the compute that it belongs to; the rest blocks or not, as it may be.
+        Likewise a number or an array.
+    blocking: it stops the compute also where the other transfers of its segment run beside it.
     messages: how many separate calls that payload is cut into (each pays the latency); likewise.
     """
 
@@ -47,6 +52,8 @@ class Transfer:
     groups: tuple[tuple[int, ...], ...]
     payload_bytes: float | np.ndarray
     messages: float | np.ndarray = 1.0
+    blocking: bool = False
+    hidden_seconds: float | np.ndarray = 0.0
 
 
 class Route(NamedTuple):
@@ -78,8 +85,8 @@ class Segment:
     """`repeats` rounds of compute and transfers between two meetings of a place's replicas.
 
     compute_seconds: shape (replicas, kinds): seconds of one repeat on each replica; repeats: shape (kinds,).
-    prefetch: 0: transfers block; otherwise they run ahead of (or behind) the compute by that many repeats, on the
-        communication stream, so that a repeat takes max(compute, transfer) after the first.
+    prefetch: 0: transfers block; otherwise those that are not `blocking` run ahead of (or behind) the compute by that
+        many repeats, on the communication stream, so that a repeat takes max(compute, transfer) after the first.
     lockstep: replicas meet at every repeat (a collective over all of them), not only at the end.
     bound: seconds of `compute_seconds` by what limits them {"flops", "hbm", "launch", "host", "pcie"}, summed over
         repeats, mean over replicas.
@@ -104,14 +111,17 @@ class Segment:
 
     def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
         """Seconds when transfer j moves `rates[j]` payload bytes per second (inf: free)."""
-        transfer = np.zeros(len(self.repeats))
+        compute, blocked = self.compute_seconds, self.compute_seconds
+        beside = np.zeros(len(self.repeats))
         for t, route, rate in zip(self.transfers, routes, rates, strict=True):
-            transfer = transfer + transfer_seconds(t, route, rate)
-        compute = self.compute_seconds
-        round_seconds = np.maximum(compute, transfer) if self.prefetch else compute + transfer
+            if self.prefetch and t.blocking:
+                blocked = blocked + exposed_seconds(t, route, rate)
+            else:
+                beside = beside + exposed_seconds(t, route, rate)
+        round_seconds = np.maximum(blocked, beside) if self.prefetch else compute + beside
         own = round_seconds @ self.repeats
         # With prefetch the first transfer has nothing to hide behind, and the last compute hides none.
-        fill = np.minimum(compute[:, 0], transfer[0]) if self.prefetch else np.zeros(len(compute))
+        fill = np.minimum(blocked[:, 0], beside[0]) if self.prefetch else np.zeros(len(compute))
         own = own + fill
         together = round_seconds.max(axis=0) @ self.repeats + fill.max()
         total = float(together if self.lockstep else own.max())
@@ -131,6 +141,11 @@ class HostSegment(Segment):
         )
         longer = max(0.0, streamed - float(alone.max()))
         return Elapsed(float(alone.max()) + longer, alone, np.full(len(alone), longer), alone.max() - alone)
+
+
+def exposed_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:
+    """Of `transfer_seconds`, what does not pass beside its own compute."""
+    return np.maximum(transfer_seconds(transfer, route, rate) - transfer.hidden_seconds, 0.0)
 
 
 def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:

@@ -1,20 +1,29 @@
-"""Programs of weight transfer: from a trained copy of a model to the copies that generate or score with it."""
+"""Programs of weight transfer: from a trained copy of a model to the copies that generate or score with it.
+
+What differs between frameworks is who sends (`WeightSync.senders`), and what the weights go through. A sender uses the
+links of its own rank only, so a single one has a single NIC.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.model import Head, layers_routed_parameters, lora_parameters, parameters
-from rlhfsim.spec.scenario import ModelUse
+from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, lora_modules, lora_parameters, parameters
+from rlhfsim.spec.scenario import ModelUse, WeightSync
 
 from .operators import Operators, OperatorTime
-from .passes import Layout, add_bound, as_groups, messages_of, weight_tensors
+from .passes import Layout, add_bound, as_groups, end_matrices, messages_of, weight_tensors
 from .segment import Segment, Transfer
 
 SyncMethod = Literal["p2p", "broadcast", "reshard"]
+Senders = Literal["replica", "stage_heads", "first_rank", "all_ranks"]
+Shards = list[tuple[int, list[int]]]  # a rank that sends, and those that need any of what it has
+Fetched = tuple[list[tuple[int, int]], float]
 
 
 def sync_program(
@@ -26,41 +35,148 @@ def sync_program(
     method: SyncMethod,
     bucket_bytes: float,
     head: Head = "lm",
+    path: WeightSync | None = None,
+    rank_nodes: Sequence[int] = (),
 ) -> list[Segment]:
     """Weights (only LoRA's factors, with LoRA) from the trained copy to `destination`, every replica of which gets all.
 
     p2p: one destination replica after the other, blocking sends between the ranks whose shards overlap; replicas x
-        weights on the wire. broadcast: every source shard once to all ranks that need any of it (they keep their part).
-    reshard: the same GPUs change from the training layout to the destination's by all-gathers, and each copies what it
-        has got into the destination's weights.
-    A ZeRO-3 source first gathers what it sends, tensor by tensor. With `effects.sync` off there is nothing to do: an
-    empty program.
+        weights on the wire. broadcast: what a rank sends goes once to all ranks that need any of it (they keep their
+        part). reshard: the same GPUs change from the training layout to the destination's by all-gathers, and each
+        copies what it has got into the destination's weights.
+    path: `senders`, `through` and the storage's rate (default: the ranks of the first replica, from GPU to GPU).
+    rank_nodes: the node of every rank, needed through host or disk.
+    Before sending, the senders gather what they do not have: ZeRO-3 shards tensor by tensor, experts, shards of a
+    tensor-parallel group, pipeline stages. With `effects.sync` off there is nothing to do: an empty program.
     """
     if not operators.effects.sync:
         return []
+    source, destination = (replace(side, context_parallel=1) for side in (source, destination))  # a copy each
     if destination.pipeline_parallel > 1:
         raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
+    path = path or WeightSync()
     spec = use.shape
     count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
     total = float(count * use.bytes_per_parameter)
-    copies: list[Segment] = []
+    replicas = _replicas(destination)
     if method == "reshard":
-        transfers = [_reshard(use, source, destination, total)]
+        transfers = [*_expert_gather(use, source, bucket_bytes), _reshard(use, source, destination, total)]
         copies = _copy(operators.copy(use, total / destination.tensor_parallel))
-    elif method == "broadcast":
-        transfers = [_broadcast(source, destination, total, bucket_bytes)]
+        return [*_segments(transfers), *_overhead(operators, use, 1, total, 1, bucket_bytes), *copies]
+    gathers = [] if path.senders == "all_ranks" else _gathers(use, source, total, bucket_bytes, path.senders)
+    to_each = [_shards(source, replica, path.senders) for replica in replicas]
+    at_once = len(to_each[0])
+    rounds = len(replicas) if method == "p2p" else 1
+    overhead = _overhead(operators, use, _parts(use, source, path.senders), total / at_once, rounds, bucket_bytes)
+    if path.through != "gpu":
+        fetched = _fetched(to_each, total, method, rank_nodes)
+        moved = _through_host(to_each[0], fetched, destination, total, bucket_bytes, path)
+        return [*_segments(gathers), *moved, *overhead]
+    if method == "broadcast":
+        transfers = [_broadcast(_shards(source, destination, path.senders), total, bucket_bytes)]
     else:
-        transfers = [_sends(source, replica, total, bucket_bytes) for replica in _replicas(destination)]
-    if use.expert_parallel > 1 and not use.lora_rank:
-        # The ranks that send hold a part of the experts only.
-        routed = layers_routed_parameters(spec) * use.bytes_per_parameter
-        payload = routed / source.pipeline_parallel / source.experts.tensor
-        gather = Transfer("all_gather", source.expert_groups, payload, messages_of(payload, bucket_bytes))
-        transfers = [gather, *transfers]
-    if method != "reshard" and use.zero_stage == 3 and len(source.ranks) > 1:
-        gather = Transfer("all_gather", (source.ranks,), total, float(weight_tensors(spec)))
-        transfers = [gather, *transfers]
-    return [_transfer_segment(f"sync_{t.op}", t) for t in transfers if t is not None] + copies
+        transfers = [_sends(pairs, total, bucket_bytes) for pairs in to_each]
+    return [*_segments(gathers), *_segments(transfers), *overhead]
+
+
+def sync_tensors(use: ModelUse) -> int:
+    """Tensors that a framework names one by one: those of a Hugging Face checkpoint, each expert's own among them (or
+    LoRA's two factors of every module that has them)."""
+    spec, found = use.shape, 0
+    kinds = spec.layer_kinds()
+    if use.lora_rank:
+        return sum(2 * len(lora_modules(spec, kind)) * count for kind, count in kinds.items())
+    mlp = 2 + spec.gated_mlp
+    norm = 2 if spec.norm == "layer" else 1
+    attention = 4
+    if spec.latent_attention:  # with a norm of each latent vector
+        attention = len(attention_gemms(spec)) + 1 + (spec.q_lora_rank > 0)
+    attention += 3 * spec.qkv_bias + spec.attention_output_bias + 2 * spec.qk_norm + norm * spec.norms_per_layer
+    for kind, count in kinds.items():
+        shared = mlp * (spec.shared_expert_ffn > 0) + spec.shared_expert_gate
+        routed = 1 + spec.router_bias + spec.experts * mlp * (1 + spec.expert_bias) + shared
+        each = routed if kind.experts else mlp * (1 + spec.mlp_bias)
+        found += count * (attention + each)
+    ends = norm * (spec.final_norm + spec.embedding_norm) + (spec.learned_positions > 0) + spec.head_bias
+    return found + end_matrices(spec) + ends
+
+
+def _overhead(
+    operators: Operators, use: ModelUse, parts: int, sent_bytes: float, rounds: int, bucket_bytes: float
+) -> list[Segment]:
+    """The host's time on the busiest sender. parts: senders among which the tensors are divided."""
+    overheads = operators.overheads
+    tensors = sync_tensors(use) / parts
+    seconds = tensors * overheads.sync_tensor_seconds
+    seconds = rounds * (seconds + messages_of(sent_bytes, bucket_bytes) * overheads.sync_bucket_seconds)
+    if not seconds or operators.ideal:
+        return []
+    return [Segment("sync_overhead", np.full((1, 1), seconds), bound={"host": seconds})]
+
+
+def _parts(use: ModelUse, source: Layout, senders: Senders) -> int:
+    """Senders among which tensors are divided: stages have layers of their own, replicas can share out what all have;
+    ranks of a tensor-parallel group or of ZeRO-3 each have a part of every tensor."""
+    if senders == "first_rank" or use.zero_stage == 3:
+        return 1
+    return source.pipeline_parallel * (source.replicas if senders == "all_ranks" else 1)
+
+
+def _gathers(use: ModelUse, source: Layout, total: float, bucket_bytes: float, senders: Senders) -> list[Transfer]:
+    """What the senders do not have."""
+    whole = _gathered(use, source, total) if use.zero_stage == 3 else None
+    found = [whole] if whole else []
+    found += _expert_gather(use, source, bucket_bytes)
+    if senders == "replica":
+        return found
+    if source.tensor_parallel > 1:
+        tensors = max(1.0, weight_tensors(use.shape) / source.pipeline_parallel)
+        found.append(Transfer("all_gather", source.tensor_groups, total / source.pipeline_parallel, tensors))
+    if senders == "first_rank" and source.pipeline_parallel > 1:
+        heads = tuple(map(int, source.grid[:, 0, 0]))
+        found.append(Transfer("all_gather", (heads,), total, float(weight_tensors(use.shape))))
+    return found
+
+
+def _expert_gather(use: ModelUse, source: Layout, bucket_bytes: float) -> list[Transfer]:
+    """The ranks that send hold a part of the experts only."""
+    if use.expert_parallel == 1 or use.lora_rank:
+        return []
+    routed = layers_routed_parameters(use.shape) * use.bytes_per_parameter
+    payload = routed / source.pipeline_parallel / source.experts.tensor
+    return [Transfer("all_gather", source.expert_groups, payload, messages_of(payload, bucket_bytes))]
+
+
+def _fetched(copies: list[Shards], total: float, method: SyncMethod, rank_nodes: Sequence[int]) -> Fetched:
+    """(sender, a rank on whose host its bytes arrive) of all copies that are fetched, and the bytes of each pair."""
+    if method == "p2p":
+        pairs = [(rank, other) for copy in copies for rank, others in copy for other in others]
+        return pairs, total * len(copies) / len(pairs)
+    pairs = []
+    for k, parts in enumerate(zip(*copies, strict=True)):  # of one sender
+        on_node: dict[int, list[int]] = {}
+        for other in (other for _, ranks in parts for other in ranks):
+            on_node.setdefault(rank_nodes[other], []).append(other)
+        # Any NIC of the node will do: other senders use those of other ranks.
+        pairs += [(parts[0][0], ranks[k % len(ranks)]) for ranks in on_node.values()]
+    return pairs, total / len(copies[0])
+
+
+def _through_host(
+    senders: Shards, fetched: Fetched, destination: Layout, total: float, bucket_bytes: float, path: WeightSync
+) -> list[Segment]:
+    """Down to the host, to the other hosts (or to the storage and back), up to the GPUs."""
+    pairs, payload = fetched
+    sent, kept = total / len(senders), total / destination.tensor_parallel
+    down = Transfer("to_host", tuple((rank,) for rank, _ in senders), sent, messages_of(sent, bucket_bytes))
+    up = Transfer("from_host", tuple((r,) for r in destination.ranks), kept, messages_of(kept, bucket_bytes))
+    between = _segments([Transfer("host_send", tuple(pairs), payload, messages_of(payload, bucket_bytes))])
+    if path.through == "disk":
+        assert path.storage_bytes_per_second is not None
+        moved = {"sync_write": total, "sync_read": len(pairs) * payload}
+        seconds = {label: count / path.storage_bytes_per_second for label, count in moved.items()}
+        between = [Segment(n, np.full((1, 1), spent), bound={"storage": spent}) for n, spent in seconds.items()]
+    return [*_segments([down]), *between, *_segments([up])]
 
 
 def _copy(time: OperatorTime) -> list[Segment]:
@@ -77,26 +193,29 @@ def _replicas(layout: Layout) -> list[Layout]:
     ]
 
 
-def _shards(source: Layout, destination: Layout) -> list[tuple[int, list[int]]]:
-    """Of each rank of the first source replica: the ranks of a destination replica with overlapping shards."""
+def _shards(source: Layout, destination: Layout, senders: Senders) -> Shards:
+    """Of each rank that sends: the ranks of the destination with overlapping shards."""
     s, d = source.tensor_parallel, destination.tensor_parallel
-    pairs = []
-    for stage in source.grid[:, 0]:
-        for i, rank in enumerate(stage):
-            shards = range(i * d // s, -(-(i + 1) * d // s))
-            pairs.append((int(rank), [int(r) for r in destination.grid[:, :, list(shards)].ravel()]))
-    return pairs
+    of_replica = slice(None) if senders == "all_ranks" else slice(1)
+    found = []
+    for stage in source.grid[:1] if senders == "first_rank" else source.grid:
+        for replica in stage[of_replica]:
+            whole = senders in ("stage_heads", "first_rank")
+            for i, rank in enumerate(replica[:1] if whole else replica):
+                shards = range(d) if whole else range(i * d // s, -(-(i + 1) * d // s))
+                found.append((int(rank), [int(r) for r in destination.grid[:, :, list(shards)].ravel()]))
+    return found
 
 
-def _sends(source: Layout, replica: Layout, total: float, bucket_bytes: float) -> Transfer:
+def _sends(shards: Shards, total: float, bucket_bytes: float) -> Transfer:
     """All pairs of overlapping shards at once, blocking bucket by bucket (pairs of one rank share its links)."""
-    pairs = tuple((rank, other) for rank, others in _shards(source, replica) for other in others)
+    pairs = tuple((rank, other) for rank, others in shards for other in others)
     payload = total / len(pairs)
     return Transfer("send", pairs, payload, messages_of(payload, bucket_bytes))
 
 
-def _broadcast(source: Layout, destination: Layout, total: float, bucket_bytes: float) -> Transfer:
-    groups = tuple((rank, *others) for rank, others in _shards(source, destination))
+def _broadcast(shards: Shards, total: float, bucket_bytes: float) -> Transfer:
+    groups = tuple((rank, *others) for rank, others in shards)
     payload = total / len(groups)
     return Transfer("broadcast", groups, payload, messages_of(payload, bucket_bytes))
 
@@ -107,9 +226,7 @@ def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -
     Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
     """
     if use.zero_stage == 3:
-        if len(source.ranks) == 1:
-            return None
-        return Transfer("all_gather", (source.ranks,), total, float(weight_tensors(use.shape)))
+        return _gathered(use, source, total)
     size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
     if size <= 1:
         return None
@@ -117,5 +234,12 @@ def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -
     return Transfer("all_gather", as_groups(by_replica), total / destination.tensor_parallel, float(use.shape.layers))
 
 
-def _transfer_segment(label: str, transfer: Transfer) -> Segment:
-    return Segment(label, np.zeros((1, 1)), transfers=(transfer,))
+def _gathered(use: ModelUse, source: Layout, total: float) -> Transfer | None:
+    """ZeRO-3: all weights on every rank, from those that hold them once together."""
+    groups = use.shard_groups(source.ranks)
+    return Transfer("all_gather", groups, total, float(weight_tensors(use.shape))) if len(groups[0]) > 1 else None
+
+
+def _segments(transfers: Iterable[Transfer | None]) -> list[Segment]:
+    """One after the other."""
+    return [Segment(f"sync_{t.op}", np.zeros((1, 1)), transfers=(t,)) for t in transfers if t is not None]

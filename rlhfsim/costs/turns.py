@@ -24,7 +24,6 @@ import numpy as np
 from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation, Turns
 
-from .engine import Runs
 from .generation import StepSeconds, _Steps
 from .pool import Engine, Sample
 
@@ -135,7 +134,7 @@ class TurnEngine(Engine):
         self._drop_stale()
         if not self.away or not self.base:
             return limit
-        low, high = 1, self.ending[0][0] - self.step
+        low, high = 1, self.ending[0][0] - self.clock  # ticks are tokens: nothing drafts
         high = high if limit is None else min(high, limit)
         left = self.away[0][0] - self.now - SAME_INSTANT_SECONDS
         while low < high:
@@ -149,9 +148,7 @@ class TurnEngine(Engine):
     def _decode_seconds(self, steps: np.ndarray) -> np.ndarray:
         """Of so many steps of those that decode now."""
         row = [1, len(self.base), self._context(), 0, len(self.base), len(self.running)]
-        _, decodes, context, prompt, sampled, running = np.tile(row, (len(steps), 1)).T
-        none = np.zeros(0, dtype=int)
-        runs = Runs(steps, decodes, context, prompt, sampled, running, none, none.astype(float), none)
+        runs = self.builder.decoding(steps, np.tile(row, (len(steps), 1)).T)
         return np.asarray(self.seconds.of(runs).sum(axis=0))
 
     def _call_tool(self, k: int) -> None:
@@ -181,14 +178,16 @@ class TurnEngine(Engine):
 
     # -- cache ----------------------------------------------------------------------------------------------
 
-    def _cached(self, sample: int) -> int:
+    def _known(self, sample: int) -> int:
         self._update_queue()
         return self.block * self.queue.get(sample, 0)
 
-    def _admit(self) -> None:
-        self.queued -= self.queue.pop(self.waiting[-1], 0)
-        super()._admit()
+    def _enter(self, sample: int, tokens: int) -> int:
+        known = self._known(sample)
+        self.queued -= self.queue.pop(sample, 0)
+        super()._enter(sample, tokens)
         self._update_queue()
+        return known
 
     def _put_back(self) -> None:
         self._update_queue()

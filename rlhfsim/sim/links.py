@@ -55,7 +55,7 @@ def max_min_rates(
         return limits
     load = np.array([[usage.get(link, 0.0) for link in shared] for usage in usages])
     room = np.array([capacities[link] for link in shared])
-    binding = [_binding_link(usage, capacities) for usage in usages]
+    binding = [binding_link(usage, capacities) for usage in usages]
     weight = np.array([usage[link] if link else 0.0 for usage, link in zip(usages, binding, strict=True)])
     limit = np.array(limits)
     rates, growth = np.where(weight > 0, 0.0, limit), 1 / np.where(weight > 0, weight, 1.0)
@@ -74,7 +74,7 @@ def max_min_rates(
     return [float(rate) for rate in rates]
 
 
-def _binding_link(usage: Mapping[str, float], capacities: Mapping[str, float]) -> str | None:
+def binding_link(usage: Mapping[str, float], capacities: Mapping[str, float]) -> str | None:
     """The link that limits a lone flow; ties go to the larger usage."""
     return max(
         (link for link, u in usage.items() if u > 0),
@@ -251,7 +251,7 @@ class LinkPool:
             for number, route in routes.items():
                 for link, u in route.usage.items():
                     column.setdefault(link, []).append((number, u))
-            binding = {_binding_link(r.usage, capacities) for r in routes.values()}
+            binding = {binding_link(r.usage, capacities) for r in routes.values()}
             kinds = {
                 (capacities[link], *loads): link for link, loads in column.items() if len(loads) > 1 or link in binding
             }

@@ -115,14 +115,36 @@ class Network(Sources):
     efficiency: Fraction | None = None
 
 
+class Interconnect(Sources):
+    """What joins the parts of a cluster, where that is less than their own networks.
+
+    bytes_per_second: between one part and all others, one direction, all its nodes together; absent: the NICs of both
+        sides are all that limits.
+    latency_seconds: one small message from a GPU of one part to one of another; absent: the longer one of the two
+        parts' own networks.
+    """
+
+    bytes_per_second: Sourced | None = None
+    latency_seconds: Sourced | None = None
+
+
 class Cluster(Record):
     """Nodes of one kind and their network. `node` and `gpu` are filled in by name when a file is loaded.
 
     overheads: host times measured on these machines; a scenario's own `overheads` go first, value by value.
+    parts: clusters of different machines that are one: `parts: [{spec: h100-80g-sxm, nodes: 4}, {spec: h20-96g}]`.
+        Ranks and nodes are numbered through the parts in this order, so a strategy's `split` or `ranks` says which
+        model is on which part (shares of `split` take ranks in the order in which they are written). An override names
+        a part by its number, `cluster.parts.1.nodes=2`. Each part has overheads of its own. Beside `parts` only `name`,
+        `description` and `between` are given; `nodes` is then the number of all nodes, and node, gpu and network are
+        those of the first part.
+    between: what joins the parts.
     """
 
     name: str = "custom"
     description: str = ""
+    parts: list[Cluster] = Field(default_factory=list)
+    between: Interconnect | None = None
     node: Node
     gpu: Gpu
     nodes: Count
@@ -130,16 +152,44 @@ class Cluster(Record):
     overheads: Overheads = Overheads()
 
     @property
+    def all_parts(self) -> list[Cluster]:
+        """The parts, each of one kind of machine; a cluster without any is its own only part."""
+        return self.parts or [self]
+
+    @property
     def gpus(self) -> int:
-        return self.nodes * self.node.gpus_per_node
+        return sum(part.nodes * part.node.gpus_per_node for part in self.all_parts)
+
+    @property
+    def part_kinds(self) -> list[int]:
+        """Of each part, the number of the first part with the same machines: what takes equal time on both."""
+        machines = [(part.gpu, part.node, part.overheads) for part in self.all_parts]
+        return [machines.index(machine) for machine in machines]
+
+    @property
+    def rank_kinds(self) -> list[int]:
+        """The same of each rank."""
+        parts = zip(self.part_kinds, self.all_parts, strict=True)
+        return [kind for kind, part in parts for _ in range(part.gpus)]
+
+    @property
+    def rank_nodes(self) -> list[int]:
+        """The node of each rank; nodes are numbered through all parts."""
+        sizes = [part.node.gpus_per_node for part in self.all_parts for _ in range(part.nodes)]
+        return [node for node, gpus in enumerate(sizes) for _ in range(gpus)]
 
     @property
     def doubts(self) -> list[str]:
         """Questions about numbers that look as if they were given in another unit."""
+        if self.parts:
+            return [d for k, part in enumerate(self.parts) for d in part._doubts(f"cluster.parts.{k}")]
+        return self._doubts("cluster")
+
+    def _doubts(self, prefix: str) -> list[str]:
         numbers = {f"gpu.{name}": number.value for name, number in self.gpu.quantities().items()}
         numbers["network.nic_bytes_per_second"] = self.network.nic_bytes_per_second.value
         return [
-            f"cluster.{name} is {three(value)} {unit}: is this in {likely} instead of {unit}?"
+            f"{prefix}.{name} is {three(value)} {unit}: is this in {likely} instead of {unit}?"
             for name, value in numbers.items()
             for field, (least, unit, likely) in PLAUSIBLE.items()
             if name in (field, f"{field}.{name.rpartition('.')[2]}") and value < least

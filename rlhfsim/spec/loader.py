@@ -17,7 +17,7 @@ from ..errors import InputError, nearest
 from . import lengths
 from .base import Sourced
 from .data import PACKAGE, data_dir
-from .hardware import Cluster, Gpu, Network, Node, Sources
+from .hardware import Cluster, Gpu, Interconnect, Network, Node, Sources
 from .model_spec import ModelSpec, load_model
 from .overrides import apply_override, expand_sweep, single_overrides
 from .problems import only_a_near_name, place_of, validate
@@ -38,8 +38,11 @@ _LAYOUT = (
     "precision",
     "tensor_parallel",
     "pipeline_parallel",
+    "context_parallel",
+    "context_exchange",
     "sequence_parallel",
     "score_micro_batch_samples",
+    "score_micro_batch_tokens",
     "flash_attention",
     "logits_chunk_tokens",
     "gemm_precision",
@@ -53,6 +56,7 @@ _LAYOUT_OF_LAYERS = (
     "routing_imbalance",
 )
 _RECORDS: dict[str, type[Sources]] = {"node": Node, "gpu": Gpu, "network": Network}
+_BESIDE_PARTS = ("name", "description", "between")  # what a cluster says for all its parts
 
 
 def load_scenario(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Scenario:
@@ -95,11 +99,16 @@ def load_cluster(name_or_path: str | Path, base_dir: str | Path = ".") -> Cluste
 
 def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
     """(field, value, source) of every number of cluster and models that has a source; else it says `unverified`."""
-    found = []
-    for part in _RECORDS:
-        record = getattr(scenario.cluster, part)
+    found, cluster = [], scenario.cluster
+    records: list[tuple[str, Sources]] = []
+    for k, part in enumerate(cluster.all_parts):
+        prefix = f"cluster.parts.{k}" if cluster.parts else "cluster"
+        records += [(f"{prefix}.{name}", getattr(part, name)) for name in _RECORDS]
+    if cluster.between:
+        records.append(("cluster.between", cluster.between))
+    for field, record in records:
         found += [
-            (f"cluster.{part}.{name}", number.value, _source_text(record, number.source))
+            (f"{field}.{name}", number.value, _source_text(record, number.source))
             for name, number in record.quantities().items()
         ]
     for role in scenario.roles:
@@ -125,12 +134,16 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
         data = _with_overheads(data)
     if "models" in data:
         data["models"] = _models(data["models"], folder, where)
+    if isinstance(data.get("generation"), dict):
+        data["generation"] = _generation(data["generation"], folder, where)
     for section in ("workload", "algorithm"):
         if isinstance(data.get(section), dict):
             data[section] = _with_files(section, data[section], folder, where)
     if isinstance(data.get("workload"), dict) and isinstance(turns := data["workload"].get("turns"), dict):
         data["workload"]["turns"] = _with_files("workload.turns", turns, folder, where)
-    scenario = validate(Scenario, data, where, also={"cluster": ("spec", "gpus_per_node")})
+    named = ("spec", "gpus_per_node")  # what a cluster may say beside its record's fields
+    parts = {f"cluster.parts.{k}": named for k in range(len(_parts_of(data.get("cluster"))))}
+    scenario = validate(Scenario, data, where, also={"cluster": named} | parts)
     _check(scenario, where)
     return scenario
 
@@ -145,6 +158,8 @@ def _leaves(key: str, value: Any) -> list[str]:
 def _with_overheads(data: dict[str, Any]) -> dict[str, Any]:
     """What the cluster's machines were measured to need, where the scenario says nothing else."""
     measured = data["cluster"].get("overheads") if isinstance(data["cluster"], dict) else None
+    if _parts_of(data["cluster"]):  # each part has its own: `Scenario.overheads_of`
+        return data
     return data | {"overheads": _merge(measured, data.get("overheads") or {})} if measured else data
 
 
@@ -168,7 +183,15 @@ def _without_shorthand(data: dict[str, Any]) -> dict[str, Any]:
                 _widen(result[section], part, key)
     if isinstance(result.get("workload"), dict):
         _widen_turns(result["workload"])
+    if parts_of_cluster := _parts_of(result.get("cluster")):
+        wide = [{"spec": part} if isinstance(part, str) else part for part in parts_of_cluster]
+        result["cluster"] = result["cluster"] | {"parts": wide}
     return result
+
+
+def _parts_of(cluster: Any) -> list[Any]:
+    parts = cluster.get("parts") if isinstance(cluster, dict) else None
+    return parts if isinstance(parts, list) else []
 
 
 def _widen_turns(workload: dict[str, Any]) -> None:
@@ -208,6 +231,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
         _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
+        _check_packing(f"models.{role}", getattr(scenario.models, role), scenario, where)
     _check_generation(scenario, where)
     _check_lengths(scenario, where)
 
@@ -259,21 +283,38 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
         )
     if use.ranks_per_replica > gpus:
         raise _error(
-            f"x pipeline_parallel is {use.ranks_per_replica}, but the cluster has {gpus} GPUs",
+            f"x {'context_parallel x ' if use.context_parallel > 1 else ''}pipeline_parallel is "
+            f"{use.ranks_per_replica}, but the cluster has {gpus} GPUs",
             f"{field}.tensor_parallel",
             where,
         )
 
 
 def _check_precision(field: str, use: ModelUse, cluster: Cluster, where: Where) -> None:
-    precision, peaks = use.gemm_precision, cluster.gpu.flops_per_second
+    precision, gpus = use.gemm_precision, [part.gpu for part in cluster.all_parts]
+    peaks = {name for gpu in gpus for name in gpu.flops_per_second}  # of its own ranks' GPU: `Operators` asks for it
     if precision == "int8":
         message = "only inference engines compute in int8 (generation.weights_precision); allowed: fp8"
     elif precision and precision not in peaks:
-        message = f"{cluster.gpu.name} has no peak for {precision} (it has: {', '.join(sorted(peaks))})"
+        names = " or ".join(dict.fromkeys(gpu.name for gpu in gpus))
+        message = f"{names} has no peak for {precision} (it has: {', '.join(sorted(peaks))})"
     else:
         return
     raise _error(message, f"{field}.gemm_precision", where)
+
+
+def _check_packing(field: str, use: ModelUse, scenario: Scenario, where: Where) -> None:
+    longest = scenario.workload.longest_sample
+    for name in ("micro_batch_tokens", "score_micro_batch_tokens"):
+        limit = getattr(use, name)
+        if limit is None:
+            continue
+        if scenario.workload.padded:
+            message = f"is {limit}, but samples are only packed without padding: workload.padded must be false"
+            raise _error(message, f"{field}.{name}", where)
+        if limit < longest:
+            message = f"is {limit}, but prompt and response may have {longest} tokens: at least as many are needed"
+            raise _error(message, f"{field}.{name}", where)
 
 
 def _check_generation(scenario: Scenario, where: Where) -> None:
@@ -367,12 +408,43 @@ def _cluster(given: Any, prefix: str, folder: Path, where: Where) -> Any:
     data, base = dict(given), {}
     if "spec" in data:
         named = _named("clusters", data.pop("spec"), prefix, join(prefix, "spec"), folder, where)
-        base = _with_parts({}, named.data, prefix, named.folder, named.where)
+        if "parts" in named.data:
+            _add_places(where, named.where, prefix)
+            return _cluster_of_parts(named.data | data, prefix, named.folder, where)
+        base = _resolved({}, named.data, prefix, named.folder, named.where)
         _add_places(where, named.where, prefix)
-    return _with_sources(_with_parts(base, data, prefix, folder, where))
+    if data.get("parts"):
+        return _cluster_of_parts(base | data, prefix, folder, where)
+    return _with_sources(_resolved(base, data, prefix, folder, where))
 
 
-def _with_parts(base: dict[str, Any], given: dict[str, Any], prefix: str, folder: Path, where: Where) -> dict[str, Any]:
+def _cluster_of_parts(data: dict[str, Any], prefix: str, folder: Path, where: Where) -> dict[str, Any]:
+    """Each part as a cluster of its own; what a cluster must have itself is the first part's."""
+    field = join(prefix, "parts")
+    if not isinstance(data["parts"], list):
+        raise _error(f"is {kind_of(data['parts'])}, but must be a list of clusters", field, where)
+    for key in sorted(data.keys() - {"parts", *_BESIDE_PARTS}):
+        raise _error(
+            f"is given beside parts; each part has its own (beside parts: {', '.join(_BESIDE_PARTS)})",
+            join(prefix, key),
+            where,
+        )
+    parts = []
+    for k, part in enumerate(data["parts"]):
+        given = {"spec": part} if isinstance(part, str) else part
+        if not isinstance(given, dict):
+            raise _error(f"is {kind_of(given)}, but must be a name or a mapping", f"{field}.{k}", where)
+        resolved = {} if given.get("parts") else _cluster(given, f"{field}.{k}", folder, where)
+        if not resolved or resolved.get("parts"):
+            raise _error("has parts itself; name those here", f"{field}.{k}", where)
+        parts.append(resolved)
+    first = {key: parts[0][key] for key in ("node", "gpu", "network") if key in parts[0]}
+    nodes = sum(count for part in parts if isinstance(count := part.get("nodes"), int) and count > 0)
+    name = " + ".join(str(part.get("name", "custom")) for part in parts)
+    return _with_sources({"name": name} | data | {"parts": parts} | first | {"nodes": max(nodes, 1)})
+
+
+def _resolved(base: dict[str, Any], given: dict[str, Any], prefix: str, folder: Path, where: Where) -> dict[str, Any]:
     """`base`, a cluster that names nothing any more, changed by `given`."""
     data = dict(given)
     node, gpu, gpus_per_node = (data.pop(key, None) for key in ("node", "gpu", "gpus_per_node"))
@@ -457,9 +529,9 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _with_sources(cluster: dict[str, Any]) -> dict[str, Any]:
-    """Plain numbers of node, GPU and network become {value, source: unverified}."""
+    """Plain numbers of node, GPU and networks become {value, source: unverified}."""
     result = dict(cluster)
-    for part, record in _RECORDS.items():
+    for part, record in (_RECORDS | {"between": Interconnect}).items():
         if isinstance(result.get(part), dict):
             result[part] = {key: _sourced(key, value, record) for key, value in result[part].items()}
     return result
@@ -515,6 +587,15 @@ def _models(given: Any, folder: Path, where: Where) -> Any:
     return models
 
 
+def _generation(given: dict[str, Any], folder: Path, where: Where) -> dict[str, Any]:
+    """With the shape of the model that drafts."""
+    drafting = given.get("speculative")
+    if not isinstance(drafting, dict) or drafting.get("draft") is None:
+        return given
+    shape = _shape(drafting, "generation.speculative", folder, where, {}, key="draft")
+    return given | {"speculative": drafting | {"shape": shape}}
+
+
 def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
     """What a frozen model takes over from its trained partner; it is sharded like it where that is possible."""
     if role not in _PARTNERS:
@@ -523,23 +604,28 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     own = {"spec", "pipeline_parallel"} & use.keys()
     keys = _LAYOUT if any(use[key] != partner.get(key) for key in own) else _LAYOUT + _LAYOUT_OF_LAYERS
     layout = {key: partner[key] for key in keys if key in partner}
+    if "score_micro_batch_samples" in use:
+        layout.pop("score_micro_batch_tokens", None)
     alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
 
 
-def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: dict[str, ModelSpec]) -> Any:
-    """The shape that `spec` names; a mapping `shape` beside it changes single values, one with a name is complete.
+def _shape(
+    use: dict[str, Any], field: str, folder: Path, where: Where, known: dict[str, ModelSpec], key: str = "spec"
+) -> Any:
+    """The shape that `spec` (or `key`) names; a mapping `shape` beside it changes single values, one with a name is
+    complete.
 
     `known` keeps the shapes by spec: the four models are often the same.
     """
-    spec, own = use["spec"], use.get("shape")
+    spec, own = use[key], use.get("shape")
     if isinstance(own, dict) and "name" in own:
         return own
     if not isinstance(spec, str):
         raise _error(
             f"is {kind_of(spec)}, but must be a shipped model's name or the path of a config.json",
-            f"{field}.spec",
+            f"{field}.{key}",
             where,
         )
     try:
@@ -547,7 +633,7 @@ def _shape(use: dict[str, Any], field: str, folder: Path, where: Where, known: d
     except InputError as error:
         if error.where:
             raise
-        raise _error(error.message, f"{field}.spec", where) from None
+        raise _error(error.message, f"{field}.{key}", where) from None
     return shape if own is None else _merge(shape.model_dump(), own)
 
 

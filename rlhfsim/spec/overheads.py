@@ -55,6 +55,12 @@ class Overheads(Record):
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
         gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
     controller_call_seconds: fixed cost of one such call.
+    sync_tensor_seconds, sync_bucket_seconds: host time of a weight sync to another copy, per tensor (naming it, calling
+        the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default
+        0, unverified: frameworks call every engine for each tensor (OpenRLHF, TRL) or each bucket (verl, slime, AReaL,
+        NeMo-RL), and no source separates what that takes.
+    map_bytes_per_second: rate at which a sleeping engine gives device memory back and takes it again
+        (`generation.sleep`); absent: that takes no time.
     reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
     """
 
@@ -68,4 +74,7 @@ class Overheads(Record):
     decode_sequence_seconds: Seconds | None = None
     controller_bytes_per_second: BytesPerSecond | None = None
     controller_call_seconds: Seconds = 0.0
+    sync_tensor_seconds: Seconds = 0.0
+    sync_bucket_seconds: Seconds = 0.0
+    map_bytes_per_second: BytesPerSecond | None = None
     reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None

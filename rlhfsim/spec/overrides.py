@@ -56,21 +56,33 @@ def expand_sweep(overrides: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def apply_override(data: dict[str, Any], where: Where, key: str, value: Any, place: str) -> None:
-    """Set the value at a dotted path of plain data in place, making the mappings on the way."""
+    """Set the value at a dotted path of plain data in place, making the mappings on the way; a number is an entry of a
+    list."""
     *parents, last = key.split(".")
-    target = data
+    target: Any = data
     for depth, name in enumerate(parents):
-        inner = target.get(name)
-        if inner is None:
+        index = _index(target, name, key, place)
+        inner = target.get(name) if index is None else target[index]
+        if inner is None and index is None:
             inner = target[name] = {}
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict | list):
             at = ".".join(parents[: depth + 1])
             raise InputError(f"{at} is {kind_of(inner)}, so {key!r} cannot be set below it", field=key, where=place)
         target = inner
-    target[last] = value
+    index = _index(target, last, key, place)
+    target[last if index is None else index] = value
     for path in [path for path in where if path.startswith(f"{key}.")]:
         del where[path]
     where[key] = place
+
+
+def _index(target: dict[str, Any] | list[Any], name: str, key: str, place: str) -> int | None:
+    """Of an entry of a list; None: `target` is a mapping."""
+    if isinstance(target, dict):
+        return None
+    if not name.isdecimal() or int(name) >= len(target):
+        raise InputError(f"{name!r} is no entry of a list of {len(target)} (they count from 0)", field=key, where=place)
+    return int(name)
 
 
 def _distinct(overrides: Iterable[str]) -> list[tuple[str, list[Any]]]:

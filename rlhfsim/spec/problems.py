@@ -204,11 +204,11 @@ def _keys(record: type[BaseModel], path: tuple[str, ...]) -> list[str]:
 
 
 def _below(kind: Any, key: str) -> Any:
-    """The annotation of `key` in a record, a dict, or whichever of a union has it."""
+    """The annotation of `key` in a record, a dict, a list, or whichever of a union has it."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return kind.model_fields[key].annotation if key in kind.model_fields else None
-    if get_origin(kind) is dict:
-        return get_args(kind)[1]
+    if get_origin(kind) in (dict, list):
+        return get_args(kind)[-1]
     if get_origin(kind) in (Union, UnionType):
         return next((found for part in get_args(kind) if (found := _below(part, key)) is not None), None)
     return None

@@ -6,7 +6,8 @@ documented here once, and `rlhfsim show fields` prints this text.
 
 from __future__ import annotations
 
-from math import lcm
+from fractions import Fraction as Ratio
+from math import ceil, lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -32,9 +33,17 @@ class ModelUse(Record):
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
         3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
+    shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
+        gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
+        fsdp_size). Absent: over all ranks.
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
+    context_parallel: ranks that share every sequence, neighbours after the tensor-parallel ones. context_exchange: what
+        they exchange for attention. `ring`: keys and values go round, beside the attention that they are for
+        (Megatron-LM's cp_comm_type p2p). `all_gather`: keys and values of whole sequences first. `all_to_all`: from
+        pieces of sequences to pieces of the heads and back (Ulysses; verl's ulysses_sequence_parallel_size), whose
+        number must divide the heads; KV heads are copied where they are too few.
     first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
         others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
     sequence_parallel: activations between tensor-parallel regions are split as well.
@@ -44,9 +53,26 @@ class ModelUse(Record):
     routing_imbalance: rows of the busiest expert-parallel rank over the mean; 1: balanced. Without expert_parallel all
         experts are on one rank, and it counts for nothing.
     micro_batch_samples: samples per forward/backward of one replica; score_micro_batch_samples: of a scoring pass.
+    micro_batch_tokens, score_micro_batch_tokens: instead, samples are packed without padding in micro-batches of at
+        most so many tokens of one replica (verl: use_dynamic_bsz, ppo_max_token_len_per_gpu times the ranks that share
+        a sequence; NeMo-RL: sequence_packing). All replicas have equally many, and balanced ones.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
+    overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
+        DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
+        replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
+    overlap_param_gather: weights are gathered ahead of the layer that needs them. zero_stage 3: in every pass (FSDP,
+        DeepSpeed); absent: true. zero_stage 1 and 2: updated weights come beside the first forward pass of the next
+        update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
+    overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
+        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
+    offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
+        beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
+        have left there comes back to be added to. Otherwise they leave once, after the last backward.
+    offload_activations: what a layer keeps for its backward goes to the host beside the layer's forward and comes back
+        beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
+        enable_activation_offload); two layers at a time are on the GPU.
     offload_parameters: weights rest in host memory and stream in for each pass.
     lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
@@ -57,8 +83,11 @@ class ModelUse(Record):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gemm_precision: Literal["fp8", "int8"] | None = None
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
+    shard_ranks: Count | None = None
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
+    context_parallel: Count = 1
+    context_exchange: Literal["ring", "all_gather", "all_to_all"] = "ring"
     pipeline_chunks: Count = 1
     first_stage_layers: Count | None = None
     last_stage_layers: Count | None = None
@@ -68,10 +97,17 @@ class ModelUse(Record):
     routing_imbalance: Annotated[float, Field(ge=1, le=1e3)] = 1.0
     micro_batch_samples: Count = 4
     score_micro_batch_samples: Count = 16
+    micro_batch_tokens: Count | None = None
+    score_micro_batch_tokens: Count | None = None
     recompute: Literal["none", "selective", "full"] = "full"
     flash_attention: bool = True
     logits_chunk_tokens: Count | None = None
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
+    overlap_tensor_parallel: bool = False
     offload_optimizer: bool = False
+    offload_gradients: bool = False
+    offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
     trainable_layers: Count | None = None
@@ -83,6 +119,11 @@ class ModelUse(Record):
 
     @property
     def ranks_per_replica(self) -> int:
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that hold the weights once, unless they are sharded over data-parallel ranks."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
@@ -104,7 +145,24 @@ class ModelUse(Record):
     @property
     def ranks_together(self) -> int:
         """The fewest ranks that hold whole replicas and whole sets of experts."""
-        return self.pipeline_parallel * lcm(self.tensor_parallel, self.expert_ranks)
+        return self.pipeline_parallel * lcm(self.tensor_parallel * self.context_parallel, self.expert_ranks)
+
+    @property
+    def reduces_beside(self) -> bool:
+        """Whether gradients are reduced beside the backward pass."""
+        if self.overlap_grad_reduce is not None:
+            return self.overlap_grad_reduce
+        return self.zero_stage == 3 or self.ranks_together == 1
+
+    @property
+    def gathers_ahead(self) -> bool:
+        """Whether weights are gathered beside a forward pass."""
+        return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
+
+    def shard_groups(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The ranks that hold all weights once together, under zero_stage 3."""
+        size = self.shard_ranks or len(ranks)
+        return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -158,6 +216,52 @@ class ModelUse(Record):
         return self
 
     @model_validator(mode="after")
+    def _heads_can_be_split(self) -> ModelUse:
+        shape, degree = self.shape, self.context_parallel
+        if degree == 1 or self.context_exchange != "all_to_all":
+            return self
+        heads, kv_heads = shape.heads // self.tensor_parallel, max(1, shape.kv_heads // self.tensor_parallel)
+        allowed = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        if degree not in allowed:
+            raise ValueError(
+                f"context_parallel is {degree}, but all_to_all must split the {heads} heads of {self.spec} on a "
+                f"tensor-parallel rank, and split or copy its {kv_heads} KV heads, evenly (allowed: "
+                f"{', '.join(map(str, allowed))}; ring and all_gather: any)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> ModelUse:
+        if self.offload_gradients and (not self.offload_optimizer or self.zero_stage < 2):
+            raise ValueError(
+                "offload_gradients needs offload_optimizer: true and zero_stage 2 or 3, given "
+                f"{str(self.offload_optimizer).lower()} and {self.zero_stage}"
+            )
+        if self.offload_gradients and self.ranks_together > 1:
+            raise ValueError("offload_gradients needs replicas of one rank (DeepSpeed): no tensor or other parallelism")
+        if self.offload_activations and not self.flash_attention and self.recompute == "none":
+            raise ValueError(
+                "offload_activations leaves out the scores of attention, which are kept without flash_attention "
+                "(allowed: flash_attention, or recompute selective or full)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_is_possible(self) -> ModelUse:
+        if self.overlap_param_gather and self.zero_stage == 0:
+            raise ValueError(
+                "overlap_param_gather is true, but at zero_stage 0 no weights are gathered (allowed: 1 to 3)"
+            )
+        if self.overlap_param_gather and self.zero_stage < 3 and not self.reduces_beside:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce: true, as in Megatron-LM")
+        if self.overlap_tensor_parallel and (self.tensor_parallel == 1 or not self.sequence_parallel):
+            raise ValueError(
+                "overlap_tensor_parallel needs tensor_parallel above 1 and sequence_parallel, given "
+                f"{self.tensor_parallel} and {str(self.sequence_parallel).lower()}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> ModelUse:
         if self.trainable_layers is not None and self.trainable_layers > self.shape.layers:
             raise ValueError(
@@ -167,11 +271,13 @@ class ModelUse(Record):
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
             )
-        if self.zero_stage == 3 and self.ranks_per_replica > 1:
+        if self.zero_stage == 3 and self.ranks_per_copy > 1:
             raise ValueError(
                 "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
                 "pipeline_parallel above 1 use stage 0, 1 or 2"
             )
+        if self.shard_ranks is not None and self.zero_stage < 3:
+            raise ValueError(f"shard_ranks is {self.shard_ranks}, but weights are sharded at zero_stage 3 only")
         if self.backend == "torch" and self.zero_stage:
             raise ValueError(f"backend torch shards nothing: zero_stage must be 0, given {self.zero_stage}")
         return self
@@ -259,6 +365,9 @@ class Workload(Record):
     prompts x responses_per_prompt = samples. padded: scoring and training compute every sample at the maximum
     length (plain Hugging Face batches); otherwise padding is removed.
     turns: of responses with tool calls between them; absent: one turn.
+    balanced: the samples of a stage are shared among the replicas of a place by tokens, equally many each (verl's
+        balance_batch, for every mini-batch by itself); otherwise in order. Replicas that are places of their own
+        (models that score with whole copies) keep what they have.
     responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
         up to the longest of them.
     """
@@ -269,6 +378,7 @@ class Workload(Record):
     response_tokens: Lengths
     turns: Turns | None = None
     padded: bool = True
+    balanced: bool = False
     responses: Literal["forced", "sampled"] = "forced"
 
     @property
@@ -298,6 +408,44 @@ class Workload(Record):
         return self.prompt_tokens.longest + self.longest_response
 
 
+class Speculative(Record):
+    """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
+
+    acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1
+        to tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
+    draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
+        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
+        0 layers: drafts cost nothing (look-up of n-grams).
+    """
+
+    tokens: Count
+    acceptance_length: Annotated[float, Field(ge=1, le=1e3)]
+    draft: str | None = None
+    shape: ModelSpec | None = None
+    layers: NonNegativeCount = 1
+
+    @property
+    def advance(self) -> Ratio:
+        """acceptance_length."""
+        return Ratio(str(self.acceptance_length)).limit_denominator(100)
+
+    @property
+    def slots(self) -> int:
+        """Tokens for which a sequence may need room in the cache beyond its own: drafts, and drawn beyond its end."""
+        return self.tokens + ceil(self.advance - Ratio(1, self.advance.denominator))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Speculative:
+        if self.acceptance_length > self.tokens + 1:
+            raise ValueError(
+                f"acceptance_length is {self.acceptance_length:g}, but a step with {self.tokens} drafts gives at most "
+                f"{self.tokens + 1} tokens"
+            )
+        if self.draft is not None and self.shape is None:
+            raise ValueError(f"the shape of draft {self.draft!r} is missing")
+        return self
+
+
 class Generation(Record):
     """How responses are generated.
 
@@ -313,10 +461,24 @@ class Generation(Record):
         Products run at the GPU's rate for that precision if it has one, else at the model's (weights are unpacked on
         the way, as vLLM's Marlin kernels do). Embedding and head stay as they are.
     lora: `merged` into the weights before generation, or `served`: its factors run beside the weights at every step.
-    memory_fraction: share of the GPU's memory for weights and KV cache of the engine; absent: what is left.
+    memory_fraction: share of the GPU's memory for the engine; absent: what is left. Never more than that, either.
+    memory_fraction_covers: what has to fit into it besides weights and KV cache. `profile`: the peak of one step at the
+        scheduler's limits (vLLM's gpu_memory_utilization; what was there before the engine, as the CUDA context, is not
+        counted). `profile_and_graphs`: the CUDA graphs too (vLLM from 0.21 on). `static`: nothing, and it is a share of
+        what is free before the weights are loaded (SGLang's mem_fraction_static).
+    cuda_graph_bytes: device memory of the engine's captured graphs on each rank ("Graph capturing finished ... took" in
+        vLLM's log); they stay where they are while an engine sleeps.
+    kv_cache_tokens: room in the KV cache as the engine's log gives it ("GPU KV cache size"), instead of a fraction.
+    sleep: of an `engine` that shares its GPUs with training, between generation and the next weights. `level_1` copies
+        the weights to host memory, where room for them is kept, and back before they are overwritten; `level_2` forgets
+        them, so that it can generate once for each sync (vLLM's sleep levels). Both give memory back and take it again
+        (`overheads.map_bytes_per_second`). Absent: it makes room and comes back in no time.
     max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
+    prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
+        computed once (vLLM's and SGLang's default; off here unless asked for).
+    speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
         as long as the longest sequence and read to its end. `paged` sequences read their own tokens only; static
@@ -334,10 +496,16 @@ class Generation(Record):
     batching: Literal["static", "continuous"] | None = None
     batch_samples: Count | None = None
     memory_fraction: Fraction | None = None
+    memory_fraction_covers: Literal["profile", "profile_and_graphs", "static"] = "profile"
+    cuda_graph_bytes: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    kv_cache_tokens: Count | None = None
+    sleep: Literal["level_1", "level_2"] | None = None
     max_sequences: Count = 256
     prefill_tokens: Count = 8192
     block_tokens: Count = 16
     chunked_prefill: bool = True
+    prefix_caching: bool = False
+    speculative: Speculative | None = None
     cuda_graphs: bool | None = None
     kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
@@ -366,14 +534,31 @@ class Generation(Record):
     def engine_use(self, use: ModelUse) -> ModelUse:
         """How the layers of a model are split and computed in the engine."""
         changes: dict[str, Any] = {
+            "context_parallel": 1,
             "expert_parallel": self.expert_parallel,
             "expert_tensor_parallel": self.tensor_parallel // self.expert_parallel,
             "gemm_precision": self.weights_precision,
         }
         return use.model_copy(update=changes)
 
+    def without_drafts(self) -> Generation:
+        return self.model_copy(update={"speculative": None})
+
+    def draft_use(self, use: ModelUse) -> ModelUse | None:
+        """What drafts for this model: a model of its own, or layers like the model's; None: nothing that runs."""
+        if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
+            return None
+        shape = self.speculative.shape or use.shape.model_copy(update={"layers": self.speculative.layers})
+        return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
+
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
+        if self.sleep and self.engine != "engine":
+            raise ValueError(
+                f"engine {self.engine} uses the training weights: sleep must be absent, given {self.sleep}"
+            )
+        if self.speculative and not self.continuous:
+            raise ValueError("speculative decoding needs a continuous engine: batching must be continuous")
         if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
             raise ValueError("engine zero3_per_token runs every rank on its own samples: tensor_parallel must be 1")
         if self.engine == "zero3_per_token" and self.weights_precision:
@@ -381,6 +566,10 @@ class Generation(Record):
                 f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
                 f"{self.weights_precision}"
             )
+        if self.prefix_caching and not self.continuous:
+            raise ValueError("prefix_caching needs a paged KV cache: batching must be continuous")
+        if self.kv_cache_tokens is not None and self.memory_fraction is not None:
+            raise ValueError("kv_cache_tokens and memory_fraction both say how large the KV cache is: leave out one")
         if self.tensor_parallel % self.expert_parallel:
             raise ValueError(
                 f"expert_parallel is {self.expert_parallel}, but must divide tensor_parallel {self.tensor_parallel}"
@@ -393,12 +582,34 @@ class WeightSync(Record):
 
     method: `p2p` sends them to each replica in turn, blocking, bucket by bucket; `broadcast` once to all replicas.
         A copy on the same ranks is refreshed in place (all-gathers), whatever is named here.
-    bucket_bytes: weights are flattened into messages of this size (the paper's code: 100 MB).
+    bucket_bytes: weights are flattened into messages of this size (the paper's code: 100 MB; slime's
+        update_weight_buffer_size, AReaL's weight_chunked_mem_mb 1024).
+    senders: who sends, each by the NIC nearest to it. `replica` every rank of the first replica its shard (of ZeRO-3
+        ranks the first, which has gathered all). `stage_heads` the first rank of each of its pipeline stages, after an
+        all-gather in every tensor-parallel group (slime: update_weight_from_distributed.py @02a644a7, ranks with data-
+        and tensor-parallel rank 0). `first_rank` the first rank alone, after all others have sent it their parts
+        (OpenRLHF: ppo_actor.py @012aae8c; AReaL's fsdp_engine; verl: nccl_checkpoint_engine.py @29f38651; NeMo-RL's
+        packed_broadcast_producer, src 0; TRL). `all_ranks` every rank its own part, nothing is gathered before
+        (verl: kimi_checkpoint_engine.py @28e60ee3; torchforge's push_weights @05359b09).
+    through: `gpu` from GPU to GPU; `host` to the host's memory, from there by network or shared memory to the host of
+        the other copy, and up again, one after the other; `disk` written to a storage that all share, and read again
+        (slime: update_weight_from_disk.py @5a3552f2; AReaL's weight_update_mode disk). Through host or disk each
+        replica fetches a copy of its own with `p2p`, each node one for all its ranks with `broadcast`.
+    storage_bytes_per_second: at which the storage is written, and read, by all together; needed for `disk`.
     With LoRA only the factors move.
     """
 
     method: Literal["p2p", "broadcast"] = "p2p"
     bucket_bytes: Annotated[float, Field(ge=1, le=1e12)] = 100e6
+    senders: Literal["replica", "stage_heads", "first_rank", "all_ranks"] = "replica"
+    through: Literal["gpu", "host", "disk"] = "gpu"
+    storage_bytes_per_second: BytesPerSecond | None = None
+
+    @model_validator(mode="after")
+    def _disk_has_a_rate(self) -> WeightSync:
+        if self.through == "disk" and self.storage_bytes_per_second is None:
+            raise ValueError("through disk needs storage_bytes_per_second")
+        return self
 
 
 class Periodic(Record):
@@ -520,6 +731,13 @@ class Scenario(Record):
                 field="workload.responses_per_prompt",
             )
         return steps
+
+    def overheads_of(self, part: Cluster) -> Overheads:
+        """Those on the machines of a part of the cluster: what the scenario says, then what the part does."""
+        if not self.cluster.parts:
+            return self.overheads
+        said = {name: getattr(self.overheads, name) for name in self.overheads.model_fields_set}
+        return part.overheads.model_copy(update=said)
 
     @property
     def gen_prompts(self) -> int:
