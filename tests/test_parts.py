@@ -175,9 +175,10 @@ def test_a_data_parallel_group_of_two_kinds_waits_for_the_slower(zero_stage: int
             assert sum(slowest.values()) * (1 - 1e-9) <= span.seconds < on_a100.seconds + on_h20.seconds
 
 
-def test_engines_of_two_kinds_each_at_their_own_pace() -> None:
+@pytest.mark.parametrize("turns", [None, {"number": 3, "observation_tokens": 40, "tool_latency": 0.2}])
+def test_engines_of_two_kinds_each_at_their_own_pace(turns: dict[str, Any] | None) -> None:
     """Every engine generates its equal share; the call ends with the slower kind's."""
-    changes = {"effects.links": False, "strategy.calls": 1, **TAIL}
+    changes = {"effects.links": False, "strategy.calls": 1, "workload.turns": turns, **TAIL}
     seconds = {
         spec: [
             s.end_seconds - s.start_seconds

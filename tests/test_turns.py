@@ -367,6 +367,25 @@ def test_equal_samples_wait_for_equal_tools() -> None:
     assert tools is not None and tools.idle_share == approx(1.0 / stage_seconds(found)["gen"], rel=0.05)
 
 
+def test_engines_of_two_kinds_in_one_place_wait_for_tools_as_long() -> None:
+    """With equal samples the place takes what the slower kind takes alone; both idle for the same tools."""
+    turns = {"number": 3, "observation_tokens": 64, "tool_latency": 0.5}
+    mixed, slow, fast = (
+        timeline_of(
+            scenario(
+                cluster={"parts": [{"spec": spec, "nodes": 1, "gpus_per_node": 4} for spec in specs]},
+                generation__batching="continuous", effects__links=False, workload__turns=turns,
+                models__actor__spec="llama-7b", models__actor__zero_stage=3, workload__prompts=256,
+            )
+        )
+        for specs in (("a100-80g-sxm", "h20-96g"), ("a100-80g-sxm",) * 2, ("h20-96g",) * 2)
+    )  # fmt: skip
+    slow, fast = sorted((slow, fast), key=lambda found: -stage_seconds(found)["gen"])
+    assert stage_seconds(mixed)["gen"] == approx(stage_seconds(slow)["gen"], rel=1e-9)
+    assert stage_seconds(mixed)["gen"] > 1.01 * stage_seconds(fast)["gen"]
+    assert mixed.of(stage="gen")[0].bound["tools"] == approx(1.0)
+
+
 def test_lengths_are_those_of_the_turns() -> None:
     found = scenario(engine="engine", workload__turns=TURNS)
     drawn = turns_of(found, 0)
@@ -380,6 +399,10 @@ def test_lengths_are_those_of_the_turns() -> None:
     ("changes", "said"),
     [
         ({"generation.batching": "static", "workload.turns": 2}, "workload.turns.*continuous"),
+        ({"generation.prefix_caching": True, "workload.turns": 2}, "generation.prefix_caching.*keep_prefix"),
+        ({"generation.speculative": {"tokens": 3, "acceptance_length": 2}, "workload.turns": 2},
+         "generation.speculative.*not modelled with workload.turns"),
+        ({"models.actor.micro_batch_tokens": 319, "workload.padded": False, "workload.turns": 2}, "have 320 tokens"),
         ({"workload.turns": {"observation_tokens": 3}}, "workload.turns.number"),
         ({"workload.turns": {"number": 0}}, "at least 1"),
         ({"workload.turns": 5000}, "at most 1000"),
