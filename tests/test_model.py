@@ -887,6 +887,13 @@ def test_any_json_is_a_model_or_an_input_error(model_type: str, draw: st.DataObj
     assert model.parameters(spec) > 0
 
 
+def test_more_layers_than_any_model_has_are_an_error(tmp_path: Path) -> None:
+    """(Counting them one by one would take minutes.)"""
+    config = {"model_type": "deepseek_v3"} | HF_CONFIGS["deepseek_v3"] | {"num_hidden_layers": 10**9}
+    with pytest.raises(InputError, match="10000"):
+        read(config, tmp_path)
+
+
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'llama-2-7b'"):
         load_model("lama-2-7b")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from reprlib import repr  # bounded: a nest of YAML aliases can print without end
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -85,7 +85,7 @@ class ModelSpec(Sources):
     description: str = ""
     family: str
     source: str
-    layers: Count
+    layers: Annotated[Count, Field(le=MAX_LAYERS)]
     hidden: Count
     heads: Count
     kv_heads: Count
