@@ -108,7 +108,11 @@ def qwen3_30b_apart(training: int, tokens: int, **actor: Any) -> Fit:
         use | actor,
         {"prompts": 16, "responses_per_prompt": 8, "prompt_tokens": tokens // 16, "response_tokens": tokens * 15 // 16},
         generation={"engine": "engine", "tensor_parallel": 2},
-        strategy={"name": "one_step_off", "split": {"generation": 2, "training": training}},
+        strategy={
+            "name": "one_step_off",
+            "recompute_log_probs": False,
+            "split": {"generation": 2, "training": training},
+        },
     ).fit()
 
 
@@ -292,7 +296,7 @@ def sync_seconds(model: str, tensor_parallel: int, through: str) -> float:
     run = setup(
         {"spec": "h100-80g-sxm", "nodes": 2, "gpus_per_node": tensor_parallel},
         {"spec": model},
-        {"prompts": 8, "prompt_tokens": 16, "response_tokens": 16},
+        {"prompts": 4, "responses_per_prompt": 2, "prompt_tokens": 16, "response_tokens": 16},
         generation={"engine": "engine", "tensor_parallel": tensor_parallel},
         strategy={"name": "one_step_off", "split": {"generation": 1, "training": 1}},
         weight_sync={"through": through, "method": "broadcast", "senders": "first_rank"},
