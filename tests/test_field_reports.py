@@ -6,14 +6,16 @@ a thread leaves open is named as assumed. A verdict that is wrong here is marked
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from functools import cache
 from typing import Any
 
 import pytest
 
 from rlhfsim.errors import InputError
-from rlhfsim.fits import KNOBS, Fit
+from rlhfsim.fits import Fit
 from rlhfsim.memory import LOGITS_COPIES, static_bytes
-from rlhfsim.metrics import stage_seconds
+from rlhfsim.metrics import base_stage, stage_seconds, step_seconds
 from rlhfsim.simulate import Setup, prepare, simulate
 from rlhfsim.spec.loader import scenario_from_dict
 
@@ -70,7 +72,13 @@ def test_llama_8b_on_one_a100_runs_out_in_its_first_optimizer_step() -> None:
 def grpo_on_one_a100(model: str, **actor: Any) -> Fit:
     """Assumed: fp32 masters with bf16 computation, no checkpointing (TRL's default then), batch = one micro-batch,
     whole sequences through the head."""
-    use = {"spec": model, "zero_stage": 0, "recompute": "none", "micro_batch_samples": 4, "score_micro_batch_samples": 4}
+    use = {
+        "spec": model,
+        "zero_stage": 0,
+        "recompute": "none",
+        "micro_batch_samples": 4,
+        "score_micro_batch_samples": 4,
+    }
     return setup(
         {"spec": "a100-80g-sxm", "nodes": 1, "gpus_per_node": 1},
         use | actor,
@@ -160,8 +168,11 @@ def test_peak_of_30b_of_experts_by_sequence_length(tokens: int, peak_gib: float)
     assert used(qwen3_30b_on_h200(tokens).fit(), "update_actor") == approx(peak_gib, rel=0.06)
 
 
-@pytest.mark.xfail(strict=True, reason="2.5 to 4 times too fast: what routing and gathering experts takes on the host "
-                   "and in permutations is not modelled, and the thread does not say what else a step contains")  # fmt: skip
+@pytest.mark.xfail(
+    strict=True,
+    reason="2.5 to 4 times too fast: routing and permuting tokens for experts takes no time of the host here, and the "
+    "thread does not say what else a step contains",
+)
 @pytest.mark.parametrize(("tokens", "seconds"), [(row[0], row[2]) for row in LONG_SEQUENCES])
 def test_step_of_30b_of_experts_by_sequence_length(tokens: int, seconds: float) -> None:
     """The same rows: 1.75, 5.17, 16 to 21, 38.7 s a step."""
@@ -207,8 +218,11 @@ def test_optimizer_on_the_host_has_an_account_of_its_own() -> None:
     assert not less.fits and "host memory" in less.reason and "less offload" in less.reason
 
 
-@pytest.mark.xfail(strict=True, reason="host memory counts model states only: staging buffers, pinned copies, Ray's "
-                   "object store and what each process takes for itself, 390 GB here, are not modelled")  # fmt: skip
+@pytest.mark.xfail(
+    strict=True,
+    reason="host memory counts model states only: staging buffers, pinned copies, Ray's object store and what each "
+    "process takes for itself, 390 GB here, are not modelled",
+)
 def test_a_terabyte_of_host_memory_is_not_enough() -> None:
     """The same thread: 8 actors of 102 GB each; killed at 999.9 of 1,007 GB in the second step."""
     assert not slime_30b(1007e9).fits
@@ -244,8 +258,11 @@ def test_softmax_over_the_vocabulary_of_one_long_packed_row() -> None:
     assert cured.fits
 
 
-@pytest.mark.xfail(strict=True, reason="71 of 79.6 GiB: gradients that Megatron-LM accumulates in fp32 (2 more bytes a "
-                   "parameter, 6.9 GiB here) and what a sleeping engine's process keeps are not modelled")  # fmt: skip
+@pytest.mark.xfail(
+    strict=True,
+    reason="71 of 79.6 GiB: gradients that Megatron-LM accumulates in fp32 (2 more bytes a parameter, 6.9 GiB) and what "
+    "a sleeping engine's process keeps are not modelled",
+)
 def test_that_row_does_not_fit() -> None:
     """The same thread: out of memory with 3.79 GiB free."""
     fit = skypilot_14b()
@@ -308,8 +325,8 @@ def test_weights_through_a_store_are_bound_by_software() -> None:
     """github.com/meta-pytorch/torchforge/pull/728 and /issues/430: through a store of tensors, weights of Qwen3-8B
     (15.26 GiB) take 5.1 s to push and 43.7 s to update, those of 32B 80 s, later 50 s. Through the hosts' memory the
     links need 1 and 4 s."""
-    assert 43.7 > ABNORMAL * sync_seconds("qwen3-8b", 1, "host")
-    assert 50 > ABNORMAL * sync_seconds("qwen3-32b", 4, "host")
+    assert sync_seconds("qwen3-8b", 1, "host") * ABNORMAL < 43.7
+    assert sync_seconds("qwen3-32b", 4, "host") * ABNORMAL < 50
 
 
 def test_three_paths_for_the_same_weights() -> None:
@@ -356,7 +373,9 @@ def test_a_layout_for_192_gpus_is_refused_on_8() -> None:
 # ---------------------------------------------------------------- times
 
 
-def nemo_math(cluster: dict[str, Any], actor: dict[str, Any], tensor_parallel: int, mean: float, **changes: Any) -> Setup:
+def nemo_math(
+    cluster: dict[str, Any], actor: dict[str, Any], tensor_parallel: int, mean: float, **changes: Any
+) -> Setup:
     """NeMo-RL's examples/configs/grpo_math_*_megatron.yaml at 06f6343: 64 prompts x 32 responses, batches of 512,
     packed to 4,096 tokens (16,384 in scoring), distributed optimizer with overlap, no recomputation, vLLM with 0.6.
     Assumed: prompts of 110 tokens, lengths lognormal with sigma 0.7, the reference's weights on the host."""
@@ -367,23 +386,144 @@ def nemo_math(cluster: dict[str, Any], actor: dict[str, Any], tensor_parallel: i
     return setup(
         cluster,
         use | actor,
-        {
-            "prompts": 64,
-            "responses_per_prompt": 32,
-            "balanced": True,
-            "prompt_tokens": 110,
-            "response_tokens": lengths,
-        },
+        {"prompts": 64, "responses_per_prompt": 32, "balanced": True, "prompt_tokens": 110, "response_tokens": lengths},
         models={"actor": use | actor, "reference": {"zero_stage": 0, "offload_parameters": True}},
         algorithm=algorithm,
         generation={"engine": "engine", "tensor_parallel": tensor_parallel, "memory_fraction": 0.6},
+        simulation={"iterations": 1},
     )
 
 
-NEMO_8B = ({"spec": "h100-80g-sxm", "nodes": 1}, {"spec": "llama-3.1-8b", "pipeline_parallel": 2}, 1, 803)
-NEMO_70B = (
-    {"spec": "h100-80g-sxm", "nodes": 8},
-    {"spec": "llama-3.1-70b", "pipeline_parallel": 4, "tensor_parallel": 4},
-    4,
-    397,
+NEMO_PARTS = {
+    "gen": ["gen"],
+    "log_prob": ["old_log_prob", "ref"],
+    "train": ["update_actor"],
+    "refit": ["update_weights"],
+}
+
+
+@cache
+def nemo_seconds(model: str) -> dict[str, float]:
+    """Of every part, what the busiest rank spends: in NeMo-RL all replicas begin a part together."""
+    if model == "8B":
+        run = nemo_math({"spec": "h100-80g-sxm", "nodes": 1}, {"spec": "llama-3.1-8b", "pipeline_parallel": 2}, 1, 803)
+    else:
+        layout = {"pipeline_parallel": 4, "tensor_parallel": 4}
+        run = nemo_math({"spec": "h100-80g-sxm", "nodes": 8}, {"spec": "llama-3.1-70b"} | layout, 4, 397)
+    spent: dict[str, Counter[int]] = defaultdict(Counter)
+    for span in simulate(run).spans:
+        for rank in span.ranks:
+            spent[base_stage(span.firing.stage)][rank] += span.end_seconds - span.start_seconds
+    ranks = range(run.scenario.cluster.gpus)
+    return {part: max(sum(spent[s][r] for s in stages) for r in ranks) for part, stages in NEMO_PARTS.items()}
+
+
+def wrong(*case: Any, reason: str) -> Any:
+    return pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+PACKED = "a quarter to a half too fast: padding in packed rows and the controller's hand-over are not modelled"
+REFIT = "links and copies only: naming tensors and calling engines (sync_tensor_seconds) was not measured"
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "published", "rerun"),
+    [
+        wrong("8B", "log_prob", 18, 18, reason=PACKED),
+        wrong("8B", "train", 28, 27, reason=PACKED),
+        wrong("8B", "refit", 5, 8, reason=REFIT),
+        wrong("70B", "log_prob", 18, 20, reason=PACKED),
+        wrong("70B", "train", 28, 31, reason=PACKED),
+        wrong("70B", "refit", 14, 26, reason=REFIT),
+    ],
 )
+def test_parts_of_a_grpo_step(model: str, part: str, published: float, rerun: float) -> None:
+    """github.com/NVIDIA-NeMo/RL/issues/959 (2025-08): Megatron-Core, Llama-3.1-8B on 8 H100s (responses of about 803
+    tokens on average) and 70B on 64 (about 397), as published and run again. The rerun's generation differs by 2 to
+    7 %, its refit by up to 2 times; 15 % beyond either run are right here."""
+    seconds = nemo_seconds(model)[part]
+    assert 0.85 * min(published, rerun) <= seconds <= 1.15 * max(published, rerun)
+
+
+def test_generation_is_the_longest_part_of_a_grpo_step() -> None:
+    """The same runs: 56 to 58 s of 112, and 84 to 87 of 147 to 178. How long it takes hangs on the longest responses,
+    of which the thread says nothing: from half of it to 15 % more counts as right."""
+    for model, least, most in (("8B", 56, 58), ("70B", 84, 87)):
+        seconds = nemo_seconds(model)
+        assert 0.5 * least < seconds["gen"] < 1.15 * most
+        assert seconds["gen"] > seconds["train"] > seconds["log_prob"] > seconds["refit"]
+
+
+def test_a_log_prob_pass_that_is_not_needed() -> None:
+    """github.com/NVIDIA-NeMo/RL/pull/3135: with one optimizer step an iteration the ratio is 1 and the policy's own
+    log-prob pass is left out: on GB200 log-probs take 42 to 50 % less, and whole steps gain 7 to 21 %. Assumed:
+    Qwen3-32B on 16 GPUs, 2,000 tokens on average."""
+    gpus = {"spec": "gb200-186g", "nodes": 1, "gpus_per_node": 16}
+    actor = {"spec": "qwen3-32b", "tensor_parallel": 2}
+    found = []
+    for old_log_prob in ("always", "if_needed"):
+        run = simulate(nemo_math(gpus, actor, 1, 2000, minibatches=1, old_log_prob=old_log_prob))
+        seconds = stage_seconds(run)
+        found.append((seconds.get("old_log_prob", 0.0) + seconds["ref"], step_seconds(run)))
+    (twice, step), (once, shorter) = found
+    assert 0.40 < 1 - once / twice < 0.52
+    assert 0.07 < step / shorter - 1 < 0.21
+
+
+def small_optimizer(offload: bool) -> Setup:
+    """Qwen3-0.6B on one H100 (assumed)."""
+    return setup(
+        {"spec": "h100-80g-sxm", "nodes": 1, "gpus_per_node": 1},
+        {"spec": "qwen3-0.6b", "zero_stage": 1, "micro_batch_samples": 1, "offload_optimizer": offload},
+        {"prompts": 4, "responses_per_prompt": 2, "prompt_tokens": 512, "response_tokens": 512},
+    )
+
+
+def saved_and_paid() -> tuple[float, float]:
+    """(GiB saved in the update, seconds that it takes more)."""
+    runs = [small_optimizer(offload) for offload in (False, True)]
+    kept, offloaded = (used(run.fit(), "update_actor") for run in runs)
+    fast, slow = (stage_seconds(simulate(run))["update_actor"] for run in runs)
+    return kept - offloaded, slow - fast
+
+
+def test_an_optimizer_on_the_host_trades_time_for_memory() -> None:
+    """github.com/NVIDIA-NeMo/RL/pull/3628: 0.6B with 0, 50, 100 % of the optimizer on the host: 0.752, 1.187, 1.678 s
+    a step and 15.2, 14.1, 10.5 GiB. (Half an optimizer cannot be said.)"""
+    saved, paid = saved_and_paid()
+    assert saved > 15.2 - 10.5 and paid > 0
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="6.7 GiB for 0.07 s: masters leave the GPU with the moments, and Adam on the host streams at the rate of "
+    "all sockets' memory; Megatron-LM's is PyTorch's, whose rate was not measured",
+)
+def test_what_an_optimizer_on_the_host_costs() -> None:
+    """The same rows: 4.7 GiB for 0.93 s."""
+    saved, paid = saved_and_paid()
+    assert (saved, paid) == (approx(15.2 - 10.5, rel=0.15), approx(1.678 - 0.752, rel=0.3))
+
+
+def test_engines_shorten_all_but_the_tail() -> None:
+    """github.com/allenai/open-instruct/pull/575: 1.5B, one to four engines: 101.8 to 48.9 s, which is 31 s that stay
+    (30 %) and 71 s divided by the engines. Assumed: 64 prompts x 16 responses, lognormal with a mean of 1,000 and sigma
+    0.8, up to 8,192 tokens."""
+    seconds = {}
+    for engines in (1, 4):
+        run = setup(
+            {"spec": "h100-80g-sxm", "nodes": 1, "gpus_per_node": 4 + engines},
+            {"spec": "qwen2.5-1.5b"},
+            {
+                "prompts": 64,
+                "responses_per_prompt": 16,
+                "prompt_tokens": 200,
+                "response_tokens": {"distribution": "lognormal", "mean_tokens": 1000, "sigma": 0.8, "max_tokens": 8192},
+            },
+            generation={"engine": "engine"},
+            strategy={"name": "one_step_off", "staleness": 0, "split": {"generation": engines, "training": 4}},
+        )
+        seconds[engines] = stage_seconds(simulate(run))["gen"]
+    divided = (seconds[1] - seconds[4]) / (1 - 1 / 4)
+    assert 1.4 < seconds[1] / seconds[4] < 2.8  # 2.08
+    assert 0.2 < 1 - divided / seconds[1] < 0.6
