@@ -260,7 +260,7 @@ def test_softmax_over_the_vocabulary_of_one_long_packed_row() -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="71 of 79.6 GiB: gradients that Megatron-LM accumulates in fp32 (2 more bytes a parameter, 6.9 GiB) and what "
+    reason="71 of 79.6 GiB: gradients that Megatron-LM accumulates in fp32 (2 more bytes a parameter: 6.9) and what "
     "a sleeping engine's process keeps are not modelled",
 )
 def test_that_row_does_not_fit() -> None:
