@@ -1,7 +1,7 @@
 """Field reports: what users and maintainers measured, from public threads, against what we say of the same run.
 
 Each test names its thread and, as far as it was given there, its configuration; the facts are the posters' claims. What
-a thread leaves open is named as assumed. A verdict that is wrong here is marked as such, with what the model lacks.
+is not known of a run is named as assumed. A verdict that is wrong here is marked as such, with what the model lacks.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def test_peak_of_30b_of_experts_by_sequence_length(tokens: int, peak_gib: float)
 
 @pytest.mark.xfail(
     strict=True,
-    reason="2.5 to 4 times too fast: routing and permuting tokens for experts takes no time of the host here, and the "
-    "thread does not say what else a step contains",
+    reason="2.5 to 4 times too fast: routing and permuting tokens for experts takes no time of the host here, and "
+    "what else a step contains is not known",
 )
 @pytest.mark.parametrize(("tokens", "seconds"), [(row[0], row[2]) for row in LONG_SEQUENCES])
 def test_step_of_30b_of_experts_by_sequence_length(tokens: int, seconds: float) -> None:
@@ -361,7 +361,7 @@ def areal_8b(nodes: int) -> Setup:
 
 def test_a_layout_for_192_gpus_is_refused_on_8() -> None:
     """github.com/areal-project/AReaL/issues/133 (2025-06): Qwen3-8B with that allocation on "8x H20"; it needs 24
-    nodes of 8. (3 hours a step are not judged: the thread does not give the batch.)"""
+    nodes of 8. (3 hours a step are not judged: the batch is not known.)"""
     with pytest.raises(InputError, match="8 ranks are too few to divide: at least 10 are needed"):
         areal_8b(1)
     run = areal_8b(24)
@@ -447,7 +447,7 @@ def test_parts_of_a_grpo_step(model: str, part: str, published: float, rerun: fl
 
 def test_generation_is_the_longest_part_of_a_grpo_step() -> None:
     """The same runs: 56 to 58 s of 112, and 84 to 87 of 147 to 178. How long it takes hangs on the longest responses,
-    of which the thread says nothing: from half of it to 15 % more counts as right."""
+    which are not known: from half of it to 15 % more counts as right."""
     for model, least, most in (("8B", 56, 58), ("70B", 84, 87)):
         seconds = nemo_seconds(model)
         assert 0.5 * least < seconds["gen"] < 1.15 * most
