@@ -21,8 +21,8 @@ def test_there_are_scripts_of_every_framework() -> None:
 
 # What our memory model says too much of, by script.
 TOO_LARGE = {
-    "verl_grpo_qwen3_30b_megatron": "the script names one node of 96 GB GPUs as tested, we count 106 GiB, 15 of them of "
-    "experts' outputs are kept for the backward pass, though weights can be applied before the down projection"
+    "verl_grpo_qwen3_30b_megatron": "the script names one node of 96 GB GPUs as tested; of our 106 GiB 15 are outputs of "
+    "experts, kept for the backward pass, which is not needed where weights come before the down projection"
 }
 
 
