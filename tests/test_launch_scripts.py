@@ -21,7 +21,7 @@ def test_there_are_scripts_of_every_framework() -> None:
 
 # What our memory model says too much of, by script.
 TOO_LARGE = {
-    "verl_grpo_qwen3_30b_megatron": "the script names one node of 96 GB GPUs as tested; of our 106 GiB 15 are outputs of "
+    "verl_grpo_qwen3_30b_megatron": "the script says tested on a node of 96 GB GPUs; of our 106 GiB 15 are outputs of "
     "experts, kept for the backward pass, which is not needed where weights come before the down projection"
 }
 
