@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_Way = tuple[float, int, np.ndarray, list[list[int]]]  # (emptiest - fullest, number, sums, members), the fullest first
+
 
 def balanced_parts(weights: np.ndarray, parts: int, *, equal_counts: bool = False) -> list[list[int]]:
     """Indices of `weights` in so many parts of nearly equal sums; the heaviest first.
@@ -19,28 +21,34 @@ def balanced_parts(weights: np.ndarray, parts: int, *, equal_counts: bool = Fals
     equal_counts: parts have equally many entries (they differ by one where the number does not divide): one of the
     heaviest, one of the next heaviest, and so on, so that a few that are very heavy stay unbalanced, as in verl.
 
-    Largest differencing: what is shared out so far are ways to fill all parts. The two whose parts differ most are
-    joined, the fullest part of one with the emptiest of the other, until one is left.
+    Largest differencing: what is shared out so far are ways to fill the parts. The two whose parts differ most are
+    joined, the fullest part of one with the emptiest of the other, until one is left. (Parts that are still empty are
+    not written down: with many parts they are most.)
     """
     order = np.argsort(-weights, kind="stable")
     size = parts if equal_counts else 1
     ways = []
     for number, first in enumerate(range(0, len(order), size)):
         chosen = order[first : first + size]
-        sums = np.zeros(parts)
-        sums[: len(chosen)] = weights[chosen]
-        members = [[int(k)] for k in chosen] + [[] for _ in range(parts - len(chosen))]
-        ways.append((sums[-1] - sums[0], number, sums, members))
+        ways.append(_way(number, weights[chosen].astype(float), [[int(k)] for k in chosen], parts))
     heapq.heapify(ways)
     while len(ways) > 1:
         _, number, sums, members = heapq.heappop(ways)
         _, _, other_sums, other_members = heapq.heappop(ways)
-        sums = sums + other_sums[::-1]
-        members = [own + other for own, other in zip(members, reversed(other_members), strict=True)]
+        met = max(0, len(sums) + len(other_sums) - parts)
+        alone, emptiest, rest = len(sums) - met, other_sums[::-1], other_members[::-1]
+        sums = np.concatenate([sums[:alone], sums[alone:] + emptiest[:met], emptiest[met:]])
+        joined = [own + other for own, other in zip(members[alone:], rest[:met], strict=True)]
+        members = [*members[:alone], *joined, *rest[met:]]
         fullest = np.argsort(-sums, kind="stable")
-        sums = sums[fullest]
-        heapq.heappush(ways, (sums[-1] - sums[0], number, sums, [members[k] for k in fullest]))
-    return ways[0][3] if ways else [[] for _ in range(parts)]
+        heapq.heappush(ways, _way(number, sums[fullest], [members[k] for k in fullest.tolist()], parts))
+    found = ways[0][3] if ways else []
+    return found + [[] for _ in range(parts - len(found))]
+
+
+def _way(number: int, sums: np.ndarray, members: list[list[int]], parts: int) -> _Way:
+    emptiest = float(sums[-1]) if len(sums) == parts else 0.0
+    return emptiest - float(sums[0]), number, sums, members
 
 
 def first_fit_decreasing(weights: np.ndarray, limit: float) -> list[list[int]]:
