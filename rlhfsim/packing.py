@@ -24,23 +24,43 @@ def balanced_parts(weights: np.ndarray, parts: int, *, equal_counts: bool = Fals
     """
     order = np.argsort(-weights, kind="stable")
     size = parts if equal_counts else 1
+    # A part is a number in `joined`: 0 is empty, 1 + k holds entry k, those after are two other numbers together.
+    joined: list[tuple[int, int]] = []
     ways = []
     for number, first in enumerate(range(0, len(order), size)):
         chosen = order[first : first + size]
-        sums = np.zeros(parts)
+        sums, held = np.zeros(parts), np.zeros(parts, dtype=np.int64)
         sums[: len(chosen)] = weights[chosen]
-        members = [[int(k)] for k in chosen] + [[] for _ in range(parts - len(chosen))]
-        ways.append((sums[-1] - sums[0], number, sums, members))
+        held[: len(chosen)] = 1 + chosen
+        ways.append((sums[-1] - sums[0], number, sums, held))
     heapq.heapify(ways)
     while len(ways) > 1:
-        _, number, sums, members = heapq.heappop(ways)
-        _, _, other_sums, other_members = heapq.heappop(ways)
-        sums = sums + other_sums[::-1]
-        members = [own + other for own, other in zip(members, reversed(other_members), strict=True)]
+        _, number, sums, held = heapq.heappop(ways)
+        _, _, other_sums, other_held = heapq.heappop(ways)
+        sums, other_held = sums + other_sums[::-1], other_held[::-1]
+        both = np.flatnonzero((held > 0) & (other_held > 0))
+        together = held + other_held
+        together[both] = 1 + len(weights) + len(joined) + np.arange(len(both))
+        joined += zip(held[both].tolist(), other_held[both].tolist(), strict=True)
         fullest = np.argsort(-sums, kind="stable")
         sums = sums[fullest]
-        heapq.heappush(ways, (sums[-1] - sums[0], number, sums, [members[k] for k in fullest]))
-    return ways[0][3] if ways else [[] for _ in range(parts)]
+        heapq.heappush(ways, (sums[-1] - sums[0], number, sums, together[fullest]))
+    return (
+        [_entries(part, len(weights), joined) for part in ways[0][3].tolist()] if ways else [[] for _ in range(parts)]
+    )
+
+
+def _entries(part: int, count: int, joined: list[tuple[int, int]]) -> list[int]:
+    """The entries of a part, in the order in which they were joined."""
+    found, left = list[int](), [part] if part else []
+    while left:
+        part = left.pop()
+        if part <= count:
+            found.append(part - 1)
+        else:
+            one, other = joined[part - count - 1]
+            left += (other, one)
+    return found
 
 
 def first_fit_decreasing(weights: np.ndarray, limit: float) -> list[list[int]]:
