@@ -18,11 +18,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhfsim import layout
+from rlhfsim import real_limits
 from rlhfsim import timeline as timelines
 from rlhfsim.errors import InputError
 from rlhfsim.graph import StageGraph
-from rlhfsim.layout import Holding
+from rlhfsim.layout import Holding, graph_of, holdings_of
 from rlhfsim.records import RecordFile, read, record_path, timeline
 from rlhfsim.spec.loader import load_scenario
 from rlhfsim.spec.scenario import Scenario
@@ -118,11 +118,11 @@ def prepare(arguments: list[str] | None, place: Place) -> Job:
     """Raises InputError for what cannot run here."""
     options = _parser().parse_args(arguments)
     scenario = load_scenario(options.scenario, options.overrides)
-    layout.check_real(scenario)
-    graph, notes = layout.graph_of(scenario)
-    holdings = layout.holdings_of(scenario, graph)
+    real_limits.check_real(scenario)
+    graph, notes = graph_of(scenario)
+    holdings = holdings_of(scenario, graph)
     _check_options(options)
-    layout.check_real_graph(graph, holdings, place.ranks)
+    real_limits.check_real_graph(graph, holdings, place.ranks)
     device = _device(place)
     _check_memory(holdings, place, device)
     return Job(scenario, graph, holdings, notes, options, place, device)
@@ -163,7 +163,7 @@ def _check_memory(holdings: dict[str, Holding], place: Place, device: torch.devi
 
     on_cpu = device.type == "cpu"
     together = place.local_ranks if on_cpu else 1  # that share the memory
-    needs = [layout.rank_bytes(holdings, rank, on_cpu) for rank in range(place.ranks)]
+    needs = [real_limits.rank_bytes(holdings, rank, on_cpu) for rank in range(place.ranks)]
     needed = max(sum(needs[k : k + together]) for k in range(0, place.ranks, together)) / 2**30
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if not on_cpu:
@@ -206,8 +206,8 @@ def run(job: Job, store: Store, *, heed_sigterm: bool = False) -> timelines.Time
         from .stages import Stages  # with transformers and DeepSpeed, which take seconds
 
         clock, results = align(place.rank, place.ranks), LaneStore()
-        sets = layout.rank_sets(job.graph, job.holdings)
-        sets |= layout.sync_rank_sets(job.graph, job.holdings, job.scenario.weight_sync.method)
+        sets = real_limits.rank_sets(job.graph, job.holdings)
+        sets |= real_limits.sync_rank_sets(job.graph, job.holdings, job.scenario.weight_sync.method)
         groups = Groups(place.rank, sets, meter)
         work = Stages(job.scenario, job.graph, job.holdings, place.rank, groups, results)
     except BaseException as error:

@@ -27,7 +27,7 @@ from real.meter import Meter
 from real.watch import Watch
 from rlhfsim.firing import Firing
 from rlhfsim.graph import StageGraph
-from rlhfsim.layout import rank_sets
+from rlhfsim.real_limits import rank_sets
 from rlhfsim.records import Clock, RecordFile, read, timeline
 from rlhfsim.timeline import write
 

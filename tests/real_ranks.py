@@ -35,7 +35,8 @@ from real import executor, stages  # noqa: E402
 from real.groups import Groups  # noqa: E402
 from real.meter import Meter  # noqa: E402
 from rlhfsim.graph import StageGraph  # noqa: E402
-from rlhfsim.layout import graph_of, holdings_of, rank_sets, sync_rank_sets  # noqa: E402
+from rlhfsim.layout import graph_of, holdings_of  # noqa: E402
+from rlhfsim.real_limits import rank_sets, sync_rank_sets  # noqa: E402
 from rlhfsim.records import Clock  # noqa: E402
 
 RANKS = 6

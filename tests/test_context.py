@@ -12,10 +12,10 @@ from test_passes import IDEAL, OPS, equal, layout, moved, seconds, use
 from rlhfsim.costs.passes import Layout, score_program, train_program
 from rlhfsim.costs.sync import sync_program
 from rlhfsim.errors import InputError
-from rlhfsim.layout import check_real
 from rlhfsim.memory import scoring_bytes, static_bytes, training_bytes
 from rlhfsim.metrics import step_seconds
 from rlhfsim.model import parameters
+from rlhfsim.real_limits import check_real
 from rlhfsim.simulate import prepare
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import ModelUse

@@ -16,9 +16,9 @@ from rlhfsim.costs.passes import score_program, train_program
 from rlhfsim.costs.pipeline import makespan
 from rlhfsim.costs.segment import Route, Segment, Transfer
 from rlhfsim.errors import InputError
-from rlhfsim.layout import check_real
 from rlhfsim.memory import training_bytes
 from rlhfsim.model import parameters
+from rlhfsim.real_limits import check_real
 
 FREE_ROUTE = Route({}, 0.0, 1.0)
 MEGATRON = {"zero_stage": 1, "tensor_parallel": 2}

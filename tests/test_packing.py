@@ -15,10 +15,10 @@ from test_passes import OPS, equal, layout, moved, seconds, use
 
 from rlhfsim.costs.passes import micro_batches, score_program, train_program
 from rlhfsim.errors import InputError
-from rlhfsim.layout import check_real
 from rlhfsim.metrics import step_seconds
 from rlhfsim.model import parameters
 from rlhfsim.packing import balanced_parts, first_fit_decreasing, packed_micro_batches, shares_by_tokens
+from rlhfsim.real_limits import check_real
 from rlhfsim.simulate import prepare
 from rlhfsim.tune import tuned
 

@@ -35,8 +35,9 @@ from scenarios import scenario
 from real import executor, generate, groups, meter, models, ppo, stages
 from rlhfsim.errors import InputError
 from rlhfsim.firing import Firing
-from rlhfsim.layout import check_real, check_real_graph, graph_of, holdings_of, rank_sets
+from rlhfsim.layout import graph_of, holdings_of
 from rlhfsim.model import parameters
+from rlhfsim.real_limits import check_real, check_real_graph, rank_sets
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import ModelUse, Scenario
 

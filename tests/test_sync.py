@@ -18,8 +18,8 @@ from rlhfsim.costs.passes import Layout
 from rlhfsim.costs.segment import Segment
 from rlhfsim.costs.sync import Senders, sync_program, sync_tensors
 from rlhfsim.errors import InputError
-from rlhfsim.layout import check_real
 from rlhfsim.model import parameters
+from rlhfsim.real_limits import check_real
 from rlhfsim.sim.links import lone_rate
 from rlhfsim.simulate import prepare
 from rlhfsim.spec.model_spec import load_model

@@ -19,8 +19,8 @@ from rlhfsim.costs.engine import continuous_runs
 from rlhfsim.costs.pool import Pool, Sample
 from rlhfsim.costs.turns import TurnEngine, turn_steps
 from rlhfsim.errors import DoesNotFit, InputError
-from rlhfsim.layout import check_real
 from rlhfsim.metrics import stage_seconds, tool_summary
+from rlhfsim.real_limits import check_real
 from rlhfsim.simulate import lengths_of, prepare, turns_of
 from rlhfsim.spec.lengths import Turn, draw_turns
 from rlhfsim.spec.loader import length_dir
