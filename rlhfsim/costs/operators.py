@@ -42,6 +42,13 @@ ELEMENTWISE_BACKWARD_RATIO = 2.0
 # launches 71 to 74, about twice as many. Python's own time is not in the count: a lower limit.
 EAGER_KERNELS_PER_LAYER = 38
 
+# Bytes per element that eager PyTorch reads and writes for a 16-bit tensor in Hugging Face's modules, where each operation
+# is a kernel: forward, backward. `python experiments/eager_traffic/measure.py` counts them (torch 2.13, transformers
+# 5.24.0: Llama, Qwen2, Qwen3). RMS norm: of its input, with casts to fp32 and back; rotary: of queries and keys; gated
+# activation: of the MLP's width. Joins: sums of the gradients that projections of one input give back.
+EAGER_BYTES = {"rms_norm": (36, 92), "rope": (20, 32), "gated_activation": (10, 18), "residual_add": (6, 6)}
+EAGER_JOINS = 3
+
 # Bytes per logit of eager PyTorch: cast to fp32 (2 read, 4 written), log_softmax (4 + 4); backward 4 + 4, cast 4 + 2.
 LOG_SOFTMAX_BYTES = 14
 
@@ -150,6 +157,8 @@ class Operators:
             time = self._products("forward", use, tokens, gemms, self._layer_precision(use))
             if adapters and use.lora_rank:
                 time += self._products("forward", use, tokens, lora_gemms(use, tensor_parallel, kind))
+            if not use.fused_kernels:
+                return time + self._eager_elementwise(use, tokens, tensor_parallel, kind)
             return time + self._elementwise(use, tokens, tensor_parallel, kind)
 
         return _mean_of_layers(use, of)
@@ -173,6 +182,8 @@ class Operators:
                 time += self._products("data", use, tokens, adapters) + self._products("weights", use, tokens, adapters)
             else:
                 time += self._products("weights", use, tokens, base, precision)
+            if not use.fused_kernels:
+                return time + self._eager_elementwise(use, tokens, tensor_parallel, kind, backward=True)
             return time + ELEMENTWISE_BACKWARD_RATIO * self._elementwise(use, tokens, tensor_parallel, kind)
 
         return _mean_of_layers(use, of)
@@ -369,6 +380,34 @@ class Operators:
         shared = tokens * shape.shared_expert_ffn / tensor_parallel * width
         time += self._memory(use, "gated_activation", tensors * shared)
         return time + self._memory(use, "gated_activation", tensors * rows * shape.expert_ffn / split.tensor * width)
+
+    def _eager_elementwise(
+        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, kind: LayerKind, *, backward: bool = False
+    ) -> OperatorTime:
+        """What `_elementwise` is for, one kernel per operation, each at the rate of a residual addition.
+
+        A layer norm and activations of MLPs without a gate are one kernel in PyTorch too.
+        """
+        shape, width, way = use.shape, use.bytes_per_parameter, int(backward)
+        if shape.norm == "layer":
+            time = self._elementwise(use, tokens, tensor_parallel, kind)
+            return ELEMENTWISE_BACKWARD_RATIO * time if backward else time
+        tokens = np.asarray(tokens, dtype=float)
+        split = use.expert_split(tensor_parallel)
+        hidden = tokens / (tensor_parallel if use.sequence_parallel else 1) * shape.hidden
+        heads = tokens * _rotary_width(use) / tensor_parallel
+        norms = shape.norms_per_layer * hidden + (heads if shape.qk_norm else 0)
+        if shape.latent_attention:
+            norms = norms + tokens * (shape.q_lora_rank + shape.kv_lora_rank)
+        joined = (2 + EAGER_JOINS * way) * hidden
+        activated = tokens * shape.ffn / tensor_parallel
+        if kind.experts:
+            rows = tokens * shape.experts_per_token * split.tensor / tensor_parallel * self._imbalance(use)
+            activated = tokens * shape.shared_expert_ffn / tensor_parallel + rows * shape.expert_ffn / split.tensor
+            joined = joined + 2 * rows * shape.hidden * 2 / 3  # a row to its expert and back: read and written
+        elements = {"rms_norm": norms, "rope": heads, "gated_activation": activated, "residual_add": joined}
+        moved = ((EAGER_BYTES[name][way] * width / 2 * count) for name, count in elements.items())
+        return total(self._memory(use, "residual_add", count) for count in moved)
 
     def _log_softmax(self, use: ModelUse, tokens: Numbers, tensor_parallel: int) -> OperatorTime:
         columns = -(-use.shape.vocabulary // tensor_parallel)

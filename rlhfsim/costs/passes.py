@@ -301,10 +301,10 @@ def weight_tensors(spec: ModelSpec) -> int:
 
 def controller_program(moved_bytes: float, operators: Operators, replicas: int = 1) -> list[Segment]:
     """A single controller serialises what it hands out and collects, one worker after the other; none without one."""
-    overheads = operators.overheads
-    if overheads.controller_bytes_per_second is None or operators.ideal:
+    overheads, rate = operators.overheads, operators.overheads.controller_bytes_per_second
+    seconds = overheads.controller_call_seconds + (moved_bytes / rate if rate else 0.0)
+    if not seconds or operators.ideal:
         return []
-    seconds = moved_bytes / overheads.controller_bytes_per_second + overheads.controller_call_seconds
     return [Segment("controller", np.full((replicas, 1), seconds), bound={"host": seconds})]
 
 

@@ -107,7 +107,7 @@ def _overhead(
     """The host's time on the busiest sender. parts: senders among which the tensors are divided."""
     overheads = operators.overheads
     tensors = sync_tensors(use) / parts
-    seconds = tensors * overheads.sync_tensor_seconds
+    seconds = tensors * overheads.sync_tensor_seconds + use.shape.layers * overheads.sync_layer_seconds
     seconds = rounds * (seconds + messages_of(sent_bytes, bucket_bytes) * overheads.sync_bucket_seconds)
     if not seconds or operators.ideal:
         return []

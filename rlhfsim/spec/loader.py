@@ -17,6 +17,7 @@ from ..errors import InputError, nearest
 from . import lengths
 from .base import Sourced
 from .data import PACKAGE, data_dir
+from .framework import Framework
 from .hardware import Cluster, Gpu, Interconnect, Network, Node, Sources
 from .model_spec import ModelSpec, load_model
 from .overrides import apply_override, expand_sweep, single_overrides
@@ -106,6 +107,8 @@ def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
         records += [(f"{prefix}.{name}", getattr(part, name)) for name in _RECORDS]
     if cluster.between:
         records.append(("cluster.between", cluster.between))
+    if scenario.framework:
+        records.append(("framework", scenario.framework))
     for field, record in records:
         found += [
             (f"{field}.{name}", number.value, _source_text(record, number.source))
@@ -129,11 +132,13 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
     if overrides and isinstance(data.get("keep", []), list):
         set_by_user = {leaf for key, value, _ in overrides for leaf in _leaves(key, value)}
         data["keep"] = sorted({*map(str, data.get("keep", [])), *set_by_user})
+    if data.get("framework") is not None:
+        data["framework"] = _framework(data["framework"], folder, where)
     if "cluster" in data:
         data["cluster"] = _cluster(data["cluster"], "cluster", folder, where)
-        data = _with_overheads(data)
+    data = _with_overheads(data)
     if "models" in data:
-        data["models"] = _models(data["models"], folder, where)
+        data["models"] = _models(data["models"], data.get("framework"), folder, where)
     if isinstance(data.get("generation"), dict):
         data["generation"] = _generation(data["generation"], folder, where)
     for section in ("workload", "algorithm"):
@@ -155,12 +160,24 @@ def _leaves(key: str, value: Any) -> list[str]:
     return [leaf for name, part in value.items() for leaf in _leaves(f"{key}.{name}", part)]
 
 
+def _framework(given: Any, folder: Path, where: Where) -> Framework:
+    """The profile of that name or path."""
+    named = _named("frameworks", given, "framework", "framework", folder, where)
+    return validate(Framework, named.data, named.where)
+
+
 def _with_overheads(data: dict[str, Any]) -> dict[str, Any]:
-    """What the cluster's machines were measured to need, where the scenario says nothing else."""
-    measured = data["cluster"].get("overheads") if isinstance(data["cluster"], dict) else None
-    if _parts_of(data["cluster"]):  # each part has its own: `Scenario.overheads_of`
-        return data
-    return data | {"overheads": _merge(measured, data.get("overheads") or {})} if measured else data
+    """What the cluster's machines were measured to need, then what the framework does, where the scenario is silent."""
+    cluster, framework = data.get("cluster"), data.get("framework")
+    usual = {name: number.value for name, number in framework.overheads.items()} if framework else {}
+    if parts := _parts_of(cluster):  # each part has its own: `Scenario.overheads_of`
+        if not usual:
+            return data
+        wide = [part | {"overheads": _merge(usual, part.get("overheads") or {})} for part in parts]
+        return data | {"cluster": cluster | {"parts": wide}}
+    measured = cluster.get("overheads") if isinstance(cluster, dict) else None
+    lowest = _merge(usual, measured or {})
+    return data | {"overheads": _merge(lowest, data.get("overheads") or {})} if lowest else data
 
 
 def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any, str]]:
@@ -563,8 +580,8 @@ def _sourced_tables(record: type[Sources]) -> frozenset[str]:
 # --- models and workload ---------------------------------------------------------------------------------------------
 
 
-def _models(given: Any, folder: Path, where: Where) -> Any:
-    """The four models with defaults taken from each other and with their shapes."""
+def _models(given: Any, framework: Framework | None, folder: Path, where: Where) -> Any:
+    """The four models with defaults taken from each other and from the framework, and with their shapes."""
     if not isinstance(given, dict):
         return given
     actor = given.get("actor")
@@ -581,7 +598,10 @@ def _models(given: Any, folder: Path, where: Where) -> Any:
         if isinstance(use, dict) and isinstance(other, dict):
             models[role] = {"spec": other["spec"]} | _frozen_layout(role, use, models) | use
     known: dict[str, ModelSpec] = {}
+    usual = {"fused_kernels": framework.fused_kernels} if framework else {}
     for role in ROLES:
+        if isinstance(models.get(role), dict):
+            models[role] = usual | models[role]
         if isinstance(models.get(role), dict) and "spec" in models[role]:
             models[role] = models[role] | {"shape": _shape(models[role], f"models.{role}", folder, where, known)}
     return models

@@ -53,8 +53,10 @@ class Overheads(Record):
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
-        gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
-    controller_call_seconds: fixed cost of one such call.
+        gathers results, serial at the driver; absent: that takes no time (every rank runs the program itself).
+    controller_call_seconds: fixed cost of one such call, on the workers too (what every stage begins and ends with).
+    sync_layer_seconds: host time of any weight sync, per layer of the model: gathering the parameters of a sharded unit
+        and giving the allocator's memory back.
     sync_tensor_seconds, sync_bucket_seconds: host time of a weight sync to another copy, per tensor (naming it, calling
         the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default
         0, unverified: frameworks call every engine for each tensor (OpenRLHF, TRL) or each bucket (verl, slime, AReaL,
@@ -74,6 +76,7 @@ class Overheads(Record):
     decode_sequence_seconds: Seconds | None = None
     controller_bytes_per_second: BytesPerSecond | None = None
     controller_call_seconds: Seconds = 0.0
+    sync_layer_seconds: Seconds = 0.0
     sync_tensor_seconds: Seconds = 0.0
     sync_bucket_seconds: Seconds = 0.0
     map_bytes_per_second: BytesPerSecond | None = None

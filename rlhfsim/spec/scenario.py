@@ -18,6 +18,7 @@ from ..errors import InputError
 from .algorithm import Algorithm as Algorithm
 from .algorithm import Latency as Latency
 from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
+from .framework import Framework
 from .hardware import Cluster
 from .model_spec import ExpertSplit, ModelSpec
 from .overheads import Overheads as Overheads
@@ -57,6 +58,9 @@ class ModelUse(Record):
         most so many tokens of one replica (verl: use_dynamic_bsz, ppo_max_token_len_per_gpu times the ranks that share
         a sequence; NeMo-RL: sequence_packing). All replicas have equally many, and balanced ones.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
+    fused_kernels: norms, rotary embedding and activation of a pass are one kernel each (Transformer Engine in
+        Megatron-LM, Liger's kernels in Hugging Face's models); false: each of their operations reads and writes memory,
+        as eager PyTorch runs Hugging Face's models. Engines for generation always have fused ones.
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
     overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
         DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
@@ -101,6 +105,7 @@ class ModelUse(Record):
     score_micro_batch_tokens: Count | None = None
     recompute: Literal["none", "selective", "full"] = "full"
     flash_attention: bool = True
+    fused_kernels: bool = True
     logits_chunk_tokens: Count | None = None
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
@@ -538,6 +543,7 @@ class Generation(Record):
             "expert_parallel": self.expert_parallel,
             "expert_tensor_parallel": self.tensor_parallel // self.expert_parallel,
             "gemm_precision": self.weights_precision,
+            "fused_kernels": use.fused_kernels if self.engine == "zero3_per_token" else True,
         }
         return use.model_copy(update=changes)
 
@@ -673,12 +679,15 @@ class Compare(Record):
 class Scenario(Record):
     """A complete question to the simulator.
 
+    framework: with what it runs, a file of `hw_specs/frameworks/` or the path of one: its host times and kernels stand
+        where nothing else is said.
     keep: dotted fields that `compare` and `sweep` leave as they are when they tune a strategy; what is set on the
         command line, swept, or named in a row of `compare` is added by itself.
     """
 
     name: str = "scenario"
     description: str = ""
+    framework: Framework | None = None
     cluster: Cluster
     models: Models
     workload: Workload
