@@ -67,6 +67,7 @@ MAX_KINDS = 64  # of steps in a segment; more runs than that are averaged
 LOW_OCCUPANCY = 0.1
 
 BOUNDS = ("flops", "hbm", "launch", "host")
+HOST = BOUNDS.index("host")
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,9 @@ class StepSeconds:
         if per_token and use.zero_stage == 3:
             added = operators.engine_launches(use, "forward", parameters(use.shape))
             self.step_seconds += float(added.seconds)
+        self.unexplained = overheads.unexplained.generation
         if ideal:
-            self.step_seconds = self.sequence_seconds = 0.0
+            self.step_seconds, self.sequence_seconds, self.unexplained = 0.0, 0.0, 1.0
         self._body = _Table(
             lambda m: (
                 layers * operators.layer_forward(use, m, degree, adapters=generation.runs_adapters)
@@ -290,7 +292,12 @@ class StepSeconds:
         self.windows = [(kind.window, count / layers) for kind, count in kinds.items() if kind.window]
 
     def of(self, runs: Runs) -> np.ndarray:
-        """Seconds of each run by what limits it: rows as in `BOUNDS`."""
+        """Seconds of each run by what limits it: rows as in `BOUNDS`; what nothing explains is the host's."""
+        seconds = self._with_drafts(runs)
+        seconds[HOST] += (self.unexplained - 1) * seconds.sum(axis=0)
+        return seconds
+
+    def _with_drafts(self, runs: Runs) -> np.ndarray:
         seconds = self._of(runs)
         if self.draft is None:
             return seconds

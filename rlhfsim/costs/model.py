@@ -363,9 +363,19 @@ class CostModel:
             host = Host(node.host_memory_bytes_per_second.value, self._nodes)
             return train_program(use, shares, layout, operators, head=head, host=host, first=first, last=last)
 
-        programs = {kind: on(kind, operators) for kind, operators in self._operators_of(ranks).items()}
+        programs = {
+            kind: self._slowed(stage, on(kind, operators)) for kind, operators in self._operators_of(ranks).items()
+        }
         kinds = self._kinds[layout.grid].reshape(layout.pipeline_parallel, layout.replicas, -1)
         return mixed_program(programs, kinds)
+
+    def _slowed(self, stage: Stage, program: list[Segment]) -> list[Segment]:
+        """With what no term explains of such a stage (`overheads.unexplained`)."""
+        overheads = self.scenario.overheads.unexplained
+        factor = overheads.scoring if stage.kind == "score" else overheads.training
+        if factor == 1 or not self.scenario.effects.efficiency:
+            return program
+        return [segment.slowed(factor) for segment in program]
 
     def _reward_seconds(self, f: Firing, stage: Stage, ids: np.ndarray) -> float:
         """Of a reward that no model of ours gives."""

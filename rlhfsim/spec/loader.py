@@ -169,8 +169,8 @@ def _framework(given: Any, folder: Path, where: Where) -> Framework:
 def _with_overheads(data: dict[str, Any]) -> dict[str, Any]:
     """What the cluster's machines were measured to need, then what the framework does, where the scenario is silent."""
     cluster, framework = data.get("cluster"), data.get("framework")
-    usual = {name: number.value for name, number in framework.overheads.items()} if framework else {}
-    if parts := _parts_of(cluster):  # each part has its own: `Scenario.overheads_of`
+    usual: dict[str, Any] = framework.usual_overheads() if framework else {}
+    if isinstance(cluster, dict) and (parts := _parts_of(cluster)):  # each part has its own: `Scenario.overheads_of`
         if not usual:
             return data
         wide = [part | {"overheads": _merge(usual, part.get("overheads") or {})} for part in parts]

@@ -36,6 +36,17 @@ class EngineTime(Record):
     gather: HostTime = HostTime()
 
 
+Factor = Annotated[float, Field(gt=0, le=1e3)]
+
+
+class Unexplained(Record):
+    """Compute of a stage over what kernels and host times say: what a profile found by measurement and cannot name."""
+
+    generation: Factor = 1.0
+    scoring: Factor = 1.0
+    training: Factor = 1.0
+
+
 class Overheads(Record):
     """Time that no kernel and no link explains; each is a component of its own in the results.
 
@@ -63,6 +74,7 @@ class Overheads(Record):
         NeMo-RL), and no source separates what that takes.
     map_bytes_per_second: rate at which a sleeping engine gives device memory back and takes it again
         (`generation.sleep`); absent: that takes no time.
+    unexplained: factors by which generation, scoring and training compute longer than all other terms say.
     reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
     """
 
@@ -80,4 +92,5 @@ class Overheads(Record):
     sync_tensor_seconds: Seconds = 0.0
     sync_bucket_seconds: Seconds = 0.0
     map_bytes_per_second: BytesPerSecond | None = None
+    unexplained: Unexplained = Unexplained()
     reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
