@@ -181,6 +181,11 @@ def _unknowns(data: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[
                 yield from _unknowns(value, (*at, key))
 
 
+def predicted(file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path) -> list[Result]:
+    """The quantities of one case; none of a case that cannot be predicted."""
+    return _run(file, case, document, number, path)[0]
+
+
 def _run(
     file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path
 ) -> tuple[list[Result], tuple[str, str] | None]:
@@ -192,6 +197,7 @@ def _run(
     try:
         for scenario in scenarios_of(case, document, number):
             check_role(_role(case), scenario, [path])
+            _check_profile(case, scenario, place_of(document.where, f"cases.{number}.role"), number)
             setup = prepare(scenario)
             reasons.append(setup.fit().reason)
             seeds = range(scenario.simulation.seed, scenario.simulation.seed + scenario.simulation.draws)
@@ -207,6 +213,14 @@ def _run(
         return [], ("refused", str(error))
     results = [_result(file, case, quantity, corners) for quantity, corners in seconds.items()]
     return results, ("does not fit", reasons[0]) if all(reasons) else None
+
+
+def _check_profile(case: PublishedCase, scenario: Scenario, place: str, number: int) -> None:
+    """Raises InputError for a prediction of what the framework's profile was fitted on."""
+    profile = scenario.framework
+    if profile and case.role == "prediction" and case.group in profile.fitted_on:
+        message = f"is 'prediction', but the profile {profile.name} was fitted on the group {case.group}"
+        raise InputError(message, field=f"cases.{number}.role", where=place)
 
 
 def seconds_of(run: Timeline, quantity: str, stages: list[str], place: str = "") -> float:
