@@ -47,6 +47,9 @@ class Window(NamedTuple):
         return self.end_seconds - self.start_seconds
 
 
+STEP = "step_seconds"  # what a whole iteration takes, beside the names of stages
+
+
 def base_stage(name: str) -> str:
     """`ref.0` -> `ref`."""
     return name.partition(".")[0]

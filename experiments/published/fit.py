@@ -4,9 +4,9 @@
 
 Writes overheads, unexplained, fitted_on and residuals of hw_specs/frameworks/*.yaml; the rest of those files is written
 by hand. Least squares of log(predicted / measured) over the calibration cases of a framework, each group and phase with
-the same weight, less where inputs are unknown, soft for outliers. A value is drawn to its start (`START`), so that few cases cannot carry it away:
-host times with a standard deviation of a factor e, unexplained factors of 1.65. Residuals: each group left out
-in turn, and predicted by a step of Gauss and Newton on the others.
+the same weight, less where inputs are unknown, soft for outliers. A value is drawn to its start (`START`), so that few
+cases cannot carry it away: host times with a standard deviation of a factor e, unexplained factors of 1.65. Residuals:
+each group left out in turn, and predicted by a step of Gauss and Newton on the others.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ ELEMENTWISE_BACKWARD_RATIO = 2.0
 # launches 71 to 74, about twice as many. Python's own time is not in the count: a lower limit.
 EAGER_KERNELS_PER_LAYER = 38
 
-# Bytes per element that eager PyTorch reads and writes for a 16-bit tensor in Hugging Face's modules, where each operation
-# is a kernel: forward, backward. `python experiments/eager_traffic/measure.py` counts them (torch 2.13, transformers
-# 5.24.0: Llama, Qwen2, Qwen3). RMS norm: of its input, with casts to fp32 and back; rotary: of queries and keys; gated
-# activation: of the MLP's width. Joins: sums of the gradients that projections of one input give back.
+# Bytes per element that eager PyTorch reads and writes for a 16-bit tensor in Hugging Face's modules, where each
+# operation is a kernel: forward, backward. `python experiments/eager_traffic/measure.py` counts them (torch 2.13,
+# transformers 5.24.0: Llama, Qwen2, Qwen3). RMS norm: of its input, with casts to fp32 and back; rotary: of queries and
+# keys; gated activation: of the MLP's width. Joins: sums of the gradients that projections of one input give back.
 EAGER_BYTES = {"rms_norm": (36, 92), "rope": (20, 32), "gated_activation": (10, 18), "residual_add": (6, 6)}
 EAGER_JOINS = 3
 

@@ -28,9 +28,10 @@ class Framework(Sources):
     """A framework's profile, by which a scenario says with what it runs (`framework: verl_fsdp`).
 
     versions: the releases that it was read from or measured with. overheads, unexplained: those of `overheads`, for
-    scenarios and clusters that do not say their own. fused_kernels: what `models.<role>.fused_kernels` is where it is not given.
-    fitted_on: groups of published cases (framework, model, hardware) that its fitted numbers come from; no case of them
-    is a prediction. residuals: by phase, how far predictions with this profile were off: it widens intervals.
+    scenarios and clusters that do not say their own. fused_kernels: what `models.<role>.fused_kernels` is where it is
+    not given. fitted_on: groups of published cases (framework, model, hardware) that its fitted numbers come from; no
+    case of them is a prediction. residuals: by phase, how far predictions with this profile were off: it widens
+    intervals.
     """
 
     name: str
