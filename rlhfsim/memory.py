@@ -8,8 +8,10 @@ for; what a stage holds differs, so look at the first and the last one.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Literal
 
+from . import linear_attention
 from .model import (
     Head,
     activation_bytes_per_token,
@@ -206,6 +208,23 @@ def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens
     )
 
 
+def sequence_state_bytes(use: ModelUse, generation: Generation) -> float:
+    """What linear attention keeps of one sequence on one rank of an engine, besides the cache of its tokens."""
+    layers = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear)
+    if not layers:
+        return 0.0
+    drafts = generation.speculative.tokens if generation.speculative else 0
+    degree = generation.tensor_parallel
+    return layers * linear_attention.state_bytes(use.shape, use.bytes_per_parameter, degree, drafts=drafts)
+
+
+def state_blocks(use: ModelUse, generation: Generation) -> int:
+    """Blocks of the paged cache that these take, as in vLLM, where they lie in pages of the same size as the tokens'
+    (vllm/v1/core/kv_cache_utils.py; it makes blocks so long that a page holds one layer's state)."""
+    state = sequence_state_bytes(use, generation)
+    return ceil(state / (cache_bytes_per_token(use, generation) * generation.block_tokens)) if state else 0
+
+
 def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
     """Weights of an engine on one rank, with `served` LoRA factors and what drafts; quantised: the layers' matrices in
     one byte each (not those of what drafts).
@@ -246,7 +265,9 @@ def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> 
     """Alive at once in one layer of an engine, per token on one rank: the residual, and the input and output of the
     widest step (queries, keys and values; the activation of the MLP; of experts the rows of all that a token chose)."""
     spec, t = use.shape, generation.tensor_parallel
-    attention = spec.hidden + (spec.query_width + 2 * spec.kv_width) / t
+    attention = spec.hidden + ((1 + spec.attention_gate) * spec.query_width + 2 * spec.kv_width) / t
+    if kind.linear:
+        attention = spec.hidden + sum(outputs for _, outputs in linear_attention.projections(spec, t))
     up = 2 if spec.gated_mlp else 1
     mlp = (up + 1) * spec.ffn / t
     if kind.experts:

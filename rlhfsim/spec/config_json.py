@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 MAX_LAYERS = 10_000  # far above any model; a pattern is a list
 
-AttentionSpan = Literal["full", "window"]
+AttentionSpan = Literal["full", "window", "linear"]
 
 
 def shape_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -94,12 +94,16 @@ _WINDOW_PATTERNS: dict[str, tuple[AttentionSpan, ...]] = {
     "gemma2": ("window", "full"),
     "gpt_oss": ("window", "full"),
 }
+# Families with gated delta nets in between.
+_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Windows that transformers' configuration classes take when the key is absent (null is no window).
 _DEFAULT_WINDOWS = {"mistral": 4096, "gemma2": 4096, "gemma3_text": 4096, "gpt_oss": 128}
 
 
 def _windows(config: _Config, model_type: str, max_positions: int) -> dict[str, Any]:
     """`window` and `attention_pattern`; nothing where no layer ever attends to less than everything before."""
+    if model_type in _HYBRIDS:
+        return {"attention_pattern": _layer_types(config, linear=True) or _every_fourth(config)}
     switchable = model_type.startswith("qwen")
     if model_type not in (*_WINDOW_PATTERNS, "gemma3_text") and not switchable:
         _layer_types(config)
@@ -119,8 +123,12 @@ def _windows(config: _Config, model_type: str, max_positions: int) -> dict[str, 
     return {"window": window, "attention_pattern": spans}
 
 
-def _layer_types(config: _Config) -> tuple[AttentionSpan, ...]:
-    names: dict[str, AttentionSpan] = {"full_attention": "full", "sliding_attention": "window"}
+def _layer_types(config: _Config, *, linear: bool = False) -> tuple[AttentionSpan, ...]:
+    other: AttentionSpan = "linear" if linear else "window"
+    names: dict[str, AttentionSpan] = {
+        "full_attention": "full",
+        f"{'linear' if linear else 'sliding'}_attention": other,
+    }
     types = config.get("layer_types", list, [])
     others = [kind for kind in types if not isinstance(kind, str) or kind not in names]
     if others:
@@ -142,6 +150,14 @@ def _default_spans(config: _Config, model_type: str) -> tuple[AttentionSpan, ...
         return _WINDOW_PATTERNS[model_type]
     first = max(0, min(layers, config.integer("max_window_layers", 28)))
     return (full * first + window * (layers - first)) or full
+
+
+def _every_fourth(config: _Config) -> tuple[AttentionSpan, ...]:
+    layers = min(config.integer("num_hidden_layers"), MAX_LAYERS)
+    every = config.integer("full_attention_interval", 4)
+    if every < 1:
+        raise config.fail("full_attention_interval", f"must be at least 1, given {every}")
+    return tuple("linear" if (layer + 1) % every else "full" for layer in range(layers)) or ("full",)
 
 
 def _llama_like(config: _Config) -> dict[str, Any]:
@@ -245,6 +261,41 @@ def _qwen2_moe(config: _Config) -> dict[str, Any]:
 def _qwen3_moe(config: _Config) -> dict[str, Any]:
     own = _attention_bias(config) | {"qk_norm": True}
     return _llama_like(config) | own | _routed(config, _EXPERT_COUNTS, "moe_intermediate_size")
+
+
+def _gated_delta(config: _Config) -> dict[str, Any]:
+    """What all families with gated delta nets share; values missing are those of Qwen3-Next's configuration class."""
+    if not config.flag("attn_output_gate", True):
+        raise config.fail("attn_output_gate", "without the gate the family is not modelled")
+    own = {
+        "head_dim": config.integer("head_dim", 256),
+        "qk_norm": True,
+        "attention_gate": True,
+        "linear_state_bytes": 4 if config.get("mamba_ssm_dtype", str, "") == "float32" else 2,
+    }
+    if "linear" in (_layer_types(config, linear=True) or _every_fourth(config)):
+        own |= {
+            "linear_key_heads": config.integer("linear_num_key_heads", 16),
+            "linear_value_heads": config.integer("linear_num_value_heads", 32),
+            "linear_key_head_dim": config.integer("linear_key_head_dim", 128),
+            "linear_value_head_dim": config.integer("linear_value_head_dim", 128),
+            "linear_conv_kernel": config.integer("linear_conv_kernel_dim", 4),
+        }
+    return _attention_bias(config) | own
+
+
+def _qwen3_5(config: _Config) -> dict[str, Any]:
+    return _llama_like(config) | _gated_delta(config)
+
+
+def _qwen3_next(config: _Config) -> dict[str, Any]:
+    """Qwen3.5 with experts has no dense layers, so that its config.json has no width for them."""
+    shared = config.integer("shared_expert_intermediate_size", 512)
+    experts = _routed(
+        config, _EXPERT_COUNTS, "moe_intermediate_size", shared_expert_ffn=shared, shared_expert_gate=shared > 0
+    )
+    width = {"intermediate_size": config.integer("intermediate_size", config.integer("moe_intermediate_size"))}
+    return _llama_like(_Config(config.values | width, config.path)) | _gated_delta(config) | experts
 
 
 def _gpt_oss(config: _Config) -> dict[str, Any]:
@@ -402,6 +453,9 @@ _READERS: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
+    "qwen3_5_text": _qwen3_5,
+    "qwen3_5_moe_text": _qwen3_next,
     "gpt_oss": _gpt_oss,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,

@@ -275,6 +275,13 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
             f"{field}.tensor_parallel",
             where,
         )
+    if shape.linear_key_heads % tensor or shape.linear_value_heads % tensor:
+        raise _error(
+            f"is {tensor}, but must divide the {shape.linear_key_heads} key heads and {shape.linear_value_heads} value "
+            f"heads of linear attention of {use.spec}",
+            f"{field}.tensor_parallel",
+            where,
+        )
     if shape.layers % stages and not use.given_stages:
         raise _error(
             f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
@@ -347,6 +354,16 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
             field,
             where,
         )
+    if actor.shape.linear_key_heads % tensor or actor.shape.linear_value_heads % tensor:
+        raise _error(
+            f"is {tensor}, but must divide the {actor.shape.linear_key_heads} key heads and "
+            f"{actor.shape.linear_value_heads} value heads of linear attention of {actor.spec}",
+            field,
+            where,
+        )
+    if actor.shape.linear and scenario.generation.prefix_caching:
+        message = f"is true, but states of linear attention ({actor.spec}) are not shared by responses: not modelled"
+        raise _error(message, "generation.prefix_caching", where)
     if tensor > scenario.cluster.gpus:
         raise _error(f"is {tensor}, but the cluster has {scenario.cluster.gpus} GPUs", field, where)
 

@@ -26,10 +26,12 @@ class LayerKind(NamedTuple):
     """What distinguishes the layers of one model.
 
     experts: routed experts instead of one MLP. window: the layer attends to the last so many tokens; 0: to all.
+    linear: a gated delta net instead of attention.
     """
 
     experts: bool = False
     window: int = 0
+    linear: bool = False
 
 
 DENSE = LayerKind()
@@ -46,7 +48,8 @@ UNSPLIT = ExpertSplit()
 
 
 class ModelSpec(Sources):
-    """One decoder-only transformer. Layers differ in two things only: an MLP or experts, full attention or a window.
+    """One decoder-only transformer. Layers differ in two things only: an MLP or experts; full attention, a window, or
+    linear attention.
 
     family: the `model_type` of Hugging Face. source: where the shape is from, a key of `sources` or `unverified`.
     ffn: width of the MLP; gated_mlp: three matrices (gate, up, down) instead of two.
@@ -57,9 +60,15 @@ class ModelSpec(Sources):
     embedding_norm: one more norm after the word embedding (BLOOM).
     qk_norm: one more RMS norm over the head dimension of queries and of keys.
     attention_sinks: one learned logit per head, to which no token belongs (gpt-oss).
+    attention_gate: the query projection has as many more columns, which gate attention's output (`attn_output_gate`).
     embedding_size: width of the word embedding if it is not `hidden`; it is then projected in and out (OPT-350M).
     max_positions: the longest sequence.
     window, attention_pattern: layers named `window` attend to the last `window` tokens only; the pattern repeats.
+
+    Layers named `linear` are gated delta nets (Qwen3-Next): linear_key_heads of linear_key_head_dim (as many queries),
+    linear_value_heads of linear_value_head_dim, and a convolution over the last linear_conv_kernel tokens. What one
+    keeps of a sequence has a fixed size; linear_state_bytes: of an element of the heads' matrices (an engine takes
+    `mamba_ssm_dtype`, or the model's precision).
 
     Multi-head latent attention (DeepSeek-V2), with Hugging Face's names, where kv_lora_rank is not 0: keys and values
     are projected up from a vector of kv_lora_rank, to which one rotary key of qk_rope_head_dim for all heads is added;
@@ -93,6 +102,7 @@ class ModelSpec(Sources):
     embedding_norm: bool = False
     qk_norm: bool = False
     attention_sinks: bool = False
+    attention_gate: bool = False
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -101,6 +111,12 @@ class ModelSpec(Sources):
     max_positions: Count
     window: NonNegativeCount = 0
     attention_pattern: tuple[AttentionSpan, ...] = Field(default=("full",), min_length=1)
+    linear_key_heads: NonNegativeCount = 0
+    linear_value_heads: NonNegativeCount = 0
+    linear_key_head_dim: NonNegativeCount = 0
+    linear_value_head_dim: NonNegativeCount = 0
+    linear_conv_kernel: NonNegativeCount = 0
+    linear_state_bytes: Literal[2, 4] = 2
     q_lora_rank: NonNegativeCount = 0
     kv_lora_rank: NonNegativeCount = 0
     qk_nope_head_dim: NonNegativeCount = 0
@@ -140,12 +156,34 @@ class ModelSpec(Sources):
             raise ValueError(f"first_dense_layers is {self.first_dense_layers}, but there are {self.layers} layers")
         return self
 
+    @model_validator(mode="after")
+    def _linear_layers_are_whole(self) -> ModelSpec:
+        names = ("key_heads", "value_heads", "key_head_dim", "value_head_dim", "conv_kernel")
+        given = {f"linear_{name}": getattr(self, f"linear_{name}") for name in names}
+        if not self.linear:
+            unused = [name for name, value in given.items() if value]
+            if unused:
+                raise ValueError(f"{unused[0]} is {given[unused[0]]}, but attention_pattern names no linear layers")
+            return self
+        missing = [name for name, value in given.items() if not value]
+        if missing:
+            raise ValueError(f"attention_pattern names linear layers, but {missing[0]!r} is not given")
+        if self.linear_value_heads % self.linear_key_heads:
+            raise ValueError(
+                f"linear_value_heads ({self.linear_value_heads}) is no multiple of linear_key_heads "
+                f"({self.linear_key_heads})"
+            )
+        if self.latent_attention or all(kind.linear for kind in self.layer_kinds()):
+            raise ValueError("linear layers need others with plain attention beside them")
+        return self
+
     def kind_of(self, layer: int) -> LayerKind:
         """The kind of one layer, counted from 0."""
-        windowed = self.attention_pattern[layer % len(self.attention_pattern)] == "window"
+        span = self.attention_pattern[layer % len(self.attention_pattern)]
         return LayerKind(
             self.experts > 0 and layer >= self.first_dense_layers,
-            self.window if windowed and self.window < self.max_positions else 0,
+            self.window if span == "window" and self.window < self.max_positions else 0,
+            span == "linear",
         )
 
     def layer_kinds(self, layers: Iterable[int] | None = None) -> dict[LayerKind, int]:
@@ -153,6 +191,11 @@ class ModelSpec(Sources):
         if len(self.attention_pattern) == 1 and not self.first_dense_layers and layers is None:
             return {self.kind_of(0): self.layers}
         return dict(Counter(self.kind_of(layer) for layer in (range(self.layers) if layers is None else layers)))
+
+    @property
+    def linear(self) -> bool:
+        """Whether any layer is a gated delta net."""
+        return "linear" in self.attention_pattern
 
     @property
     def latent_attention(self) -> bool:
@@ -223,7 +266,7 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
     """The keys of a `config.json` of this shape, as `from_hf_config` reads them; for models that a real run can build.
 
     Full attention everywhere: a window is only as good as sequences within it. Raises InputError for other families,
-    experts and latent attention.
+    experts, latent and linear attention.
     """
     heads = {"num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim}
     llama_like = heads | {"attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias, "use_sliding_window": False}
@@ -242,7 +285,8 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
     if spec.family not in own:
         message = f"{spec.family!r} cannot be built for a real run; supported: {', '.join(sorted(own))}"
         raise InputError(message, field="family")
-    for value, what in ((spec.experts, "experts"), (spec.kv_lora_rank, "latent attention")):
+    unlike = (spec.experts, "experts"), (spec.kv_lora_rank, "latent attention"), (spec.linear, "linear attention")
+    for value, what in unlike:
         if value:
             raise InputError(f"{spec.name} has {what}, which a real run does not", field="spec")
     return own[spec.family] | {

@@ -216,6 +216,15 @@ class ModelUse(Record):
         return self
 
     @model_validator(mode="after")
+    def _linear_attention_is_whole(self) -> ModelUse:
+        if self.shape.linear and self.context_parallel > 1:
+            raise ValueError(
+                f"context_parallel is {self.context_parallel}, but the linear attention of {self.spec}, whose state "
+                "passes from token to token, is not modelled on ranks that share sequences (allowed: 1)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_can_be_split(self) -> ModelUse:
         shape, degree = self.shape, self.context_parallel
         if degree == 1 or self.context_exchange != "all_to_all":
@@ -408,14 +417,24 @@ class Workload(Record):
         return self.prompt_tokens.longest + self.longest_response
 
 
+def _last_layers(shape: ModelSpec, layers: int) -> ModelSpec:
+    """A model of so many layers like a model's own, those without linear attention."""
+    changes: dict[str, Any] = {"layers": layers}
+    if shape.linear:
+        names = ("key_heads", "value_heads", "key_head_dim", "value_head_dim", "conv_kernel")
+        changes |= {"attention_pattern": ("full",)} | {f"linear_{name}": 0 for name in names}
+    return shape.model_copy(update=changes)
+
+
 class Speculative(Record):
     """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
 
     acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1
         to tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
     draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
-        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
-        0 layers: drafts cost nothing (look-up of n-grams).
+        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction), and
+        with full attention where the model's is linear (Qwen3-Next, Qwen3.5); 0 layers: drafts cost nothing (look-up of
+        n-grams).
     """
 
     tokens: Count
@@ -473,7 +492,8 @@ class Generation(Record):
         the weights to host memory, where room for them is kept, and back before they are overwritten; `level_2` forgets
         them, so that it can generate once for each sync (vLLM's sleep levels). Both give memory back and take it again
         (`overheads.map_bytes_per_second`). Absent: it makes room and comes back in no time.
-    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
+    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine. The states of linear attention
+        take blocks too. (vLLM makes them longer then: "Setting attention block size to ... tokens" in its log.)
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
@@ -548,7 +568,7 @@ class Generation(Record):
         """What drafts for this model: a model of its own, or layers like the model's; None: nothing that runs."""
         if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
             return None
-        shape = self.speculative.shape or use.shape.model_copy(update={"layers": self.speculative.layers})
+        shape = self.speculative.shape or _last_layers(use.shape, self.speculative.layers)
         return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
 
     @model_validator(mode="after")
