@@ -14,6 +14,8 @@ from rlhfsim import linear_attention, model
 from rlhfsim.costs.engine import continuous_runs
 from rlhfsim.costs.kernels import load_kernels
 from rlhfsim.costs.operators import Operators
+from rlhfsim.costs.passes import layer_matrices
+from rlhfsim.costs.sync import sync_tensors
 from rlhfsim.errors import InputError
 from rlhfsim.memory import cache_bytes_per_token, sequence_state_bytes, state_blocks
 from rlhfsim.spec.data import data_dir
@@ -172,3 +174,18 @@ def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> 
 def test_what_is_not_modelled_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         scenario(engine="engine", **({"models.actor.spec": "qwen3.5-9b"} | options))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text"])
+def test_tensors_are_those_of_transformers(model_type: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    name = {"qwen3_next": "qwen3-next-80b-a3b", "qwen3_5_text": "qwen3.5-9b"}[model_type]
+    shape = load_model(name)
+    small = {"hidden_size": 64, "vocab_size": 64, "num_hidden_layers": shape.layers}
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **small))
+    names = [name for name, _ in built.named_parameters() if ".experts." not in name]
+    assert sync_tensors(use(shape)) == len(names) + shape.layers * shape.experts * 3  # each expert on its own
+    matrices = [p for _, p in built.model.layers[0].linear_attn.named_parameters() if p.dim() > 1]
+    assert layer_matrices(shape, LINEAR) == len(matrices) + 3  # and its MLP

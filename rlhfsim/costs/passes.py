@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
 from rlhfsim.memory import (
     PREFETCH_PARAMETERS,
@@ -39,7 +40,7 @@ from rlhfsim.model import (
     parameters,
 )
 from rlhfsim.packing import packed_micro_batches
-from rlhfsim.spec.model_spec import UNSPLIT, ExpertSplit, ModelSpec
+from rlhfsim.spec.model_spec import DENSE, UNSPLIT, ExpertSplit, LayerKind, ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import ModelUse
 
@@ -283,8 +284,10 @@ def _load_parameters(use: ModelUse, work: _Work, head: Head) -> list[Segment]:
     return [work.transfer_only("weights_from_host", Transfer("from_host", work.layout.single_ranks, held))]
 
 
-def layer_matrices(spec: ModelSpec) -> int:
-    """Weight matrices of a layer; qkv is one product, as are gate and up."""
+def layer_matrices(spec: ModelSpec, kind: LayerKind = DENSE) -> int:
+    """Weight matrices of a layer; qkv is one product, as are gate and up. Linear attention has its convolution too."""
+    if kind.linear:
+        return len(linear_attention.projections(spec)) + 2 + 2 + spec.gated_mlp
     return len(layer_gemms(spec)) + 2 + spec.gated_mlp
 
 
@@ -296,7 +299,12 @@ def end_matrices(spec: ModelSpec, head: Head = "lm") -> int:
 def weight_tensors(spec: ModelSpec) -> int:
     """Matrices and norms of a model with a language-model head, each a call of DeepSpeed's GatheredParameters (counted
     with 0.19.8, `python -m real.microbench`)."""
-    return spec.layers * (layer_matrices(spec) + spec.norms_per_layer) + end_matrices(spec) + 1
+    return _matrices(spec) + spec.layers * spec.norms_per_layer + end_matrices(spec) + 1
+
+
+def _matrices(spec: ModelSpec) -> int:
+    """Of all layers."""
+    return sum(count * layer_matrices(spec, kind) for kind, count in spec.layer_kinds().items())
 
 
 def controller_program(moved_bytes: float, operators: Operators, replicas: int = 1) -> list[Segment]:
@@ -437,13 +445,13 @@ class _Work:
 
     def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec = self.use.shape
-        return self._gathers(layers_parameters(spec) / spec.layers, layer_matrices(spec) if one_by_one else 0)
+        return self._gathers(layers_parameters(spec) / spec.layers, _matrices(spec) / spec.layers if one_by_one else 0)
 
     def gathers_ends(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec, matrices = self.use.shape, end_matrices(self.use.shape, self.head) if one_by_one else 0
         return self._gathers(embedding_parameters(spec) + head_parameters(spec, self.head), matrices)
 
-    def _gathers(self, count: float, matrices: int = 0) -> tuple[Transfer, ...]:
+    def _gathers(self, count: float, matrices: float = 0) -> tuple[Transfer, ...]:
         """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
 
         A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass one of `matrices` at a

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
 from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, lora_modules, lora_parameters, parameters
 from rlhfsim.spec.scenario import ModelUse, WeightSync
@@ -96,7 +97,10 @@ def sync_tensors(use: ModelUse) -> int:
         shared = mlp * (spec.shared_expert_ffn > 0) + spec.shared_expert_gate
         routed = 1 + spec.router_bias + spec.experts * mlp * (1 + spec.expert_bias) + shared
         each = routed if kind.experts else mlp * (1 + spec.mlp_bias)
-        found += count * (attention + each)
+        before = attention
+        if kind.linear:  # with convolution, A_log, dt_bias, norm and output
+            before = len(linear_attention.projections(spec)) + 5 + norm * spec.norms_per_layer
+        found += count * (before + each)
     ends = norm * (spec.final_norm + spec.embedding_norm) + (spec.learned_positions > 0) + spec.head_bias
     return found + end_matrices(spec) + ends
 
