@@ -23,7 +23,6 @@ from .model import (
     layers_parameters,
     layers_routed_parameters,
     logits_bytes,
-    lora_parameters,
     matmul_parameters,
     output_activation_bytes_per_token,
     parameters,
@@ -159,7 +158,7 @@ def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
     spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
     layers = _trained_layers(use, stage)
     if use.lora_rank:
-        return lora_parameters(spec, use.lora_rank, len(layers)) / t
+        return use.lora_parameters(len(layers)) / t
     if use.trainable_layers is None or use.trainable_layers == spec.layers:
         return held_parameters(use, head, stage)
     at_top = head_parameters(spec, head, t) if stage == p - 1 else 0
@@ -237,7 +236,7 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
         matrices = sum(n * matmul_parameters(spec, t, kind) for kind, n in spec.layer_kinds().items())
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
-        held += lora_parameters(spec, use.lora_rank) / t * width
+        held += use.lora_parameters() / t * width
     drafting, draft = generation.speculative, generation.draft_use(use)
     if drafting and draft:
         whole = drafting.draft is not None  # else layers without embedding and head of their own
@@ -378,8 +377,7 @@ def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
 
 
 def _weights(use: ModelUse, head: Head, stage: int) -> float:
-    spec, t = use.shape, use.tensor_parallel
-    adapters = lora_parameters(spec, use.lora_rank, len(use.stage_layers(stage))) / t if use.lora_rank else 0.0
+    adapters = use.lora_parameters(len(use.stage_layers(stage))) / use.tensor_parallel
     return held_parameters(use, head, stage) + adapters
 
 

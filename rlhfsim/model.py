@@ -351,39 +351,6 @@ def rank_parameters(
     return held
 
 
-def lora_parameters(spec: ModelSpec, rank: int, layers: int | None = None) -> int:
-    """Two factors, rank x inputs and outputs x rank, at each linear module of every layer: 6 or 7 without experts.
-
-    Routed experts, whose matrices are one tensor for all, and the router have none. `layers`: only so many layers have
-    them (the mean, where layers differ).
-    """
-    widths = sum(
-        count * (inputs + outputs)
-        for kind, count in spec.layer_kinds().items()
-        for _, inputs, outputs in lora_modules(spec, kind)
-    )
-    return rank * widths if layers is None else rank * widths * layers // spec.layers
-
-
-def lora_modules(spec: ModelSpec, kind: LayerKind = DENSE) -> list[tuple[str, int, int]]:
-    """(name, inputs, outputs) of the linear modules that LoRA adapts in one layer."""
-    h, q, kv, output = spec.hidden, spec.query_width, spec.kv_width, spec.heads * spec.value_head_dim
-    if kind.linear:
-        modules = [(name, h, outputs) for name, outputs in linear_attention.projections(spec)]
-        modules.append(("output", spec.linear_value_heads * spec.linear_value_head_dim, h))
-    elif spec.latent_attention:
-        down = [("q_down", h, spec.q_lora_rank)] if spec.q_lora_rank else []
-        up = spec.heads * (spec.qk_nope_head_dim + spec.value_head_dim)
-        modules = [*down, ("q", spec.q_lora_rank or h, q), ("kv_down", h, spec.kv_lora_rank + spec.qk_rope_head_dim)]
-        modules += [("kv", spec.kv_lora_rank, up), ("output", output, h)]
-    else:
-        modules = [("q", h, q * (1 + spec.attention_gate)), ("k", h, kv), ("v", h, kv), ("output", output, h)]
-    f = spec.shared_expert_ffn if kind.experts else spec.ffn
-    if not f:
-        return modules
-    return modules + [("down", f, h)] + [(name, h, f) for name in (("gate", "up") if spec.gated_mlp else ("up",))]
-
-
 # --- experts over ranks ----------------------------------------------------------------------------------------------
 
 

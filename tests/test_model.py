@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rlhfsim import model
 from rlhfsim.errors import InputError
+from rlhfsim.lora import lora_parameters
 from rlhfsim.spec import data
 from rlhfsim.spec.model_spec import (
     ExpertSplit,
@@ -420,16 +421,16 @@ def test_tensor_parallel_copies_only_what_is_not_split(spec: ModelSpec, draw: st
     "name, gigabytes", [("llama-7b", 0.64), ("llama-13b", 1.00), ("llama-33b", 1.95), ("llama-65b", 3.20)]
 )
 def test_lora_factors_of_rank_128_in_fp16(name: str, gigabytes: float) -> None:
-    assert 2 * model.lora_parameters(load_model(name), 128) / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    assert 2 * lora_parameters(load_model(name), 128) / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
 
 @pytest.mark.parametrize("name, modules", [("llama-3-8b", 7), ("opt-350m", 6)])
 def test_lora_of_some_layers_adds_two_factors_per_module(name: str, modules: int) -> None:
     spec = load_model(name)
-    per_layer = model.lora_parameters(spec, 1, layers=1)
+    per_layer = lora_parameters(spec, 1, layers=1)
     widths = 2 * spec.hidden + 2 * spec.query_width + 2 * (spec.hidden + spec.kv_width)
     assert per_layer == widths + (modules - 4) * (spec.hidden + spec.ffn)
-    assert model.lora_parameters(spec, 16) == 16 * spec.layers * per_layer
+    assert lora_parameters(spec, 16) == 16 * spec.layers * per_layer
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------

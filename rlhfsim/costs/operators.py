@@ -14,7 +14,8 @@ import numpy as np
 
 from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
-from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, lora_modules, parameters
+from rlhfsim.lora import lora_modules
+from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, parameters
 from rlhfsim.spec.hardware import Gpu, Precision
 from rlhfsim.spec.model_spec import DENSE, LayerKind
 from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage
@@ -421,23 +422,14 @@ class Operators:
 
 
 def lora_gemms(use: ModelUse, tensor_parallel: int, kind: LayerKind = DENSE) -> list[Gemm]:
-    """LoRA's factors on one rank, down to the rank and up from it, at each linear module of a layer.
-
-    As Megatron and PEFT split them: with the outputs of qkv and up, with the inputs of the output and down projection;
-    those of latent vectors are whole.
-    """
-    rank, shape, t = use.lora_rank, use.shape, tensor_parallel
-    if not rank:
-        return []
-    kv = kv_heads_per_rank(shape, t) * shape.head_dim
-    factors = []
-    for name, inputs, outputs in lora_modules(shape, kind):
-        split_inputs = name in ("output", "down")
-        whole = name in ("q_down", "kv_down")
-        n = kv if name in ("k", "v") else outputs // (1 if split_inputs or whole else t)
-        factors.append(Gemm(f"{name}_lora_a", rank, inputs // t if split_inputs else inputs))
-        factors.append(Gemm(f"{name}_lora_b", n, rank))
-    return factors
+    """LoRA's factors on one rank, down to the rank and up from it, at each adapted module of a layer."""
+    rank = use.lora_rank
+    modules = lora_modules(use.shape, kind, use.lora_target_modules, tensor_parallel) if rank else []
+    pairs = [
+        (Gemm(f"{name}_lora_a", rank, inputs), Gemm(f"{name}_lora_b", outputs, rank))
+        for name, inputs, outputs in modules
+    ]
+    return [factor for pair in pairs for factor in pair]
 
 
 def adam_bytes(use: ModelUse) -> int:

@@ -36,7 +36,6 @@ from rlhfsim.model import (
     layer_gemms,
     layers_parameters,
     layers_routed_parameters,
-    lora_parameters,
     parameters,
 )
 from rlhfsim.packing import packed_micro_batches
@@ -398,7 +397,7 @@ class _Work:
         """Of the mean layer on one rank."""
         spec, t = self.use.shape, self.use.tensor_parallel
         if self.use.lora_rank:
-            return lora_parameters(spec, self.use.lora_rank, 1) / t
+            return self.use.lora_parameters(1) / t
         return layers_parameters(spec, t, self.use.expert_split()) / spec.layers
 
     def _layer_routed_parameters(self) -> float:

@@ -14,7 +14,8 @@ import numpy as np
 
 from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
-from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, lora_modules, lora_parameters, parameters
+from rlhfsim.lora import lora_modules
+from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, parameters
 from rlhfsim.spec.scenario import ModelUse, WeightSync
 
 from .operators import Operators, OperatorTime
@@ -57,7 +58,7 @@ def sync_program(
         raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
     path = path or WeightSync()
     spec = use.shape
-    count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
+    count = use.lora_parameters() if use.lora_rank else parameters(spec, head)
     total = float(count * use.bytes_per_parameter)
     replicas = _replicas(destination)
     if method == "reshard":
@@ -86,7 +87,7 @@ def sync_tensors(use: ModelUse) -> int:
     spec, found = use.shape, 0
     kinds = spec.layer_kinds()
     if use.lora_rank:
-        return sum(2 * len(lora_modules(spec, kind)) * count for kind, count in kinds.items())
+        return sum(2 * len(lora_modules(spec, kind, use.lora_target_modules)) * count for kind, count in kinds.items())
     mlp = 2 + spec.gated_mlp
     norm = 2 if spec.norm == "layer" else 1
     attention = 4

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from ..algorithms import IN_ROUNDS, named, options_of
 from ..algorithms import Algorithm as Steps
 from ..errors import InputError
+from ..lora import ALL_LINEAR, LoraTargets, lora_parameters, targets_problem
 from .algorithm import Algorithm as Algorithm
 from .algorithm import Latency as Latency
 from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
@@ -74,7 +75,11 @@ class ModelUse(Record):
         beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
         enable_activation_offload); two layers at a time are on the GPU.
     offload_parameters: weights rest in host memory and stream in for each pass.
-    lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
+    lora_rank: 0 trains everything. lora_target_modules: which linear modules have factors: `all-linear`, `attention`
+        (those of attention alone), or a list of names as PEFT (q_proj, o_proj, down_proj, ...) or as Megatron Bridge
+        (linear_qkv, linear_proj, linear_fc1, linear_fc2: one pair of factors for q, k and v, and for gate and up) has
+        them. Routed experts have none. verl takes all-linear with FSDP and the four of Megatron with Megatron.
+    trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
     """
 
@@ -110,12 +115,17 @@ class ModelUse(Record):
     offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
+    lora_target_modules: LoraTargets = ALL_LINEAR
     trainable_layers: Count | None = None
     backend: Literal["deepspeed", "torch"] = "deepspeed"
 
     @property
     def bytes_per_parameter(self) -> int:
         return 4 if self.precision == "fp32" else 2
+
+    def lora_parameters(self, layers: int | None = None) -> int:
+        """Of LoRA's factors in so many layers, or in all."""
+        return lora_parameters(self.shape, self.lora_rank, layers, self.lora_target_modules)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -280,6 +290,10 @@ class ModelUse(Record):
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
             )
+        if self.lora_target_modules != ALL_LINEAR and not self.lora_rank:
+            raise ValueError("lora_target_modules is given, but lora_rank is 0: nothing is adapted")
+        if problem := targets_problem(self.shape, self.lora_target_modules):
+            raise ValueError(f"lora_target_modules {problem}")
         if self.zero_stage == 3 and self.ranks_per_copy > 1:
             raise ValueError(
                 "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
@@ -569,7 +583,8 @@ class Generation(Record):
         if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
             return None
         shape = self.speculative.shape or _last_layers(use.shape, self.speculative.layers)
-        return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
+        changes = {"spec": shape.name, "shape": shape, "lora_rank": 0, "lora_target_modules": ALL_LINEAR}
+        return use.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
