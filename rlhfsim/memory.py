@@ -25,7 +25,6 @@ from .model import (
     logits_bytes,
     matmul_parameters,
     output_activation_bytes_per_token,
-    parameters,
     rank_parameters,
 )
 from .spec.model_spec import LayerKind
@@ -356,11 +355,11 @@ def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> floa
     """
     if use.zero_stage != 3 or (use.shard_ranks or data_parallel) == 1:
         return 0.0
-    spec = use.shape
-    layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())
-    largest = max(layer, embedding_parameters(spec), head_parameters(spec, head))
+    spec, t = use.shape, use.tensor_parallel
+    layer = max(layer_parameters(spec, t, kind, use.expert_split()) for kind in spec.layer_kinds())
+    largest = max(layer, embedding_parameters(spec, t), head_parameters(spec, head, t))
     live = max(largest, LIVE_PARAMETERS) + PREFETCH_PARAMETERS
-    return min(live, parameters(spec, head)) * use.bytes_per_parameter
+    return min(live, held_parameters(use, head)) * use.bytes_per_parameter
 
 
 def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:

@@ -443,15 +443,17 @@ class _Work:
         ]
 
     def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
-        spec = self.use.shape
-        return self._gathers(layers_parameters(spec) / spec.layers, _matrices(spec) / spec.layers if one_by_one else 0)
+        spec, use = self.use.shape, self.use
+        held = layers_parameters(spec, use.tensor_parallel, use.expert_split())
+        return self._gathers(held / spec.layers, _matrices(spec) / spec.layers if one_by_one else 0)
 
     def gathers_ends(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec, matrices = self.use.shape, end_matrices(self.use.shape, self.head) if one_by_one else 0
-        return self._gathers(embedding_parameters(spec) + head_parameters(spec, self.head), matrices)
+        t = self.use.tensor_parallel
+        return self._gathers(embedding_parameters(spec, t) + head_parameters(spec, self.head, t), matrices)
 
     def _gathers(self, count: float, matrices: float = 0) -> tuple[Transfer, ...]:
-        """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
+        """ZeRO-3: weights of this rank's part from all ranks, ahead of their use; offloaded shards cross PCIe first.
 
         A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass one of `matrices` at a
         time. DeepSpeed fetches ahead along the trace of an earlier pass, and the backward pass never meets the trace
@@ -462,7 +464,7 @@ class _Work:
         if self.use.zero_stage != 3:
             return ()
         payload, groups = count * self.use.bytes_per_parameter, self.use.shard_groups(self.layout.ranks)
-        whole = parameters(self.use.shape, self.head)
+        whole = held_parameters(self.use, self.head)
         ahead = messages_of(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
@@ -489,7 +491,7 @@ class _Work:
         width, blocking = self.use.bytes_per_parameter, not self.use.reduces_beside
         if self.use.shard_ranks:
             inside = self.use.shard_groups(self.layout.ranks)
-            across, shard = tuple(zip(*inside, strict=True)), count * width / self.use.shard_ranks
+            across, shard = self._across(inside), count * width / self.use.shard_ranks
             both = (
                 Transfer("reduce_scatter", inside, count * width, messages(count), blocking),
                 Transfer("all_reduce", across, shard, messages(count), blocking),
@@ -499,6 +501,12 @@ class _Work:
             Transfer(op, groups, number * width, messages(number), blocking)
             for groups, number in self.replicated(count, routed)
         )
+
+    def _across(self, inside: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """Ranks with the same shard of the same tensor-parallel part, of groups that each hold that part once."""
+        size = len(inside) // self.use.tensor_parallel
+        parts = (inside[first : first + size] for first in range(0, len(inside), size))
+        return tuple(shard for part in parts for shard in zip(*part, strict=True))
 
     # What a layer leaves on the host, over PCIe beside its own compute: a copy takes longer only where that is shorter.
 
@@ -699,12 +707,13 @@ class _Work:
                 + self.inside_backward()
                 + self.layer_returns(),
             ),
-            _Part(self.ends_forward(), 1, gather_ends),
+            _Part(self.ends_forward(), 1, gather_ends + self.tensor_ends()),
             _Part(
                 self.ends_backward(),
                 1,
                 self.gathers_ends(one_by_one=True)
                 + self.reduces(self.trained_end_parameters())
+                + self.tensor_ends()
                 + self.gradients_leave(self.trained_end_parameters()),
             ),
             *self.engine("forward", "backward"),

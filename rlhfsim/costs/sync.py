@@ -62,7 +62,8 @@ def sync_program(
     total = float(count * use.bytes_per_parameter)
     replicas = _replicas(destination)
     if method == "reshard":
-        transfers = [*_expert_gather(use, source, bucket_bytes), _reshard(use, source, destination, total)]
+        sharded = _gathered(use, source, total) if use.zero_stage == 3 else None
+        transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
         copies = _copy(operators.copy(use, total / destination.tensor_parallel))
         return [*_segments(transfers), *_overhead(operators, use, 1, total, 1, bucket_bytes), *copies]
     gathers = [] if path.senders == "all_ranks" else _gathers(use, source, total, bucket_bytes, path.senders)
@@ -226,12 +227,7 @@ def _broadcast(shards: Shards, total: float, bucket_bytes: float) -> Transfer:
 
 
 def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -> Transfer | None:
-    """ZeRO-3: every rank gathers all weights, tensor by tensor, and keeps its part (DeepSpeed's hybrid engine).
-
-    Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
-    """
-    if use.zero_stage == 3:
-        return _gathered(use, source, total)
+    """A rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing."""
     size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
     if size <= 1:
         return None
@@ -240,9 +236,10 @@ def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -
 
 
 def _gathered(use: ModelUse, source: Layout, total: float) -> Transfer | None:
-    """ZeRO-3: all weights on every rank, from those that hold them once together."""
-    groups = use.shard_groups(source.ranks)
-    return Transfer("all_gather", groups, total, float(weight_tensors(use.shape))) if len(groups[0]) > 1 else None
+    """ZeRO-3: every rank gathers its part of the weights (all of them, without tensor parallelism), tensor by tensor,
+    from those that hold it once together (DeepSpeed's hybrid engine)."""
+    groups, part = use.shard_groups(source.ranks), total / use.tensor_parallel
+    return Transfer("all_gather", groups, part, float(weight_tensors(use.shape))) if len(groups[0]) > 1 else None
 
 
 def _segments(transfers: Iterable[Transfer | None]) -> list[Segment]:

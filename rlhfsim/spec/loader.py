@@ -340,6 +340,13 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
             "generation.engine",
             where,
         )
+    if actor.zero_stage == 3 and actor.tensor_parallel > 1 and scenario.generation.engine != "engine":
+        raise _error(
+            f"is {scenario.generation.engine!r}, which gathers sharded weights, but the actor is split in "
+            f"{actor.tensor_parallel} tensor-parallel parts too (models.actor.tensor_parallel); allowed: 'engine'",
+            "generation.engine",
+            where,
+        )
     if actor.shape.expert_ffn % (tensor // experts):
         raise _error(
             f"is {tensor}, so that {tensor // experts} ranks share an expert, but that must divide its width "
@@ -623,7 +630,8 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     layout = {key: partner[key] for key in keys if key in partner}
     if "score_micro_batch_samples" in use:
         layout.pop("score_micro_batch_tokens", None)
-    alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
+    tensor = use.get("tensor_parallel", 1)
+    alone = (layout | use).get("pipeline_parallel", 1) == 1 and tensor in (1, partner.get("tensor_parallel", 1))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
 

@@ -33,7 +33,8 @@ class ModelUse(Record):
     spec: a shipped model's name, or the path of a Hugging Face config.json.
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
-        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
+        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank. With
+        tensor_parallel each rank's part of the weights is sharded (FSDP2's two-dimensional mesh).
     shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
         gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
         fsdp_size). Absent: over all ranks.
@@ -170,9 +171,10 @@ class ModelUse(Record):
         return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
 
     def shard_groups(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The ranks that hold all weights once together, under zero_stage 3."""
-        size = self.shard_ranks or len(ranks)
-        return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
+        """The ranks that hold one tensor-parallel part of the weights once together, under zero_stage 3."""
+        alike = [ranks[part :: self.tensor_parallel] for part in range(self.tensor_parallel)]
+        size = self.shard_ranks or len(alike[0])
+        return tuple(part[first : first + size] for part in alike for first in range(0, len(part), size))
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -294,10 +296,10 @@ class ModelUse(Record):
             raise ValueError("lora_target_modules is given, but lora_rank is 0: nothing is adapted")
         if problem := targets_problem(self.shape, self.lora_target_modules):
             raise ValueError(f"lora_target_modules {problem}")
-        if self.zero_stage == 3 and self.ranks_per_copy > 1:
+        if self.zero_stage == 3 and self.pipeline_parallel > 1:
             raise ValueError(
-                "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
-                "pipeline_parallel above 1 use stage 0, 1 or 2"
+                "zero_stage 3 shards weights over data-parallel ranks; with pipeline_parallel above 1 use stage 0, 1 "
+                "or 2"
             )
         if self.shard_ranks is not None and self.zero_stage < 3:
             raise ValueError(f"shard_ranks is {self.shard_ranks}, but weights are sharded at zero_stage 3 only")
