@@ -306,6 +306,17 @@ def test_variants_equal_those_of_transformers(model_type: str, tmp_path: Path) -
     assert model.parameters(read(config, tmp_path)) == count_in_transformers(config, "AutoModelForCausalLM")
 
 
+@pytest.mark.parametrize("beside, inside, tied", [(True, None, True), (True, False, False), (None, None, False)])
+def test_tied_embeddings_may_be_said_beside_the_text_part(
+    beside: bool | None, inside: bool | None, tied: bool, tmp_path: Path
+) -> None:
+    text = HF_CONFIGS["qwen3_5_text"] | {"model_type": "qwen3_5_text", "tie_word_embeddings": inside}
+    config = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": beside}
+    if inside is None:
+        del text["tie_word_embeddings"]
+    assert read(config, tmp_path).tied_embeddings == tied
+
+
 @pytest.mark.parametrize(
     "model_type, twin", [("internlm2", "llama"), ("baichuan", "llama"), ("kimi_k2", "deepseek_v3")]
 )

@@ -27,7 +27,8 @@ def shape_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     config = _Config(values, path)
     if "text_config" in config.values:
-        config = _Config(config.get("text_config", dict), path)
+        beside = {key: value for key, value in values.items() if key == "tie_word_embeddings"}
+        config = _Config(beside | config.get("text_config", dict), path)
     model_type = config.get("model_type", str)
     if model_type not in _READERS:
         raise InputError(

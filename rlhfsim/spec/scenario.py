@@ -35,9 +35,9 @@ class ModelUse(Record):
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
         3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank. With
         tensor_parallel each rank's part of the weights is sharded (FSDP2's two-dimensional mesh).
-    shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
-        gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
-        fsdp_size). Absent: over all ranks.
+    shard_ranks: zero_stage 3 shards over so many neighbouring ranks (of those with the same part), and every such group
+        holds a copy: weights are gathered inside a group, gradients reduced inside and then summed across (FSDP's
+        HYBRID_SHARD; verl's fsdp_size). Absent: over all ranks.
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
@@ -79,7 +79,8 @@ class ModelUse(Record):
     lora_rank: 0 trains everything. lora_target_modules: which linear modules have factors: `all-linear`, `attention`
         (those of attention alone), or a list of names as PEFT (q_proj, o_proj, down_proj, ...) or as Megatron Bridge
         (linear_qkv, linear_proj, linear_fc1, linear_fc2: one pair of factors for q, k and v, and for gate and up) has
-        them. Routed experts have none. verl takes all-linear with FSDP and the four of Megatron with Megatron.
+        them. Routed experts have none. verl's default is all-linear with FSDP (verl/trainer/config/model/hf_model.yaml
+        @17aa18cb) and those four with Megatron (its lora.target_modules).
     trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
     """
