@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenarios import scenario
+from scenarios import scenario, timeline_of
 
 from rlhfsim import linear_attention, model
 from rlhfsim.costs.engine import continuous_runs
@@ -18,6 +18,7 @@ from rlhfsim.costs.passes import layer_matrices
 from rlhfsim.costs.sync import sync_tensors
 from rlhfsim.errors import InputError
 from rlhfsim.memory import cache_bytes_per_token, sequence_state_bytes, state_blocks
+from rlhfsim.metrics import stage_seconds
 from rlhfsim.spec.data import data_dir
 from rlhfsim.spec.loader import load_cluster
 from rlhfsim.spec.model_spec import LayerKind, ModelSpec, load_model
@@ -189,3 +190,29 @@ def test_tensors_are_those_of_transformers(model_type: str) -> None:
     assert sync_tensors(use(shape)) == len(names) + shape.layers * shape.experts * 3  # each expert on its own
     matrices = [p for _, p in built.model.layers[0].linear_attn.named_parameters() if p.dim() > 1]
     assert layer_matrices(shape, LINEAR) == len(matrices) + 3  # and its MLP
+
+
+@pytest.mark.parametrize("strategy", ["colocated", "asynchronous"])
+def test_a_model_with_experts_and_linear_attention_runs(strategy: str) -> None:
+    """Split over ranks in every way, with engines that go on from firing to firing in one of the strategies."""
+    made = scenario(
+        strategy,
+        "engine",
+        **{
+            "algorithm.name": "grpo",
+            "algorithm.reward": "function",
+            "workload.responses_per_prompt": 8,
+            "models.actor": {
+                "spec": "qwen3.5-35b-a3b",
+                "zero_stage": 1,
+                "tensor_parallel": 2,
+                "expert_parallel": 4,
+                "expert_tensor_parallel": 1,
+                "offload_optimizer": True,
+            },
+            "generation.tensor_parallel": 4,
+            "effects.memory": False,
+        },
+    )
+    seconds = stage_seconds(timeline_of(made))
+    assert seconds["gen"] > 0 and seconds["update_actor"] > 0
