@@ -26,6 +26,8 @@ from .memory import (
     profile_bytes,
     reserved_bytes,
     scoring_bytes,
+    sequence_state_bytes,
+    state_blocks,
     static_bytes,
     training_bytes,
 )
@@ -245,7 +247,8 @@ class Memory:
                 * min(self._kv_need(stage, prompt, response), self._kv_room(stage, rank, found))
             )
         return found + Bytes(
-            kv_cache=self._kv_bytes(use, prompt + response) * self._sequences(stage) * (prompt + response)
+            kv_cache=self._sequences(stage)
+            * (self._kv_bytes(use, prompt + response) * (prompt + response) + sequence_state_bytes(use, generation))
         )
 
     def _engine_use(self, use: ModelUse) -> ModelUse:
@@ -283,7 +286,11 @@ class Memory:
 
     def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
         """At most: as if no two sequences shared a prompt."""
-        return float(self._sequences(stage) * (prompt + response + self._draft_slots))
+        states = self._state_blocks(stage) * self.scenario.generation.block_tokens
+        return float(self._sequences(stage) * (prompt + response + self._draft_slots + states))
+
+    def _state_blocks(self, stage: Stage) -> int:
+        return state_blocks(self.holdings[stage.model].use, self.scenario.generation)
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
         """Tokens for which a paged cache has room: as given, within the engine's fraction, or in what is left."""
@@ -393,7 +400,8 @@ class Memory:
             )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
         # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
-        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block):
+        states = max(map(self._state_blocks, self._generating_stages()), default=0)
+        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block) + states:
             return (
                 f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
                 "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths"

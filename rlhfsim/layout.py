@@ -98,7 +98,7 @@ def devices_of(scenario: Scenario) -> Devices:
         "critic": models.critic.ranks_together,
         "shadow_critic": models.critic.ranks_together,
         "reference": models.reference.ranks_together,
-        "reward": together.get("reward", 1),
+        "reward": together.get("reward", models.reward.tensor_parallel if scenario.algorithm.reward == "model" else 1),
     }
     return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
 
@@ -437,9 +437,12 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=field,
         )
-    if (shard := held.use.shard_ranks) and (len(held.ranks) % shard or stage.size % shard):
+    copies = held.use.ranks_per_copy
+    if (shard := held.use.shard_ranks) and (held.data_parallel % shard or stage.size // copies % shard):
+        split = f" in {copies} tensor-parallel parts" if copies > 1 else ""
         raise InputError(
-            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})",
+            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})"
+            + split,
             field=f"models.{stage.model.removeprefix('shadow_')}.shard_ranks",
         )
     if not generates and stage.size % held.use.ranks_together:

@@ -8,8 +8,10 @@ for; what a stage holds differs, so look at the first and the last one.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Literal
 
+from . import linear_attention
 from .model import (
     Head,
     activation_bytes_per_token,
@@ -21,10 +23,8 @@ from .model import (
     layers_parameters,
     layers_routed_parameters,
     logits_bytes,
-    lora_parameters,
     matmul_parameters,
     output_activation_bytes_per_token,
-    parameters,
     rank_parameters,
 )
 from .spec.model_spec import LayerKind
@@ -157,7 +157,7 @@ def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
     spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
     layers = _trained_layers(use, stage)
     if use.lora_rank:
-        return lora_parameters(spec, use.lora_rank, len(layers)) / t
+        return use.lora_parameters(len(layers)) / t
     if use.trainable_layers is None or use.trainable_layers == spec.layers:
         return held_parameters(use, head, stage)
     at_top = head_parameters(spec, head, t) if stage == p - 1 else 0
@@ -206,6 +206,23 @@ def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens
     )
 
 
+def sequence_state_bytes(use: ModelUse, generation: Generation) -> float:
+    """What linear attention keeps of one sequence on one rank of an engine, besides the cache of its tokens."""
+    layers = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear)
+    if not layers:
+        return 0.0
+    drafts = generation.speculative.tokens if generation.speculative else 0
+    degree = generation.tensor_parallel
+    return layers * linear_attention.state_bytes(use.shape, use.bytes_per_parameter, degree, drafts=drafts)
+
+
+def state_blocks(use: ModelUse, generation: Generation) -> int:
+    """Blocks of the paged cache that these take, as in vLLM, where they lie in pages of the same size as the tokens'
+    (vllm/v1/core/kv_cache_utils.py; it makes blocks so long that a page holds one layer's state)."""
+    state = sequence_state_bytes(use, generation)
+    return ceil(state / (cache_bytes_per_token(use, generation) * generation.block_tokens)) if state else 0
+
+
 def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
     """Weights of an engine on one rank, with `served` LoRA factors and what drafts; quantised: the layers' matrices in
     one byte each (not those of what drafts).
@@ -218,7 +235,7 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
         matrices = sum(n * matmul_parameters(spec, t, kind) for kind, n in spec.layer_kinds().items())
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
-        held += lora_parameters(spec, use.lora_rank) / t * width
+        held += use.lora_parameters() / t * width
     drafting, draft = generation.speculative, generation.draft_use(use)
     if drafting and draft:
         whole = drafting.draft is not None  # else layers without embedding and head of their own
@@ -246,7 +263,9 @@ def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> 
     """Alive at once in one layer of an engine, per token on one rank: the residual, and the input and output of the
     widest step (queries, keys and values; the activation of the MLP; of experts the rows of all that a token chose)."""
     spec, t = use.shape, generation.tensor_parallel
-    attention = spec.hidden + (spec.query_width + 2 * spec.kv_width) / t
+    attention = spec.hidden + ((1 + spec.attention_gate) * spec.query_width + 2 * spec.kv_width) / t
+    if kind.linear:
+        attention = spec.hidden + sum(outputs for _, outputs in linear_attention.projections(spec, t))
     up = 2 if spec.gated_mlp else 1
     mlp = (up + 1) * spec.ffn / t
     if kind.experts:
@@ -336,11 +355,11 @@ def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> floa
     """
     if use.zero_stage != 3 or (use.shard_ranks or data_parallel) == 1:
         return 0.0
-    spec = use.shape
-    layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())
-    largest = max(layer, embedding_parameters(spec), head_parameters(spec, head))
+    spec, t = use.shape, use.tensor_parallel
+    layer = max(layer_parameters(spec, t, kind, use.expert_split()) for kind in spec.layer_kinds())
+    largest = max(layer, embedding_parameters(spec, t), head_parameters(spec, head, t))
     live = max(largest, LIVE_PARAMETERS) + PREFETCH_PARAMETERS
-    return min(live, parameters(spec, head)) * use.bytes_per_parameter
+    return min(live, held_parameters(use, head)) * use.bytes_per_parameter
 
 
 def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
@@ -357,8 +376,7 @@ def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
 
 
 def _weights(use: ModelUse, head: Head, stage: int) -> float:
-    spec, t = use.shape, use.tensor_parallel
-    adapters = lora_parameters(spec, use.lora_rank, len(use.stage_layers(stage))) / t if use.lora_rank else 0.0
+    adapters = use.lora_parameters(len(use.stage_layers(stage))) / use.tensor_parallel
     return held_parameters(use, head, stage) + adapters
 
 

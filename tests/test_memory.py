@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfsim.costs.pipeline import stage_order
+from rlhfsim.lora import lora_parameters
 from rlhfsim.memory import (
     LOGITS_COPIES,
     Bytes,
@@ -19,7 +20,7 @@ from rlhfsim.memory import (
     trained_parameters,
     training_bytes,
 )
-from rlhfsim.model import kv_bytes_per_token, layer_parameters, lora_parameters, parameters, rank_parameters
+from rlhfsim.model import kv_bytes_per_token, layer_parameters, parameters, rank_parameters
 from rlhfsim.spec.model_spec import ModelSpec, load_model
 from rlhfsim.spec.scenario import Generation, ModelUse, Overheads, Speculative
 

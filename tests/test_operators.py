@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlhfsim.costs.kernels import Rates, gemm_time, load_kernels
 from rlhfsim.costs.operators import NO_TIME, Operators, OperatorTime, lora_gemms, total
 from rlhfsim.errors import InputError
-from rlhfsim.model import lora_parameters
+from rlhfsim.lora import lora_parameters
 from rlhfsim.spec.data import data_dir
 from rlhfsim.spec.hardware import Gpu
 from rlhfsim.spec.loader import load_cluster

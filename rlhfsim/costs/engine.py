@@ -151,13 +151,14 @@ def continuous_runs(
     padded: bool = False,
     groups: np.ndarray | None = None,
     progress: Progress = ONE_TOKEN,
+    state_blocks: int = 0,
 ) -> Runs:
     """Continuous batching with a paged KV cache of `kv_blocks` (None: unlimited), samples admitted in order.
 
     step_tokens: at most so many tokens in a step (without chunked prefill: of prompts, and one prompt always).
     padded: every decoding sequence attends to as many tokens as the longest (a cache of rows and columns).
     groups: with prefix caching, the prompt of each sample; samples of one group have the same. progress: of a sequence
-    in a decode step.
+    in a decode step. state_blocks: that a sequence needs besides those of its tokens.
     Raises DoesNotFit when a sequence alone exceeds the cache.
     """
     return _Scheduler(
@@ -171,6 +172,7 @@ def continuous_runs(
         padded,
         groups,
         progress,
+        state_blocks,
     ).run()
 
 
@@ -236,12 +238,12 @@ class _Scheduler:
     def __init__(
         self, prompt: np.ndarray, response: np.ndarray, max_sequences: int, step_tokens: int, block: int,
         blocks: int | None, chunked_prefill: bool, padded: bool, groups: np.ndarray | None = None,
-        progress: Progress = ONE_TOKEN,
+        progress: Progress = ONE_TOKEN, state_blocks: int = 0,
     ) -> None:  # fmt: skip
         self.prompt: list[int] = prompt.tolist()
         self.response: list[int] = response.tolist()
         self.block, self.chunked, self.padded = block, chunked_prefill, padded
-        self.progress, self.drafts = progress, progress.width - 1
+        self.progress, self.drafts, self.state_blocks = progress, progress.width - 1, state_blocks
         self.block_ticks = block * progress.unit
         self.caching = groups is not None
         self.group: list[int] = [0] * len(prompt) if groups is None else groups.tolist()
@@ -300,12 +302,12 @@ class _Scheduler:
         self._retire()
 
     def _blocks(self, tokens: int) -> int:
-        return -(-(tokens + self.drafts) // self.block)
+        return -(-(tokens + self.drafts) // self.block) + self.state_blocks
 
     def _held(self, sample: int) -> int:
         """Blocks of a decoding sequence."""
         ticks = self.base[sample] + self.clock + self.drafts * self.progress.unit
-        return -(-ticks // self.block_ticks)
+        return -(-ticks // self.block_ticks) + self.state_blocks
 
     def _cached(self, sample: int) -> int:
         """Whole tokens in the cache of a decoding sequence."""

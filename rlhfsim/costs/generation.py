@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.memory import PREFETCH_PARAMETERS
+from rlhfsim.memory import PREFETCH_PARAMETERS, state_blocks
 from rlhfsim.model import parameters
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
@@ -286,10 +286,12 @@ class StepSeconds:
         def attention(batch: np.ndarray, context: np.ndarray) -> OperatorTime:
             return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes, queries=queries)
 
+        self.state_blocks = state_blocks(use, generation)
         self._attention = _Table(lambda b: attention(b, np.zeros(len(b))))
         self._per_token = _Table(lambda b: attention(b, np.ones(len(b))) + -1.0 * attention(b, np.zeros(len(b))))
         kinds = use.shape.layer_kinds()
-        self.windows = [(kind.window, count / layers) for kind, count in kinds.items() if kind.window]
+        attending = sum(count for kind, count in kinds.items() if not kind.linear)
+        self.windows = [(kind.window, count / attending) for kind, count in kinds.items() if kind.window]
 
     def of(self, runs: Runs) -> np.ndarray:
         """Seconds of each run by what limits it: rows as in `BOUNDS`; what nothing explains is the host's."""
@@ -327,10 +329,10 @@ class StepSeconds:
         return np.array([device[1] * runs.steps, device[2] * runs.steps, launch, host])
 
     def _attended(self, runs: Runs) -> tuple[np.ndarray, Numbers]:
-        """Cached tokens that the mean layer attends to in the mean step, and the share of layers where they still grow.
+        """Cached tokens attended to in the mean step, and the share of layers where they still grow.
 
-        With a window of w no sequence has more than w; the running ones count as equally long, which is too much where
-        some are below and some above it.
+        Of the mean layer (of those with attention, where others have none). With a window of w no sequence has more
+        than w; the running ones count as equally long, which is too much where some are below and some above it.
         """
         context = runs.mean_context_tokens
         if not self.windows:
@@ -351,7 +353,8 @@ class StepSeconds:
         lengths = np.zeros((len(owners), counts.max()))
         row = np.repeat(np.arange(len(owners)), counts)
         lengths[row, np.arange(len(row)) - np.repeat(first, counts)] = runs.chunk_tokens
-        time = self.operators.attention_prefill(self.use, lengths, self.degree)
+        tokens = runs.prompt_tokens[owners]
+        time = self.operators.attention_prefill(self.use, lengths, self.degree, tokens=tokens)
         seconds[:, owners] = self.layers * np.array(time.parts)
         return seconds
 
@@ -455,7 +458,7 @@ def _tables(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
                     chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
-                    groups=group, progress=Progress.of(generation.speculative),
+                    groups=group, progress=Progress.of(generation.speculative), state_blocks=steps.state_blocks,
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)

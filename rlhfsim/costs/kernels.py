@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from rlhfsim.errors import InputError
+from rlhfsim.linear_attention import DeltaWork
 from rlhfsim.spec.base import Count, Fraction, NonNegativeCount, Record, Seconds, Sourced
 
 Numbers = float | np.ndarray
@@ -328,6 +329,20 @@ def attention_decode_time(
         return _limited(compute, memory)
     body = np.maximum(compute, memory) + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
     return _limited(compute, memory, body, curve.kernel_seconds)
+
+
+def delta_rule_time(
+    prefill: PrefillCurve, memory: MemoryCurve, rates: Rates, tokens: Numbers, work: DeltaWork, *, ideal: bool = False
+) -> KernelTime:
+    """The kernels of a chunked delta rule, one after the other, each at the slower of its two rates.
+
+    At the efficiencies of attention's products and of a residual addition (unverified: no such kernel was measured).
+    That few sequences leave multiprocessors idle while states pass from chunk to chunk is left out.
+    """
+    tokens = np.asarray(tokens, dtype=float)
+    compute = tokens * work.flops / (rates.flops_per_second * prefill.compute_efficiency)
+    moved = tokens * work.moved_bytes / (rates.memory_bytes_per_second * memory.memory_efficiency)
+    return _limited(compute, moved, launch=0.0 if ideal else work.kernels * memory.kernel_seconds)
 
 
 def memory_time(curve: MemoryCurve, rates: Rates, moved_bytes: Numbers, *, ideal: bool = False) -> KernelTime:

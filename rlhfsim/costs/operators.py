@@ -12,8 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
-from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, lora_modules, parameters
+from rlhfsim.lora import lora_modules
+from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, parameters
 from rlhfsim.spec.hardware import Gpu, Precision
 from rlhfsim.spec.model_spec import DENSE, LayerKind
 from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage
@@ -27,6 +29,7 @@ from .kernels import (
     Rates,
     attention_decode_time,
     attention_prefill_time,
+    delta_rule_time,
     gemm_time,
     memory_time,
 )
@@ -189,18 +192,36 @@ class Operators:
         return _mean_of_layers(use, of)
 
     def attention_prefill(
-        self, use: ModelUse, sequence_tokens: Numbers, tensor_parallel: int, *, backward: bool = False
+        self,
+        use: ModelUse,
+        sequence_tokens: Numbers,
+        tensor_parallel: int,
+        *,
+        backward: bool = False,
+        tokens: Numbers | None = None,
     ) -> OperatorTime:
         """Causal attention of one layer over whole sequences, all in one kernel.
 
         sequence_tokens: array whose last axis is the sequences of one call; zeros are absent sequences. Unequal lengths
         count as equal ones with the same sum of squares (the work is quadratic); so does a window of w tokens, with
-        w (2 n - w) for n^2 above it (of a later piece of a long prompt that is too much).
+        w (2 n - w) for n^2 above it (of a later piece of a long prompt that is too much). Linear attention takes time
+        by tokens: as many as the lengths together, or `tokens` where the lengths stand for later pieces of prompts.
         """
         lengths = np.atleast_1d(np.asarray(sequence_tokens, dtype=float))
-        return _mean_of_layers(
-            use, lambda kind: self._attention_prefill(use, lengths, tensor_parallel, backward, kind.window)
-        )
+        count = lengths.sum(axis=-1) if tokens is None else np.asarray(tokens, dtype=float)
+
+        def of(kind: LayerKind) -> OperatorTime:
+            if kind.linear:
+                return self._delta_rule(use, count, tensor_parallel, backward)
+            return self._attention_prefill(use, lengths, tensor_parallel, backward, kind.window)
+
+        return _mean_of_layers(use, of)
+
+    def _delta_rule(self, use: ModelUse, tokens: np.ndarray, tensor_parallel: int, backward: bool) -> OperatorTime:
+        of = linear_attention.backward_work if backward else linear_attention.forward_work
+        work = of(use.shape, tensor_parallel, use.bytes_per_parameter)
+        curves = self.kernels.prefill, self.kernels.memory["residual_add"]
+        return _where(tokens > 0, _operator(delta_rule_time(*curves, self._rates(use), tokens, work, ideal=self.ideal)))
 
     def _attention_prefill(
         self, use: ModelUse, lengths: np.ndarray, tensor_parallel: int, backward: bool, window: int
@@ -237,12 +258,31 @@ class Operators:
         kv_bytes: float | None = None,
         queries: int = 1,
     ) -> OperatorTime:
-        """Attention of one layer for one new token of each sequence; `context_tokens_sum` are in their caches.
+        """Attention of the mean layer for one new token of each sequence; `context_tokens_sum` are in their caches.
 
         kv_bytes: of one cached element, if not the model's. queries: new tokens of each sequence, where several are
         verified at once; they read the cache together. Latent attention reads one vector for all heads, which compute
-        with it in the latent space; it can be bound by either.
+        with it in the latent space; it can be bound by either. Linear attention reads and writes the state of each
+        sequence, at the rate of a residual addition (unverified).
         """
+        sequences, context = np.asarray(sequences, dtype=float), context_tokens_sum
+        linear = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear) / use.shape.layers
+        time = self._attention_decode(use, sequences, context, tensor_parallel, kv_bytes, queries)
+        if not linear:
+            return time
+        moved = linear_attention.step_bytes(use.shape, use.bytes_per_parameter, tensor_parallel, queries=queries)
+        states = self._memory(use, "residual_add", moved * sequences)
+        return (1 - linear) * time + linear * states
+
+    def _attention_decode(
+        self,
+        use: ModelUse,
+        sequences: np.ndarray,
+        context_tokens_sum: Numbers,
+        tensor_parallel: int,
+        kv_bytes: float | None,
+        queries: int,
+    ) -> OperatorTime:
         shape, heads = use.shape, use.shape.heads / tensor_parallel
         kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0
         if shape.latent_attention:
@@ -254,7 +294,7 @@ class Operators:
             kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
             flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency, ideal=self.ideal,
         )  # fmt: skip
-        return _where(np.asarray(sequences) > 0, _operator(time))
+        return _where(sequences > 0, _operator(time))
 
     # --- before and after the layers ---------------------------------------------------------------------------------
 
@@ -368,8 +408,14 @@ class Operators:
         if shape.latent_attention:
             latent = tokens * (shape.q_lora_rank + shape.kv_lora_rank) * width
             time += self._memory(use, "rms_norm", 2 * latent)
-        if not shape.learned_positions:
+        if kind.linear:
+            inner = tokens * linear_attention.elementwise_widths(shape, tensor_parallel) * width
+            time += self._memory(use, "rms_norm", inner)
+        elif not shape.learned_positions:
             time += self._memory(use, "rope", 2 * heads)
+        if shape.attention_gate and not kind.linear:
+            gated = tokens * shape.heads * shape.value_head_dim / tensor_parallel * width
+            time += self._memory(use, "gated_activation", 3 * gated)
         tensors = 3 if shape.gated_mlp else 2
         if not kind.experts:
             mlp = tokens * shape.ffn / tensor_parallel * width
@@ -415,23 +461,14 @@ class Operators:
 
 
 def lora_gemms(use: ModelUse, tensor_parallel: int, kind: LayerKind = DENSE) -> list[Gemm]:
-    """LoRA's factors on one rank, down to the rank and up from it, at each linear module of a layer.
-
-    As Megatron and PEFT split them: with the outputs of qkv and up, with the inputs of the output and down projection;
-    those of latent vectors are whole.
-    """
-    rank, shape, t = use.lora_rank, use.shape, tensor_parallel
-    if not rank:
-        return []
-    kv = kv_heads_per_rank(shape, t) * shape.head_dim
-    factors = []
-    for name, inputs, outputs in lora_modules(shape, kind):
-        split_inputs = name in ("output", "down")
-        whole = name in ("q_down", "kv_down")
-        n = kv if name in ("k", "v") else outputs // (1 if split_inputs or whole else t)
-        factors.append(Gemm(f"{name}_lora_a", rank, inputs // t if split_inputs else inputs))
-        factors.append(Gemm(f"{name}_lora_b", n, rank))
-    return factors
+    """LoRA's factors on one rank, down to the rank and up from it, at each adapted module of a layer."""
+    rank = use.lora_rank
+    modules = lora_modules(use.shape, kind, use.lora_target_modules, tensor_parallel) if rank else []
+    pairs = [
+        (Gemm(f"{name}_lora_a", rank, inputs), Gemm(f"{name}_lora_b", outputs, rank))
+        for name, inputs, outputs in modules
+    ]
+    return [factor for pair in pairs for factor in pair]
 
 
 def adam_bytes(use: ModelUse) -> int:

@@ -189,7 +189,9 @@ class Rollouts:
         generation, turns, blocks = self.scenario.generation, self.scenario.workload.turns, None
         if self.kv_capacity_tokens is not None:
             blocks = int(self.kv_capacity_tokens[kind]) // generation.block_tokens
-        return TurnEngine(generation, blocks, turns, steps) if turns else Engine(generation, blocks)
+        if turns:
+            return TurnEngine(generation, blocks, turns, steps)
+        return Engine(generation, blocks, steps.state_blocks)
 
     def _pool(self, stage: str) -> Pool:
         step = base_name(stage)

@@ -41,7 +41,7 @@ class TurnEngine(Engine):
     """
 
     def __init__(self, generation: Generation, kv_blocks: int | None, turns: Turns, seconds: StepSeconds) -> None:
-        super().__init__(generation, kv_blocks)
+        super().__init__(generation, kv_blocks, seconds.state_blocks)
         self.turns, self.seconds = turns, seconds
         self.turn: list[int] = []  # of each sample
         self.calls = {"tool_calls": 0, "tool_seconds": 0.0}

@@ -292,6 +292,13 @@ def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
             f"{field}.tensor_parallel",
             where,
         )
+    if shape.linear_key_heads % tensor or shape.linear_value_heads % tensor:
+        raise _error(
+            f"is {tensor}, but must divide the {shape.linear_key_heads} key heads and {shape.linear_value_heads} value "
+            f"heads of linear attention of {use.spec}",
+            f"{field}.tensor_parallel",
+            where,
+        )
     if shape.layers % stages and not use.given_stages:
         raise _error(
             f"x pipeline_chunks is {stages}, but must divide the {shape.layers} layers of {use.spec}",
@@ -350,6 +357,13 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
             "generation.engine",
             where,
         )
+    if actor.zero_stage == 3 and actor.tensor_parallel > 1 and scenario.generation.engine != "engine":
+        raise _error(
+            f"is {scenario.generation.engine!r}, which gathers sharded weights, but the actor is split in "
+            f"{actor.tensor_parallel} tensor-parallel parts too (models.actor.tensor_parallel); allowed: 'engine'",
+            "generation.engine",
+            where,
+        )
     if actor.shape.expert_ffn % (tensor // experts):
         raise _error(
             f"is {tensor}, so that {tensor // experts} ranks share an expert, but that must divide its width "
@@ -364,6 +378,16 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
             field,
             where,
         )
+    if actor.shape.linear_key_heads % tensor or actor.shape.linear_value_heads % tensor:
+        raise _error(
+            f"is {tensor}, but must divide the {actor.shape.linear_key_heads} key heads and "
+            f"{actor.shape.linear_value_heads} value heads of linear attention of {actor.spec}",
+            field,
+            where,
+        )
+    if actor.shape.linear and scenario.generation.prefix_caching:
+        message = f"is true, but states of linear attention ({actor.spec}) are not shared by responses: not modelled"
+        raise _error(message, "generation.prefix_caching", where)
     if tensor > scenario.cluster.gpus:
         raise _error(f"is {tensor}, but the cluster has {scenario.cluster.gpus} GPUs", field, where)
 
@@ -626,7 +650,8 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     layout = {key: partner[key] for key in keys if key in partner}
     if "score_micro_batch_samples" in use:
         layout.pop("score_micro_batch_tokens", None)
-    alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
+    tensor = use.get("tensor_parallel", 1)
+    alone = (layout | use).get("pipeline_parallel", 1) == 1 and tensor in (1, partner.get("tensor_parallel", 1))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
 

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from ..algorithms import IN_ROUNDS, named, options_of
 from ..algorithms import Algorithm as Steps
 from ..errors import InputError
+from ..lora import ALL_LINEAR, LoraTargets, lora_parameters, targets_problem
 from .algorithm import Algorithm as Algorithm
 from .algorithm import Latency as Latency
 from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
@@ -33,10 +34,11 @@ class ModelUse(Record):
     spec: a shipped model's name, or the path of a Hugging Face config.json.
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
-        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
-    shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
-        gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
-        fsdp_size). Absent: over all ranks.
+        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank. With
+        tensor_parallel each rank's part of the weights is sharded (FSDP2's two-dimensional mesh).
+    shard_ranks: zero_stage 3 shards over so many neighbouring ranks (of those with the same part), and every such group
+        holds a copy: weights are gathered inside a group, gradients reduced inside and then summed across (FSDP's
+        HYBRID_SHARD; verl's fsdp_size). Absent: over all ranks.
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
@@ -78,7 +80,12 @@ class ModelUse(Record):
         beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
         enable_activation_offload); two layers at a time are on the GPU.
     offload_parameters: weights rest in host memory and stream in for each pass.
-    lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
+    lora_rank: 0 trains everything. lora_target_modules: which linear modules have factors: `all-linear`, `attention`
+        (those of attention alone), or a list of names as PEFT (q_proj, o_proj, down_proj, ...) or as Megatron Bridge
+        (linear_qkv, linear_proj, linear_fc1, linear_fc2: one pair of factors for q, k and v, and for gate and up) has
+        them. Routed experts have none. verl's default is all-linear with FSDP (verl/trainer/config/model/hf_model.yaml
+        @17aa18cb) and those four with Megatron (its lora.target_modules).
+    trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
     """
 
@@ -115,12 +122,17 @@ class ModelUse(Record):
     offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
+    lora_target_modules: LoraTargets = ALL_LINEAR
     trainable_layers: Count | None = None
     backend: Literal["deepspeed", "torch"] = "deepspeed"
 
     @property
     def bytes_per_parameter(self) -> int:
         return 4 if self.precision == "fp32" else 2
+
+    def lora_parameters(self, layers: int | None = None) -> int:
+        """Of LoRA's factors in so many layers, or in all."""
+        return lora_parameters(self.shape, self.lora_rank, layers, self.lora_target_modules)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -165,9 +177,10 @@ class ModelUse(Record):
         return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
 
     def shard_groups(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The ranks that hold all weights once together, under zero_stage 3."""
-        size = self.shard_ranks or len(ranks)
-        return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
+        """The ranks that hold one tensor-parallel part of the weights once together, under zero_stage 3."""
+        alike = [ranks[part :: self.tensor_parallel] for part in range(self.tensor_parallel)]
+        size = self.shard_ranks or len(alike[0])
+        return tuple(part[first : first + size] for part in alike for first in range(0, len(part), size))
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -218,6 +231,15 @@ class ModelUse(Record):
             )
         if self.zero_stage == 3 and max(split.values()) > 1:
             raise ValueError("zero_stage 3 shards all experts over all ranks; with expert_parallel use stage 0, 1 or 2")
+        return self
+
+    @model_validator(mode="after")
+    def _linear_attention_is_whole(self) -> ModelUse:
+        if self.shape.linear and self.context_parallel > 1:
+            raise ValueError(
+                f"context_parallel is {self.context_parallel}, but the linear attention of {self.spec}, whose state "
+                "passes from token to token, is not modelled on ranks that share sequences (allowed: 1)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -276,10 +298,14 @@ class ModelUse(Record):
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
             )
-        if self.zero_stage == 3 and self.ranks_per_copy > 1:
+        if self.lora_target_modules != ALL_LINEAR and not self.lora_rank:
+            raise ValueError("lora_target_modules is given, but lora_rank is 0: nothing is adapted")
+        if problem := targets_problem(self.shape, self.lora_target_modules):
+            raise ValueError(f"lora_target_modules {problem}")
+        if self.zero_stage == 3 and self.pipeline_parallel > 1:
             raise ValueError(
-                "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
-                "pipeline_parallel above 1 use stage 0, 1 or 2"
+                "zero_stage 3 shards weights over data-parallel ranks; with pipeline_parallel above 1 use stage 0, 1 "
+                "or 2"
             )
         if self.shard_ranks is not None and self.zero_stage < 3:
             raise ValueError(f"shard_ranks is {self.shard_ranks}, but weights are sharded at zero_stage 3 only")
@@ -413,14 +439,24 @@ class Workload(Record):
         return self.prompt_tokens.longest + self.longest_response
 
 
+def _last_layers(shape: ModelSpec, layers: int) -> ModelSpec:
+    """A model of so many layers like a model's own, those without linear attention."""
+    changes: dict[str, Any] = {"layers": layers}
+    if shape.linear:
+        names = ("key_heads", "value_heads", "key_head_dim", "value_head_dim", "conv_kernel")
+        changes |= {"attention_pattern": ("full",)} | {f"linear_{name}": 0 for name in names}
+    return shape.model_copy(update=changes)
+
+
 class Speculative(Record):
     """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
 
     acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1
         to tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
     draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
-        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
-        0 layers: drafts cost nothing (look-up of n-grams).
+        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction), and
+        with full attention where the model's is linear (Qwen3-Next, Qwen3.5); 0 layers: drafts cost nothing (look-up of
+        n-grams).
     """
 
     tokens: Count
@@ -478,7 +514,8 @@ class Generation(Record):
         the weights to host memory, where room for them is kept, and back before they are overwritten; `level_2` forgets
         them, so that it can generate once for each sync (vLLM's sleep levels). Both give memory back and take it again
         (`overheads.map_bytes_per_second`). Absent: it makes room and comes back in no time.
-    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
+    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine. The states of linear attention
+        take blocks too. (vLLM makes them longer then: "Setting attention block size to ... tokens" in its log.)
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
@@ -554,8 +591,9 @@ class Generation(Record):
         """What drafts for this model: a model of its own, or layers like the model's; None: nothing that runs."""
         if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
             return None
-        shape = self.speculative.shape or use.shape.model_copy(update={"layers": self.speculative.layers})
-        return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
+        shape = self.speculative.shape or _last_layers(use.shape, self.speculative.layers)
+        changes = {"spec": shape.name, "shape": shape, "lora_rank": 0, "lora_target_modules": ALL_LINEAR}
+        return use.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
