@@ -200,29 +200,31 @@ def plot(timelines: tuple[str, ...], out: str, iteration: int | None) -> None:
 
 @cli.command("validate")
 @click.argument("paths", nargs=-1, required=True)
+@click.option("--gpu", type=str, help="The GPU of a file that names none, or a cluster's file; see `show gpus`.")
+@click.option("--scenario", type=str, help="What ran, for a training log whose options do not say all of it.")
+@click.option("--tolerance", type=click.FloatRange(0, 100, min_open=True), help="Largest mean error of an operator.")
 @as_json
-def validate(paths: tuple[str, ...], json_output: bool) -> None:
-    """Predicted against measured: recorded runs (*.case.yaml) and published cases (*.cases.yaml), files or folders.
+def validate(
+    paths: tuple[str, ...], gpu: str | None, scenario: str | None, tolerance: float | None, json_output: bool
+) -> None:
+    """Predicted against measured: recorded runs (*.case.yaml) and published cases (*.cases.yaml), files or folders, and
+    files of other projects as they are: docs/formats.md lists them.
 
     Exit code 1 where a prediction is beyond its tolerance, or a run that there was is said not to fit.
     """
-    from .published import run_file
-    from .render import print_validation, progress
-    from .validate import find_cases, summary
+    from .checks import check
+    from .render import progress
+    from .render_checks import print_checks
+    from .validate import find_cases
 
-    files, results, gaps = find_cases(paths), [], []
+    files = find_cases(paths)
     with progress(len(files)) as advance:
-        for file in files:
-            advance(file.name)
-            found_here, gaps_here = run_file(file)
-            results += found_here
-            gaps += gaps_here
-    found = summary(results, gaps)
+        found = check(files, gpu=gpu, scenario=scenario, tolerance=tolerance, progress=advance)
     if json_output:
-        _print_json({"cases": [r.as_json() for r in results], "summary": found})
+        _print_json(found.as_json())
     else:
-        print_validation(results, found)
-    sys.exit(FAILED if found["failed"] else 0)
+        print_checks(found)
+    sys.exit(FAILED if found.failed else 0)
 
 
 @cli.command("calibrate")

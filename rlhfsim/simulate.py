@@ -105,11 +105,11 @@ def _run(
 
 def topology_of(scenario: Scenario) -> ClusterTopology:
     """The links of the scenario's cluster, with what its kernels' files measured."""
-    collectives = [_collectives_of(part) for part in scenario.cluster.all_parts]
+    collectives = [collectives_of(part) for part in scenario.cluster.all_parts]
     return ClusterTopology(scenario.cluster, collectives, scenario.effects)
 
 
-def _collectives_of(part: Cluster) -> Collectives:
+def collectives_of(part: Cluster) -> Collectives:
     collectives = default_collectives(part)
     if part.node.gpu_link != "pcie" or part.gpu.fitted_on:  # shipped curves were measured over NVLink
         collectives = collectives.updated(kernels_of(part.gpu.kernels))
