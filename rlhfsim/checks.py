@@ -10,18 +10,20 @@ from typing import Any
 from .errors import InputError
 from .formats import format_of
 from .kernel_errors import TOLERANCE, OperatorError, operator_errors
-from .measurements import Measurements, Tables, cluster_of, device_of, gpu_named
+from .measurements import Log, Measurements, Tables, cluster_of, device_of, gpu_named
 from .published import run_file
+from .training_log import LogReport, report, results_of, scenario_of
 from .validate import Gap, Result, summary
 
 
 @dataclass
 class Checks:
-    """results, gaps: of whole runs; operators: of tables of kernels."""
+    """results, gaps: of whole runs; operators: of tables of kernels; logs: what training logs say themselves."""
 
     results: list[Result] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     operators: list[OperatorError] = field(default_factory=list)
+    logs: list[LogReport] = field(default_factory=list)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -35,6 +37,8 @@ class Checks:
         found: dict[str, Any] = {"cases": [r.as_json() for r in self.results], "summary": self.summary}
         if self.operators:
             found["operators"] = [e.as_json() for e in self.operators]
+        if self.logs:
+            found["logs"] = [log.as_json() for log in self.logs]
         return found
 
 
@@ -62,6 +66,16 @@ def check(
             used |= {"--gpu", "--tolerance"}
             cluster = cluster_of(the_gpu(measured, gpu))
             found.operators += operator_errors(measured, cluster, tolerance or TOLERANCE)
+        elif isinstance(measured, Log):
+            used |= {"--gpu", "--scenario"}
+            log = report(measured)
+            found.logs.append(log)
+            if gpu is None and scenario is None:
+                log.notes.append("nothing is predicted without --gpu NAME or --scenario FILE")
+                continue
+            results, gaps = results_of(measured, log, scenario_of(measured, log, gpu, scenario))
+            found.results += results
+            found.gaps += gaps
     for option, given in (("--gpu", gpu), ("--scenario", scenario), ("--tolerance", tolerance)):
         if given is not None and option not in used:
             raise InputError("has no meaning for these files", field=option)
@@ -69,7 +83,7 @@ def check(
 
 
 def the_gpu(found: Measurements, given: str | None) -> str:
-    """The one that was given, or that the file names. Raises InputError for none, several, or another one than given."""
+    """The one given, or that the file names. Raises InputError for none, several, or another than the one given."""
     named = device_of(found)
     if given is None:
         if not named:

@@ -28,9 +28,9 @@ from .spec.hardware import Cluster, Gpu, Precision
 if TYPE_CHECKING:
     import pandas as pd
 
-# Largest mean error of an operator that passes: the same 864 products, measured in two campaigns on the same GPU, differ
-# by 9.9 % (A100) and 12.9 % (H100) on average (microsoft/vidur 2024 against aiconfigurator-core 0.12.0), and memory-bound
-# kernels and collectives of one campaign by as much between neighbours.
+# Largest mean error of an operator that passes: the same 864 products, measured in two campaigns on the same GPU,
+# differ by 9.9 % (A100) and 12.9 % (H100) on average (microsoft/vidur 2024 against aiconfigurator-core 0.12.0), and
+# memory-bound kernels and collectives of one campaign by as much between neighbours.
 TOLERANCE = 0.2
 
 # What a kernel may reach of the datasheet's rate before its time is taken for an error: clocks boost, caches hold part

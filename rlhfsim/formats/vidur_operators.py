@@ -1,8 +1,8 @@
 """Forward times of a layer's operators, as microsoft/vidur profiles them.
 
 https://github.com/microsoft/vidur, data/profiling/compute/<gpu>/<model>/mlp.csv (MIT): one row for each number of
-tokens and of tensor-parallel workers; `time_stats.<operator>.{min,max,mean,median,std}` in milliseconds. `attn_pre_proj`
-is the projection to queries, keys and values, `mlp_up_proj` holds the gate too where the MLP is gated
+tokens and of tensor-parallel workers; `time_stats.<operator>.{min,max,mean,median,std}` in milliseconds.
+`attn_pre_proj` is the projection to queries, keys and values, `mlp_up_proj` holds the gate too where the MLP is gated
 (vidur/profiling/mlp/mlp_impl.py). The medians are read. The file names neither GPU nor software.
 """
 
@@ -26,7 +26,6 @@ MEMORY = {  # operator: kernel
     "mlp_act": "gated_activation",
     "add": "residual_add",
 }
-RESOLUTION_SECONDS = 1e-6  # times are rounded to it: below, errors are the clock's
 
 
 def recognises(probe: Probe) -> bool:
