@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import run_records
 from .errors import InputError
 from .formats import format_of
 from .kernel_errors import TOLERANCE, OperatorError, operator_errors
-from .measurements import Log, Measurements, Tables, cluster_of, device_of, gpu_named
+from .measurements import Log, Measurements, Records, Tables, cluster_of, device_of, gpu_named
 from .published import run_file
 from .training_log import LogReport, report, results_of, scenario_of
 from .validate import Gap, Result, summary
@@ -66,6 +67,13 @@ def check(
             used |= {"--gpu", "--tolerance"}
             cluster = cluster_of(the_gpu(measured, gpu))
             found.operators += operator_errors(measured, cluster, tolerance or TOLERANCE)
+        elif isinstance(measured, Records):
+            used |= {"--gpu", "--tolerance"}
+            if gpu is not None:
+                the_gpu(measured, gpu)
+            results, gaps = run_records.results_of(measured, gpu, tolerance or run_records.TOLERANCE)
+            found.results += results
+            found.gaps += gaps
         elif isinstance(measured, Log):
             used |= {"--gpu", "--scenario"}
             log = report(measured)

@@ -18,7 +18,7 @@ from .costs.kernels import (
     gemm_time,
     memory_time,
 )
-from .costs.segment import Transfer, transfer_seconds
+from .costs.segment import Op, Transfer, transfer_seconds
 from .errors import InputError
 from .measurements import Tables, joined
 from .sim.links import lone_rate
@@ -129,19 +129,23 @@ def rates_of(gpu: Gpu, precision: str) -> Rates:
 
 
 def _collective_seconds(rows: pd.DataFrame, cluster: Cluster) -> np.ndarray:
-    """On the cluster's own links, of as many nodes as were measured, with equally many ranks on each."""
     seconds = np.zeros(len(rows))
     for (op, ranks, nodes), at in rows.groupby(["collective", "ranks", "nodes"]).indices.items():
-        per_node = -(-int(ranks) // int(nodes))
-        node = cluster.node.model_copy(update={"gpus_per_node": max(per_node, cluster.node.gpus_per_node)})
-        wide = cluster.model_copy(update={"nodes": int(nodes), "node": node})
-        topology = ClusterTopology(wide, collectives_of(wide))
-        group = tuple(n * node.gpus_per_node + i for n in range(int(nodes)) for i in range(per_node))[: int(ranks)]
-        route = topology.route(op, (group,))
         payload = rows["bytes"].to_numpy(dtype=float)[at]
-        transfer = Transfer(op, (group,), payload)
-        seconds[at] = transfer_seconds(transfer, route, lone_rate(route.usage, topology.capacities))
+        seconds[at] = collective_seconds_on(cluster, op, int(ranks), int(nodes), payload)
     return seconds
+
+
+def collective_seconds_on(cluster: Cluster, op: str, ranks: int, nodes: int, payload_bytes: np.ndarray) -> np.ndarray:
+    """Of one collective alone on the cluster's links, with equally many ranks on each of so many nodes."""
+    per_node = -(-ranks // nodes)
+    node = cluster.node.model_copy(update={"gpus_per_node": max(per_node, cluster.node.gpus_per_node)})
+    wide = cluster.model_copy(update={"nodes": nodes, "node": node})
+    topology = ClusterTopology(wide, collectives_of(wide))
+    group = tuple(n * node.gpus_per_node + i for n in range(nodes) for i in range(per_node))[:ranks]
+    transfer = Transfer(cast(Op, op), (group,), payload_bytes)
+    route = topology.route(transfer.op, transfer.groups)
+    return transfer_seconds(transfer, route, lone_rate(route.usage, topology.capacities))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

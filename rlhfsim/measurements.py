@@ -177,6 +177,35 @@ def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return found  # type: ignore[no-any-return]
 
 
+# --- models ----------------------------------------------------------------------------------------------------------
+
+# Names that papers use: of the same shape as the shipped one (Llama 3.3 70B is a fine-tune of 3.1's).
+SAME_SHAPE = {"llama3.370b": "llama-3.1-70b", "llama70b": "llama-2-70b"}
+
+
+def model_named(name: str, field: str = "model", where: str = "") -> str:
+    """The shipped model of a Hugging Face name, a path of one, or a name as papers write it (`LLaMA 7B`, `LLAMA3_8B`),
+    without what says how it was tuned.
+
+    Raises InputError for one that is not shipped.
+    """
+    last = re.sub(r"/snapshots/.*$", "", name).split("--")[-1].rstrip("/").rpartition("/")[2].lower()
+    last = re.sub(r"-(instruct|it|chat|base|sft)(-hf)?$|-hf$", "", last)
+
+    def squashed(text: str) -> str:
+        return re.sub(r"[^a-z0-9.]", "", text)
+
+    known = {squashed(file.stem): file.stem for file in (data_dir("hw_specs") / "models").glob("*.yaml")}
+    known |= SAME_SHAPE
+    if squashed(last) not in known:
+        raise InputError(
+            f"is {name!r}, which is no model of hw_specs/models{nearest(last, known.values())}",
+            field=field,
+            where=where,
+        )
+    return known[squashed(last)]
+
+
 # --- GPUs ------------------------------------------------------------------------------------------------------------
 
 
@@ -241,4 +270,5 @@ def device_of(found: Measurements) -> set[str]:
 
 
 def finite(value: Any) -> bool:
+    """Whether it is a positive number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -148,6 +148,15 @@ def periodic_seconds(setup: Setup) -> float:
             spans = _run(setup, unfolded(alone), lengths_of(scenario, 0), 1, seed=0)
             total += max(s.end_seconds for s in spans) / stage.every
     return total
+
+
+def alone_seconds(setup: Setup, stage: str) -> float:
+    """Of one iteration of a stage that runs alone, whether the rest of the scenario fits or not."""
+    graph = StageGraph(lanes=setup.graph.lanes)
+    graph.add_node(stage, stage=replace(setup.graph.at(stage), order=0, loop=None))
+    alone, seed = replace(setup, graph=graph), setup.scenario.simulation.seed
+    lengths = lengths_of(setup.scenario, seed)
+    return max(s.end_seconds for s in _run(alone, folded_graph(alone, lengths), lengths, 1, seed))
 
 
 def model_flops_utilisation(setup: Setup, step_seconds: float) -> float:

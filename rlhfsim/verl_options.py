@@ -6,13 +6,11 @@ docs/examples/config.rst.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import InputError, nearest
-from .measurements import Log, cluster_of
-from .spec.data import data_dir
+from .measurements import Log, cluster_of, model_named
 from .spec.loader import scenario_from_dict
 from .spec.scenario import Scenario
 
@@ -109,7 +107,9 @@ def _scenario(options: _Options, workload: Mapping[str, Any], gpu: str | None) -
 
 def _model(options: _Options, model: str, use: str, gpus: int) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "spec": model_named(options.text(f"{model}path", "actor_rollout_ref.model.path"), options),
+        "spec": model_named(
+            options.text(f"{model}path", "actor_rollout_ref.model.path"), f"{model}path", str(options.log.path)
+        ),
         "zero_stage": 3,
         "recompute": "full" if options.flag(f"{model}enable_gradient_checkpointing") else "none",
         "offload_parameters": options.flag(f"{use}fsdp_config.param_offload"),
@@ -151,19 +151,3 @@ def _generation(options: _Options) -> dict[str, Any]:
         "cuda_graphs": not options.flag(f"{ROLLOUT}enforce_eager", True),
         "sleep": "level_1",
     }
-
-
-def model_named(path: str, options: _Options | None = None) -> str:
-    """The shipped model of a Hugging Face name or path, without what says how it was tuned.
-
-    Raises InputError for one that is not shipped.
-    """
-    name = re.sub(r"/snapshots/.*$", "", path).split("--")[-1].rstrip("/").rpartition("/")[2].lower()
-    name = re.sub(r"-(instruct|it|chat|base|sft)(-hf)?$|-hf$", "", name)
-    known = {file.stem for file in (data_dir("hw_specs") / "models").glob("*.yaml")}
-    if name not in known:
-        where = str(options.log.path) if options else ""
-        raise InputError(
-            f"is {path!r}, which is no model of hw_specs/models{nearest(name, known)}", field="model.path", where=where
-        )
-    return name

@@ -8,12 +8,10 @@ Written by verl/utils/logger/aggregate_logger.py (LocalLogger, https://github.co
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rlhfsim.errors import InputError
 from rlhfsim.formats import Probe
@@ -23,6 +21,9 @@ TITLE = "console log of verl (*.log)"
 STEP = re.compile(r"(?:^|\s)step:(\d+) - (\S+:.*)")
 PREFIX = re.compile(r"\x1b?\[[0-9;]*m|^\([\w ]+ pid=\d+[^)]*\)\s?")
 TIMER = re.compile(r"^timing(_s)?/")
+KEY = re.compile(r"'(\w+)': ?")
+SECTIONS = ("actor_rollout_ref", "algorithm", "critic", "data", "reward_model", "trainer")
+PARTS = ("actor", "model", "ref", "rollout")  # of the first section
 OPTION = re.compile(r"^[+~]*([A-Za-z_]\w*(?:\.\w+)+)=(.*)$", re.DOTALL)
 
 
@@ -86,30 +87,21 @@ def _launched(lines: list[str]) -> dict[str, str]:
 
 
 def _printed(lines: list[str]) -> dict[str, str]:
-    """The configuration as pprint shows it; empty where none is whole."""
-    for begin, line in enumerate(lines):
-        if not line.startswith("{'"):
-            continue
-        text, depth = "", 0
-        for more in lines[begin : begin + 2000]:
-            if not more.startswith(("{", " ")):
-                continue  # another process's
-            text += more + "\n"
-            depth += more.count("{") - more.count("}")
-            if depth <= 0:
-                break
-        try:
-            data = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError):
-            continue
-        if isinstance(data, dict) and "actor_rollout_ref" in data:
-            return {key: str(value) for key, value in _flat(data)}
-    return {}
+    """Options of the configuration as pprint shows it, where a nested key stands to the right of its parent.
 
-
-def _flat(data: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
+    The beginning may be cut off: what then lacks its section belongs to the first one.
+    """
+    found: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    for line in lines:
+        keys = list(KEY.finditer(line)) if line.startswith(("{'", " ")) else []
+        for number, key in enumerate(keys):
+            parents = [(column, name) for column, name in parents if column < key.start()]
+            path = [*(name for _, name in parents), key[1]]
+            parents.append((key.start(), key[1]))
+            end = keys[number + 1].start() if number + 1 < len(keys) else len(line)
+            value = line[key.end() : end].strip().rstrip(",}")
+            path = [SECTIONS[0], *path] if path[0] in PARTS else path
+            if path[0] in SECTIONS and value and not value.startswith("{"):
+                found.setdefault(".".join(path), value.strip("'"))
+    return found
