@@ -19,6 +19,8 @@ from .model import parameters, training_flops
 from .simulate import Setup, alone_seconds, prepare
 from .spec.hardware import Cluster
 from .spec.loader import scenario_from_dict
+from .spec.model_spec import load_model
+from .spec.scenario import ROLES
 from .validate import STEP, Gap, Result
 
 TOLERANCE = 0.3  # as of published cases: a document rarely says all of a run's configuration
@@ -93,7 +95,8 @@ def _training(record: Record, cluster: Cluster) -> Found:
     }
     if products:
         actor["gemm_precision"] = products
-    setup = _setup(record, cluster, gpus, actor, batch, 1, tokens - 1, {"engine": "hybrid"})
+    actor |= _uneven(actor, record)
+    setup = _setup(record, cluster, gpus, actor, batch, 1, tokens - 1, {"engine": "engine"})
     shape = setup.scenario.models.actor.shape
     flops = float(training_flops(shape, batch, float(tokens)))
     seconds = {
@@ -104,10 +107,8 @@ def _training(record: Record, cluster: Cluster) -> Found:
     peak = max(p.value for p in cluster.gpu.flops_per_second.values())
     found: Found = []
     predicted = alone_seconds(setup, "update_actor")
-    for name, value in record.measured.items():
-        if name not in seconds:
-            continue
-        measured = seconds[name](value)
+    for name in [name for name in seconds if name in record.measured][:1]:  # they say the same; the most direct one
+        measured = seconds[name](record.measured[name])
         _possible(record, name, flops / gpus / measured / peak, MOST_OF_PEAK, f"the peak of {cluster.gpu.name}")
         found.append((f"{STEP} ({name})", measured, predicted))
     return found
@@ -183,10 +184,10 @@ def _collective(record: Record, cluster: Cluster) -> Found:
     moved, found = size * bus_factor(op, ranks), list[tuple[str, float, float]]()  # type: ignore[arg-type]
     link = (cluster.gpu.nvlink_bytes_per_second or cluster.gpu.pcie_bytes_per_second).value
     for name, measured in (
-        ("busbw_gb_s", moved / (record.measured.get("busbw_gb_s", 0) * 1e9 or np.inf)),
         ("time_us", record.measured.get("time_us", 0) / 1e6),
+        ("busbw_gb_s", moved / (record.measured.get("busbw_gb_s", 0) * 1e9 or np.inf)),
     ):
-        if name in record.measured:
+        if name in record.measured and not found:
             _possible(record, name, moved / measured / link, MOST_OF_LINK, f"the links of {cluster.gpu.name}")
             found.append((f"{op} ({name})", measured, predicted))
     return found
@@ -214,15 +215,14 @@ def _setup(
     response: int,
     generation: dict[str, Any],
 ) -> Setup:
-    per_node = min(gpus, cluster.node.gpus_per_node)
-    if gpus % per_node:
-        raise Inexpressible(f"{gpus} GPUs are no whole nodes of {per_node}")
+    per_node = max(n for n in range(1, min(gpus, cluster.node.gpus_per_node) + 1) if gpus % n == 0)
+    shape = {key: actor[key] for key in ("spec", "shape") if key in actor}  # of roles that the run does not have
     data = {
         "name": record.id,
         "cluster": {"spec": cluster.name, "nodes": gpus // per_node, "gpus_per_node": per_node},
-        "models": {"actor": actor},
+        "models": {"actor": actor} | dict.fromkeys(ROLES[1:], shape),
         "workload": {"prompts": batch, "prompt_tokens": prompt, "response_tokens": response},
-        "algorithm": {"name": "grpo", "reward": "function", "kl_coefficient": 0},
+        "algorithm": {"name": "reinforce_plus_plus", "reward": "function", "kl_coefficient": 0},
         "generation": generation,
         "strategy": {"name": "colocated"},
         "simulation": {"iterations": 1},
@@ -265,6 +265,20 @@ def _model(record: Record) -> dict[str, Any]:
         "max_positions": _sequence(record),
     }
     return {"spec": str(model["name"]), "shape": own}
+
+
+def _uneven(actor: dict[str, Any], record: Record) -> dict[str, int]:
+    """Layers of the first and the last pipeline stage where the stages cannot have equally many."""
+    stages = actor["pipeline_parallel"]
+    layers = actor["shape"]["layers"] if "shape" in actor else load_model(actor["spec"]).layers
+    if layers % stages == 0 or actor["pipeline_chunks"] > 1:
+        return {}
+    rest = layers - (stages - 2) * -(-layers // stages)
+    if rest < 2:
+        raise Inexpressible(
+            f"{layers} layers on {stages} pipeline stages, and the record does not say how many on each"
+        )
+    return {"first_stage_layers": -(-rest // 2), "last_stage_layers": rest // 2}
 
 
 def _sequence(record: Record) -> int:
