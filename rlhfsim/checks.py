@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import run_records
+from . import run_records, serving
 from .errors import InputError
 from .formats import format_of
 from .kernel_errors import TOLERANCE, OperatorError, operator_errors
-from .measurements import Log, Measurements, Records, Tables, cluster_of, device_of, gpu_named
+from .measurements import Log, Measurements, Records, Served, Tables, cluster_of, device_of, gpu_named
 from .published import run_file
 from .training_log import LogReport, report, results_of, scenario_of
 from .validate import Gap, Result, summary
@@ -74,6 +74,10 @@ def check(
             results, gaps = run_records.results_of(measured, gpu, tolerance or run_records.TOLERANCE)
             found.results += results
             found.gaps += gaps
+        elif isinstance(measured, Served):
+            used |= {"--gpu", "--tolerance"}
+            cluster = cluster_of(the_gpu(measured, gpu))
+            found.results += serving.results_of(measured, cluster, tolerance or serving.TOLERANCE)
         elif isinstance(measured, Log):
             used |= {"--gpu", "--scenario"}
             log = report(measured)

@@ -229,20 +229,28 @@ def validate(
 
 @cli.command("calibrate")
 @click.argument("measurements", nargs=-1, required=True)
-@click.option("--name", required=True, help="What the machine is called.")
+@click.option("--name", help="What the machine is called.")
 @click.option("--out", required=True, help="The cluster file (.yaml); its kernel curves are written beside it.")
+@click.option("--gpu", type=str, help="For tables of other projects: the GPU whose spec is started from.")
 @click.option("--force", is_flag=True, help="Overwrite files of an earlier calibration.")
 @as_json
-def calibrate(measurements: tuple[str, ...], name: str, out: str, force: bool, json_output: bool) -> None:
+def calibrate(
+    measurements: tuple[str, ...], name: str | None, out: str, gpu: str | None, force: bool, json_output: bool
+) -> None:
     """A hardware spec of this machine from files of real.microbench (.json), and from real runs, each a timeline
-    (.jsonl) followed by its scenario (.yaml)."""
-    from .calibrate import calibrate as fit
-    from .calibrate import split_arguments, write
+    (.jsonl) followed by its scenario (.yaml); or from operator and collective tables and served runs of other projects
+    (docs/formats.md). From a training log: its workload, for a scenario."""
+    from .calibrate import write
+    from .calibrate_tables import calibrate_any, write_workload
     from .render import print_calibration
 
     _writable(out)
-    benches, runs = split_arguments(measurements)
-    found = write(fit(benches, runs, name=name), out, force=force)
+    found = calibrate_any(measurements, name=name, gpu=gpu)
+    if isinstance(found, dict):
+        write_workload(found, out, force=force)
+        _print_json(found)
+        return
+    found = write(found, out, force=force)
     if json_output:
         _print_json(found.as_json())
     else:

@@ -20,7 +20,7 @@ from .costs.kernels import (
 )
 from .costs.segment import Op, Transfer, transfer_seconds
 from .errors import InputError
-from .measurements import Tables, joined
+from .measurements import TEXTS, Tables, joined
 from .sim.links import lone_rate
 from .simulate import collectives_of, kernels_of
 from .spec.hardware import Cluster, Gpu, Precision
@@ -199,24 +199,21 @@ def _errors(
 
 
 def _measured(kernels: Kernels, found: Tables) -> dict[str, bool]:
-    """By table: whether all its curves were fitted on this architecture, and not copied from another."""
+    """By table: whether the curves of all its rows were fitted on this architecture, and not copied from another."""
     fits = kernels.fits()
-
-    precision = "fp8" if found.precision == "fp8" and "fp8" in kernels.gemm else "bf16"
-    curve = {
-        "gemm": f"gemm.{precision}",
-        "weight_gradient": f"gemm.{precision}.weight_gradient",
+    products = "gemm.fp8" if found.precision == "fp8" and "fp8" in kernels.gemm else "gemm.bf16"
+    curves = {
+        "gemm": products,
+        "weight_gradient": f"{products}.weight_gradient",
         "prefill_backward": "prefill.backward",
     }
 
-    def of(name: str) -> bool:
-        curves = [fit for key, fit in fits.items() if key == name or key.startswith(name + ".")]
-        return all(fit.measured for fit in curves)
+    def of(name: str, rows: pd.DataFrame) -> bool:
+        kinds = rows["kernel" if name == "memory" else "collective"].unique() if name in TEXTS else [None]
+        starts = [f"{name}.{kind}" if kind else curves.get(name, name) for kind in kinds]
+        return all(fit.measured for key, fit in fits.items() for start in starts if f"{key}.".startswith(f"{start}."))
 
-    return {
-        name: fits[curve[name]].measured if name in curve else fits[name].measured if name in fits else of(name)
-        for name in found.tables
-    }
+    return {name: of(name, rows) for name, rows in found.tables.items()}
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
