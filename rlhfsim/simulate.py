@@ -13,6 +13,7 @@ import numpy as np
 from .batch import even, first_kept
 from .cluster import ClusterTopology, Collectives, default_collectives
 from .costs.kernels import Kernels, load_kernels
+from .costs.measured import measured_kernels
 from .costs.model import CostModel, head_of
 from .costs.operators import Operators
 from .errors import InputError
@@ -58,7 +59,14 @@ def prepare(scenario: Scenario) -> Setup:
     graph, notes = graph_of(scenario)
     holdings = holdings_of(scenario, graph)
     notes += placement_notes(scenario, graph, holdings)
+    notes += measured_of(scenario)
     return Setup(scenario, graph, holdings, Memory(scenario, graph, holdings), (*scenario.cluster.doubts, *notes))
+
+
+def measured_of(scenario: Scenario) -> list[str]:
+    """Which numbers are measured tables' instead of the curves', and of which software; of each kind of GPU."""
+    tables = [measured_kernels(part.gpu, kernels_of(part.gpu.kernels)) for part in scenario.cluster.all_parts]
+    return list(dict.fromkeys(one.label for one in tables if one))
 
 
 def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
@@ -112,7 +120,9 @@ def topology_of(scenario: Scenario) -> ClusterTopology:
 def collectives_of(part: Cluster) -> Collectives:
     collectives = default_collectives(part)
     if part.node.gpu_link != "pcie" or part.gpu.fitted_on:  # shipped curves were measured over NVLink
-        collectives = collectives.updated(kernels_of(part.gpu.kernels))
+        kernels = kernels_of(part.gpu.kernels)
+        tables = measured_kernels(part.gpu, kernels)
+        collectives = collectives.updated(tables.with_collectives if tables else kernels)
     return collectives
 
 
