@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def _kernels(tables: Sequence[Tables], base: Cluster, name: str) -> tuple[dict[s
         record["decode"] = fit_decode(_data("decode", rows["decode"]), rates, "tables", width)
         done("decode", record["decode"]["fit"])
     for kernel in MEMORY_KERNELS:
-        part = rows["memory"][rows["memory"].kernel == kernel] if "memory" in rows else []
+        part: Any = rows["memory"][rows["memory"].kernel == kernel] if "memory" in rows else []
         if len(part):
             data = split(part.groupby("bytes", as_index=False)["seconds"].median(), ["bytes"])
             record["memory"][kernel] = fit_memory(data, rates, "tables")
@@ -172,7 +172,7 @@ def _fit_collectives(rows: Any, base: Cluster, record: dict[str, Any], done: Any
 
 
 def _cluster(base: Cluster, name: str, fitted_on: list[str]) -> dict[str, Any]:
-    found = cast(dict[str, Any], base.model_dump(mode="json", exclude_none=True, exclude_unset=True))
+    found = base.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     found = {key: value for key, value in found.items() if key != "parts"}
     gpu = found["gpu"] | {"name": name, "kernels": f"./{name}.kernels.yaml", "fitted_on": fitted_on}
     return found | {"name": name, "gpu": gpu, "overheads": dict(found.get("overheads", {}))}

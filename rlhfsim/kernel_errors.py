@@ -109,7 +109,7 @@ def predicted(name: str, rows: pd.DataFrame, found: Tables, cluster: Cluster) ->
         )
     elif name == "decode":
         batch, kv_heads, tokens, head_dim = columns("batch", "kv_heads", "tokens", "head_dim")
-        time = attention_decode_time(kernels.decode, rates, batch, kv_heads, batch * tokens, head_dim, kv_bytes=width)  # type: ignore[arg-type]
+        time = attention_decode_time(kernels.decode, rates, batch, kv_heads, batch * tokens, head_dim, kv_bytes=width)
     else:
         seconds = np.zeros(len(rows))
         for kernel, at in rows.groupby("kernel").indices.items():
@@ -211,7 +211,12 @@ def _measured(kernels: Kernels, found: Tables) -> dict[str, bool]:
     def of(name: str, rows: pd.DataFrame) -> bool:
         kinds = rows["kernel" if name == "memory" else "collective"].unique() if name in TEXTS else [None]
         starts = [f"{name}.{kind}" if kind else curves.get(name, name) for kind in kinds]
-        return all(fit.measured for key, fit in fits.items() for start in starts if f"{key}.".startswith(f"{start}."))
+        return all(
+            fit.measured
+            for key, fit in fits.items()
+            for start in starts
+            if key == start or (name in TEXTS and key.startswith(f"{start}."))
+        )
 
     return {name: of(name, rows) for name, rows in found.tables.items()}
 

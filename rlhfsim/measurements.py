@@ -174,7 +174,7 @@ def table(
 
 def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
     found = needs_pandas().concat(list(parts), ignore_index=True)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

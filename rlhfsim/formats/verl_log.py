@@ -80,7 +80,7 @@ def _launched(lines: list[str]) -> dict[str, str]:
                 words = shlex.split(line.replace('"', " "))
             except ValueError:
                 words = line.split()
-            found = dict(match.groups() for word in words if (match := OPTION.match(word)))
+            found = {match[1]: match[2] for word in words if (match := OPTION.match(word))}
             if found:
                 return found
     return {}
