@@ -9,11 +9,13 @@ tokens and of tensor-parallel workers; `time_stats.<operator>.{min,max,mean,medi
 from __future__ import annotations
 
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from rlhfsim.formats import Probe
 from rlhfsim.measurements import Tables, joined, needs_columns, numbers, read_csv, table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TITLE = "operator table of vidur (*_mlp.csv)"
 SHAPE = ("n_head", "n_kv_head", "n_embd", "n_expanded_embd", "num_tokens", "num_tensor_parallel_workers")
