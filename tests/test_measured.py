@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhfsim.costs import measured as module
-from rlhfsim.costs.kernels import Kernels, gemm_time
+from rlhfsim.costs.kernels import Kernels, attention_prefill_time, gemm_time
 from rlhfsim.costs.measured import MeasuredKernels, measured_kernels
 from rlhfsim.costs.operators import Operators
 from rlhfsim.errors import InputError
@@ -48,20 +48,25 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The layout of aiconfigurator-core with a few shapes; one hole in the grid of products."""
     folder, kernels = tmp_path_factory.mktemp("tables"), kernels_of("hopper")
     rates = rates_of(cluster().gpu, "bf16")
+    shapes = [(m, n, k) for m in (1, 16, 256, 4096) for n in (1024, 4096, 16384) for k in (1024, 4096, 16384)]
+    shapes.remove((16, 1024, 1024))
     gemms = [
         {"gemm_dtype": "bfloat16", "m": m, "n": n, "k": k,
          "latency": 1e3 * SLOWER * float(gemm_time(kernels.gemm["bf16"], rates, m, n, k).seconds)}
-        for m in (1, 16, 256, 4096) for n in (1024, 4096, 16384) for k in (1024, 4096, 16384) if (m, n, k) != (16, 1024, 1024)
+        for m, n, k in shapes
     ]  # fmt: skip
     write(folder, f"gemm/vllm/{VERSION}/gemm_perf.parquet", gemms)
     head = {"num_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "kv_cache_dtype": "bfloat16", "window_size": 0}
-    from rlhfsim.costs.kernels import attention_prefill_time
+
+    def prefill(batch: int, tokens: int) -> float:
+        time = attention_prefill_time(kernels.prefill, rates, batch, 16, 4, tokens, 128)
+        return 1e3 * SLOWER * float(time.seconds)
 
     context = [
-        head | {"batch_size": b, "isl": s, "step": 0,
-                "latency": 1e3 * SLOWER * float(attention_prefill_time(kernels.prefill, rates, b, 16, 4, s, 128).seconds)}
-        for b in (1, 8) for s in (128, 1024, 8192)
-    ]  # fmt: skip
+        head | {"batch_size": b, "isl": s, "step": 0, "latency": prefill(b, s)}
+        for b in (1, 8)
+        for s in (128, 1024, 8192)
+    ]
     write(folder, f"attention/vllm/{VERSION}/context_attention_perf.parquet", context)
     generation = [
         head | {"batch_size": b, "isl": 1, "step": c - 1, "latency": 1e3 * (FIXED + PER_TOKEN * b * c) * b**0.5}
@@ -77,13 +82,13 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on(folder: Path, **more: Any) -> Gpu:
-    source = MeasuredTables(**({"framework": "vllm", "version": VERSION, "folder": str(folder)} | more))
+def on(tables: Path, **more: Any) -> Gpu:
+    source = MeasuredTables(**({"framework": "vllm", "version": VERSION, "folder": str(tables)} | more))
     return cluster().gpu.model_copy(update={"measured": source})
 
 
-def of(folder: Path, **more: Any) -> MeasuredKernels:
-    return MeasuredKernels(on(folder, **more), kernels_of("hopper"))
+def of(tables: Path, **more: Any) -> MeasuredKernels:
+    return MeasuredKernels(on(tables, **more), kernels_of("hopper"))
 
 
 def test_a_product_is_the_curve_times_the_measured_ratio(tables: Path) -> None:
@@ -199,9 +204,9 @@ def test_tables_that_there_are_not(more: dict[str, str], said: str, tables: Path
 
 def test_what_the_tables_lack(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     time = gemm_time(kernels_of("hopper").gemm["bf16"], rates_of(cluster().gpu, "bf16"), 1, 1024, 1024)
-    with pytest.raises(InputError, match="no product with gemm_dtype fp8 was measured .*there is: bfloat16"):
+    with pytest.raises(InputError, match=r"no product with gemm_dtype fp8 was measured .*there is: bfloat16"):
         of(tables).gemm(time, "fp8", 1, 1024, 1024)
-    with pytest.raises(InputError, match="head_dim 96 .*there is: 128"):
+    with pytest.raises(InputError, match=r"head_dim 96 .*there is: 128"):
         of(tables).decode(16, 4, 96, 2.0, 1, 100)
     gpu = cluster_of("v100-32g-sxm").gpu.model_copy(update={"measured": on(tables).measured})
     with pytest.raises(InputError, match="has no tables of v100"):
