@@ -74,7 +74,7 @@ def _fitted(found: Sequence[Measurements], base: Cluster, name: str, paths: Sequ
     cluster = _cluster(base, name, [digest(file) for file in _files(paths)])
     for one in found:
         if isinstance(one, Served):
-            times, errors = host_times(one, base.model_copy(update={"gpu": base.gpu}))
+            times, errors = host_times(one, base, Kernels.model_validate(kernels))
             cluster["overheads"] = cluster["overheads"] | times
             fits["time_per_output_token"] = {"rows": len(one.requests), "held_out_rows": 0} | errors
     missing = [

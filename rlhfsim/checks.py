@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import run_records, serving
+from . import run_records, serving, training_log
 from .errors import InputError
 from .formats import format_of
 from .kernel_errors import TOLERANCE, OperatorError, operator_errors
@@ -79,13 +79,14 @@ def check(
             cluster = cluster_of(the_gpu(measured, gpu))
             found.results += serving.results_of(measured, cluster, tolerance or serving.TOLERANCE)
         elif isinstance(measured, Log):
-            used |= {"--gpu", "--scenario"}
+            used |= {"--gpu", "--scenario", "--tolerance"}
             log = report(measured)
             found.logs.append(log)
             if gpu is None and scenario is None:
                 log.notes.append("nothing is predicted without --gpu NAME or --scenario FILE")
                 continue
-            results, gaps = results_of(measured, log, scenario_of(measured, log, gpu, scenario))
+            what_ran = scenario_of(measured, log, gpu, scenario)
+            results, gaps = results_of(measured, log, what_ran, tolerance or training_log.TOLERANCE)
             found.results += results
             found.gaps += gaps
     for option, given in (("--gpu", gpu), ("--scenario", scenario), ("--tolerance", tolerance)):

@@ -202,7 +202,9 @@ def plot(timelines: tuple[str, ...], out: str, iteration: int | None) -> None:
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--gpu", type=str, help="The GPU of a file that names none, or a cluster's file; see `show gpus`.")
 @click.option("--scenario", type=str, help="What ran, for a training log whose options do not say all of it.")
-@click.option("--tolerance", type=click.FloatRange(0, 100, min_open=True), help="Largest mean error of an operator.")
+@click.option(
+    "--tolerance", type=click.FloatRange(0, 100, min_open=True), help="Largest error of these files that passes."
+)
 @as_json
 def validate(
     paths: tuple[str, ...], gpu: str | None, scenario: str | None, tolerance: float | None, json_output: bool

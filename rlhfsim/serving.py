@@ -11,6 +11,7 @@ import numpy as np
 
 from .costs.engine import Runs, _Scheduler
 from .costs.generation import StepSeconds
+from .costs.kernels import Kernels
 from .costs.operators import Operators
 from .errors import InputError
 from .fitting import errors
@@ -71,8 +72,11 @@ class _Replay(_Scheduler):
         self._ended.append(sample)
 
 
-def step_seconds(served: Served, cluster: Cluster) -> StepSeconds:
-    """Of the engine's steps on this GPU. Raises InputError for a model that is not shipped."""
+def step_seconds(served: Served, cluster: Cluster, kernels: Kernels | None = None) -> StepSeconds:
+    """Of the engine's steps on this GPU, with its own curves or others.
+
+    Raises InputError for a model that is not shipped.
+    """
     name = model_named(served.model, "model", str(served.path))
     use = ModelUse(spec=name, shape=load_model(name))
     generation = Generation(
@@ -81,7 +85,7 @@ def step_seconds(served: Served, cluster: Cluster) -> StepSeconds:
         max_sequences=served.max_sequences,
         prefill_tokens=served.step_tokens,
     )
-    operators = Operators(cluster.gpu, kernels_of(cluster.gpu.kernels), Effects(), cluster.overheads)
+    operators = Operators(cluster.gpu, kernels or kernels_of(cluster.gpu.kernels), Effects(), cluster.overheads)
     return StepSeconds(operators, use, generation)
 
 
@@ -150,7 +154,9 @@ def _check_plausible(served: Served, cluster: Cluster, steps: StepSeconds) -> No
 # --- what the host needs ---------------------------------------------------------------------------------------------
 
 
-def host_times(served: Served, cluster: Cluster) -> tuple[dict[str, float], dict[str, float]]:
+def host_times(
+    served: Served, cluster: Cluster, kernels: Kernels | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """(`decode_step_seconds` and `decode_sequence_seconds` of `Overheads`, errors of the time per output token).
 
     A request's time per output token is that of the steps which it was in: of the sequences that decoded beside it,
@@ -170,7 +176,7 @@ def host_times(served: Served, cluster: Cluster) -> tuple[dict[str, float], dict
     running = inside.sum(axis=0)
     generated = (middle - first[:, None]) / (last - first)[:, None] * tokens[:, None]
     context = (inside * (prompts[:, None] + generated)).sum(axis=0)
-    steps = step_seconds(served, cluster)
+    steps = step_seconds(served, cluster, kernels)
     steps.step_seconds = steps.sequence_seconds = 0.0
     reduce = _all_reduce_seconds(served, cluster)
     busy = running > 0

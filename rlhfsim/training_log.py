@@ -20,11 +20,12 @@ from .published import phase_of, seconds_of
 from .simulate import prepare, simulate
 from .spec.loader import load_scenario
 from .spec.scenario import Scenario
-from .validate import STEP, Gap, Result, Tolerance
+from .validate import STEP, Gap, Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
+TOLERANCE = 0.3  # of a stage, beyond its noise: as of published cases
 SAME_TOKENS = 0.005  # relative: pairs of steps whose work is taken as equal
 LEAST_PAIRS = 5  # below, no noise is stated
 OUTLIER = 0.1  # beyond the noise: the first step loads, compiles and captures
@@ -213,13 +214,13 @@ def spread_of(steps: pd.DataFrame, name: str) -> float:
 # --- against the simulator -------------------------------------------------------------------------------------------
 
 
-def results_of(log: Log, found: LogReport, scenario: Scenario) -> tuple[list[Result], list[Gap]]:
+def results_of(log: Log, found: LogReport, scenario: Scenario, tolerance: float) -> tuple[list[Result], list[Gap]]:
     """Median seconds of every timer against the simulated stages that run in it."""
     setup = prepare(scenario)
     fit = setup.fit()
     run = simulate(setup)
     there = {span.firing.stage for span in run.spans}
-    group, tolerance, results = f"log/{log.path.stem}", Tolerance(stages=0.3, step_seconds=0.3), []
+    group, results = f"log/{log.path.stem}", list[Result]()
     for timer in found.timers:
         stages = [s for s in timer.stages if s == STEP or s in there]
         if not stages:
@@ -236,7 +237,7 @@ def results_of(log: Log, found: LogReport, scenario: Scenario) -> tuple[list[Res
                 role="prediction",
                 group=group,
                 spread=spread,
-                tolerance=tolerance.step_seconds if whole else tolerance.stages,
+                tolerance=tolerance,
                 framework=log.framework,
                 phase=phase_of(STEP if whole else timer.name, [] if whole else stages),
             )

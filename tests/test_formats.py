@@ -498,3 +498,18 @@ def test_a_file_is_of_one_format(make: Callable[[Path], Any], tmp_path: Path) ->
 
     found = probe(make(tmp_path))
     assert sum(module.recognises(found) for module in formats().values()) == 1
+
+
+def test_host_times_are_beyond_the_curves_that_are_fitted_beside_them(operators: Path, tmp_path: Path) -> None:
+    """The same run with curves of a machine slower than the shipped one leaves less to the host."""
+    path = served(tmp_path, lambda i: (0.05, 0.05 + 0.04 * (63 + i)))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"hardware": {"device_name": "NVIDIA A100-SXM4-80GB"}}))
+
+    def host(*files: Path) -> float:
+        found = calibrate_any([str(file) for file in files], name="mine", gpu=GPU)
+        assert not isinstance(found, dict)
+        return sum(found.cluster["overheads"][f"decode_{of}_seconds"] for of in ("step", "sequence"))
+
+    alone, both = host(path), host(path, operators)
+    assert 0 < both < alone - 0.005
