@@ -37,7 +37,16 @@ from .metrics import (
     step_seconds,
     tool_summary,
 )
-from .simulate import Setup, kernels_of, model_flops_utilisation, periodic_seconds, rounds_of, slack, trained_lengths_of
+from .simulate import (
+    Setup,
+    kernels_of,
+    measured_of,
+    model_flops_utilisation,
+    periodic_seconds,
+    rounds_of,
+    slack,
+    trained_lengths_of,
+)
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
@@ -189,6 +198,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
         "peak_memory_bytes": fit.worst.bytes.total,
         "capacity_bytes": fit.capacity_bytes,
         "unverified": unverified(scenario),
+        **({"measured": measured} if (measured := measured_of(scenario)) else {}),
         "step_seconds": None,
         "stage_seconds": {},
         "samples_per_second": None,

@@ -173,11 +173,16 @@ class Gap:
         return asdict(self) | {"ok": self.ok}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one measurement (a served run) and not a collection of case files."""
+    return (folder / "requests.jsonl").exists()
+
+
 def find_cases(paths: Iterable[str | Path]) -> list[Path]:
     """Case files among paths: files as they are, folders searched for PATTERNS. Raises InputError if there are none."""
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if path.is_dir() and not is_run(path):
             found += sorted(file for pattern in PATTERNS for file in path.rglob(pattern))
         elif path.exists():
             found.append(path)

@@ -33,6 +33,7 @@ from .kernels import (
     gemm_time,
     memory_time,
 )
+from .measured import measured_kernels
 
 Trainable = Literal["all", "lora", "none"]
 Product = Literal["forward", "data", "weights"]
@@ -101,6 +102,7 @@ class Operators:
     def __init__(self, gpu: Gpu, kernels: Kernels, effects: Effects, overheads: Overheads) -> None:
         self.gpu, self.kernels, self.effects, self.overheads = gpu, kernels, effects, overheads
         self.ideal = not effects.efficiency
+        self.measured = None if self.ideal else measured_kernels(gpu, kernels)
 
     @property
     def eager_layer_seconds(self) -> float:
@@ -239,6 +241,9 @@ class Operators:
             (shape.head_dim + shape.value_head_dim) / 2,
             backward=backward, element_bytes=use.bytes_per_parameter, ideal=self.ideal,
         )  # fmt: skip
+        if self.measured and not backward:
+            _refuse_latent(use)
+            time = self.measured.prefill(time, heads, kv_heads, shape.head_dim, batch, length)
         fused = _where(batch > 0, _operator(time))
         if use.flash_attention:
             return fused
@@ -289,6 +294,11 @@ class Operators:
             cached = shape.kv_lora_rank + shape.qk_rope_head_dim
             kv_heads, width = 1.0, cached / 2  # no values beside the keys
             flops = 2 * heads * (cached + shape.kv_lora_rank) * queries
+        if self.measured:
+            _refuse_latent(use)
+            width_bytes = use.bytes_per_parameter if kv_bytes is None else kv_bytes
+            measured = self.measured.decode(heads, kv_heads, width, width_bytes, sequences, context_tokens_sum)
+            return _where(np.asarray(sequences) > 0, _operator(measured))
         time = attention_decode_time(
             self.kernels.decode, self._rates(use), sequences, kv_heads, context_tokens_sum, width,
             kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
@@ -384,6 +394,8 @@ class Operators:
             output_bytes=use.bytes_per_parameter,
             weight_gradient=product == "weights", ideal=self.ideal, weights_bytes=weights_bytes, groups=groups,
         )  # fmt: skip
+        if self.measured and product == "forward" and gemm.chosen >= 1:
+            time = self.measured.gemm(time, precision or use.precision, np.maximum(m, 1), n, k)
         return _operator(time)
 
     def _imbalance(self, use: ModelUse) -> float:
@@ -485,6 +497,13 @@ def _mean_of_layers(use: ModelUse, of: Callable[[LayerKind], OperatorTime]) -> O
     if len(kinds) == 1:
         return of(next(iter(kinds)))
     return total(count / use.shape.layers * of(kind) for kind, count in kinds.items())
+
+
+def _refuse_latent(use: ModelUse) -> None:
+    if use.shape.latent_attention:
+        raise InputError(
+            f"has no table of latent attention, which {use.spec} has; leave it out", field="cluster.gpu.measured"
+        )
 
 
 def _rotary_width(use: ModelUse) -> int:
