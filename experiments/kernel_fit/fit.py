@@ -340,7 +340,7 @@ def unmeasured(name: str, base: dict[str, Any]) -> dict[str, Any]:
 
 
 SAMPLES = {  # rows per architecture; the collectives at one number of ranks each
-    "gemm": 12, "gemm_decode": 6, "prefill": 8, "decode": 8, "residual_add": 4, "rms_norm": 4, "gated_activation": 4,
+    "gemm": 24, "gemm_decode": 12, "prefill": 16, "decode": 32, "residual_add": 4, "rms_norm": 4, "gated_activation": 4,
     "all_reduce.8": 3, "all_gather.8": 3, "reduce_scatter.4": 3,
 }  # fmt: skip
 

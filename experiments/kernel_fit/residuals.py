@@ -27,18 +27,20 @@ def fit_residuals(
     *,
     extra: np.ndarray | float = 0.0,
     smoothness: float = 0.3,
+    unlike: Sequence[int] = (),
     curve: Callable[..., np.ndarray] | None = None,
     slopes: Sequence[tuple[float, float] | None] = (),
 ) -> dict[str, Any]:
     """The record of `Residuals` under which the parts and `extra` seconds add up to the measured ones.
 
-    smoothness: weight of second differences, so that knots without rows follow their neighbours. slopes: for each axis
+    smoothness: weight of second differences, so that knots without rows follow their neighbours. unlike: axes along
+    which neighbours say nothing of each other (another kernel runs). slopes: for each axis
     the least and largest slope of log seconds in log size from knot to knot; `curve` gives the seconds without ratios
     (more work never takes less time, and twice the work at most twice as long).
     """
     bases = [_basis(part.sizes, axes) for part in parts]
     shape = [len(axis) for axis in axes]
-    smooth = _second_differences(shape)
+    smooth = _second_differences(shape, [axis for axis in range(len(shape)) if axis not in unlike])
     penalty = smoothness * (smooth.T @ smooth)
     steps, low, high = (
         _slope_bounds(curve, axes, slopes) if curve else (sparse.csr_matrix((0, bases[0].shape[1])), 0, 0)
@@ -94,9 +96,9 @@ def _along(shape: Sequence[int], axis: int, stencil: Sequence[float]) -> sparse.
     return sparse.csr_matrix(sparse.kron(sparse.kron(sparse.eye_array(before), band), sparse.eye_array(after)))
 
 
-def _second_differences(shape: Sequence[int]) -> sparse.csr_matrix:
+def _second_differences(shape: Sequence[int], axes: Sequence[int]) -> sparse.csr_matrix:
     """And a little of the values themselves: without any rows a ratio is 1."""
-    rows = [_along(shape, axis, (1, -2, 1)) for axis, size in enumerate(shape) if size > 2]
+    rows = [_along(shape, axis, (1, -2, 1)) for axis in axes if shape[axis] > 2]
     return sparse.csr_matrix(sparse.vstack([*rows, 0.1 * sparse.eye_array(int(np.prod(shape)))]))
 
 
@@ -120,4 +122,4 @@ def _slope_bounds(
         low.append((limits[0] - (ends - gap) / 2) * width)
         high.append((limits[1] - (ends + gap) / 2) * width)
     low, high = np.concatenate(low), np.concatenate(high)
-    return sparse.csr_matrix(sparse.vstack(rows)), np.minimum(low, 0), np.maximum(high, 0)
+    return sparse.csr_matrix(sparse.vstack(rows)), low, high

@@ -286,11 +286,11 @@ class StepSeconds:
                 use, batch, context, degree, kv_bytes=kv_bytes, queries=queries, refined=refined
             )
 
-        def per_token(batch: np.ndarray) -> OperatorTime:
+        def of_one_token(batch: np.ndarray) -> OperatorTime:
             return attention(batch, np.ones(len(batch)), False) + -1.0 * attention(batch, np.zeros(len(batch)), False)
 
         self._attention = attention
-        self._per_token = _Table(per_token)
+        self._per_token = _Table(of_one_token)
         kinds = use.shape.layer_kinds()
         self.windows = [(kind.window, count / layers) for kind, count in kinds.items() if kind.window]
 

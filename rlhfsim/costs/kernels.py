@@ -285,13 +285,11 @@ def gemm_time(
     compute, memory = 2 * padded / peak, (moved + curve.padding_bytes) / bandwidth
     if curve.cache_bytes:
         memory = memory / (1 + curve.cache_bytes / np.asarray(weights_bytes))
-    body, launch = p_norm(compute, memory, curve.exponent), curve.kernel_seconds
+    body, launch = p_norm(compute, memory, curve.exponent), np.asarray(curve.kernel_seconds)
     if curve.residuals:
         ratio = curve.residuals(n, k, m)
-        body, launch = (
-            np.maximum(ratio * body, np.maximum(groups * 2 * m * n * k / peak, moved / bandwidth)),
-            ratio * launch,
-        )
+        quickest = np.maximum(groups * 2 * m * n * k / peak, moved / bandwidth)
+        body, launch = np.maximum(ratio * body, quickest), ratio * launch
     return _limited(compute, memory, body * (curve.weight_gradient_ratio if weight_gradient else 1.0), launch)
 
 
@@ -323,7 +321,7 @@ def attention_prefill_time(
         return _limited(passes * mean, passes * memory)
     longest = 4 * np.minimum(QUERY_TILE_ROWS, sequence) * sequence * head_dim / (peak / rates.multiprocessors)
     compute = p_norm(mean, longest, curve.exponent)
-    body, launch = compute + memory, curve.kernel_seconds
+    body, launch = compute + memory, np.asarray(curve.kernel_seconds)
     if curve.residuals:
         ratio = curve.residuals(np.asarray(heads) / kv_heads, batch * heads, sequence)
         body, launch = np.maximum(ratio * body, np.maximum(mean, memory)), ratio * launch
@@ -357,7 +355,7 @@ def attention_decode_time(
     compute = flops_per_token * context_tokens / (rates.flops_per_second * compute_efficiency)
     if ideal:
         return _limited(compute, memory)
-    limit, launch = np.maximum(compute, memory), curve.kernel_seconds
+    limit, launch = np.maximum(compute, memory), np.asarray(curve.kernel_seconds)
     body = limit + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
     if curve.residuals and query_heads is not None:
         tokens = context_tokens / np.maximum(batch, 1)
@@ -374,7 +372,7 @@ def memory_time(curve: MemoryCurve, rates: Rates, moved_bytes: Numbers, *, ideal
     """
     moved_bytes = np.asarray(moved_bytes, dtype=float)
     memory = moved_bytes / (rates.memory_bytes_per_second * curve.memory_efficiency)
-    body, launch = memory, 0.0 if ideal else curve.kernel_seconds
+    body, launch = memory, np.asarray(0.0 if ideal else curve.kernel_seconds)
     if curve.residuals and not ideal:
         ratio = curve.residuals(moved_bytes)
         body, launch = np.maximum(ratio * body, memory), ratio * launch

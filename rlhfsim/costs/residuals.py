@@ -54,10 +54,8 @@ class Residuals(Record):
         table = self._reduced(many, tuple(float(size) for axis, size in enumerate(sizes) if axis not in many))
         knots = [self._logarithms[0][axis] for axis in many]
         logs = [np.log(np.maximum(sizes[axis], self.axes[axis][0])) for axis in many]
-        ratio: np.ndarray = np.exp(
-            np.interp(logs[0], knots[0], table) if len(many) == 1 else _between(logs, knots, table)
-        )
-        return ratio
+        log = np.interp(logs[0], knots[0], table) if len(many) == 1 else _between(logs, knots, table)
+        return np.asarray(np.exp(log))
 
     def _reduced(self, many: tuple[int, ...], others: tuple[float, ...]) -> np.ndarray:
         """Logarithms at the knots of some axes, the others at one size: kept, as a model's products differ in tokens."""
