@@ -148,7 +148,7 @@ def test_collectives_stay_below_the_link(name, payload, ideal):
 
 @given(ARCHITECTURES, st.integers(1, 8192), st.integers(512, 40_000), st.integers(512, 40_000))
 def test_gemm_grows_with_every_dimension(name, m, n, k):
-    """Inside the grid of ratios. Efficiency saturates, but long kernels run at lower clocks: the fit bounds the exponent
+    """Inside the grid. Efficiency saturates, but long kernels run at lower clocks: the fit bounds the exponent
     of time in size between knots to 1.1 (2^1.1 = 2.14), and the ratios have three digits."""
     curve, r = KERNELS[name].gemm["bf16"], rates(KERNELS[name])
     base = gemm_time(curve, r, m, n, k).seconds

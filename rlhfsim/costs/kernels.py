@@ -197,7 +197,7 @@ class Kernels(Record):
 
     def fits(self) -> dict[str, Fit]:
         """Every curve's provenance by its dotted name."""
-        found = {}
+        found: dict[str, Fit] = {}
         for table in ("gemm", "grouped_gemm"):
             for name, curve in getattr(self, table).items():
                 found |= {f"{table}.{name}": curve.fit, f"{table}.{name}.weight_gradient": curve.weight_gradient_fit}

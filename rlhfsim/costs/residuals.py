@@ -58,7 +58,7 @@ class Residuals(Record):
         return np.asarray(np.exp(log))
 
     def _reduced(self, many: tuple[int, ...], others: tuple[float, ...]) -> np.ndarray:
-        """Logarithms at the knots of some axes, the others at one size: kept, as a model's products differ in tokens."""
+        """Logarithms at the knots of some axes, the others at one size: kept, as only tokens differ."""
         table = self._known.get((many, others))
         if table is None:
             if len(self._known) >= MOST_TABLES:
