@@ -4,8 +4,8 @@
 
     layers x (products for one token per sequence + attention over the KV cache) + logits and sampling + host
 
-where attention is linear in the cached tokens, so a run of steps with the same sequences has a closed form. A step that
-computes prompt tokens counts as prefill, also when other sequences decode in it.
+where attention is nearly linear in the cached tokens, so a run of steps with the same sequences takes what its mean
+step takes. A step that computes prompt tokens counts as prefill, also when other sequences decode in it.
 
 The host's time (scheduling, sampling, detokenising) is serial with the device's, as in vLLM before it scheduled ahead
 (vLLM blog, "vLLM v0.6.0", 2024-09: Llama-3-8B on H100 spent 29 % of the time in scheduling, 33 % in the API server).
@@ -283,12 +283,18 @@ class StepSeconds:
         self._head = _Table(lambda m: operators.head_forward(use, m, degree, "lm"))
         kv_bytes = generation.kv_bytes(use)
 
-        def attention(batch: np.ndarray, context: np.ndarray) -> OperatorTime:
-            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes, queries=queries)
+        def attention(batch: np.ndarray, context: np.ndarray, refined: bool = True) -> OperatorTime:
+            return layers * operators.attention_decode(
+                use, batch, context, degree, kv_bytes=kv_bytes, queries=queries, refined=refined
+            )
 
         self.state_blocks = state_blocks(use, generation)
-        self._attention = _Table(lambda b: attention(b, np.zeros(len(b))))
-        self._per_token = _Table(lambda b: attention(b, np.ones(len(b))) + -1.0 * attention(b, np.zeros(len(b))))
+
+        def of_one_token(batch: np.ndarray) -> OperatorTime:
+            return attention(batch, np.ones(len(batch)), False) + -1.0 * attention(batch, np.zeros(len(batch)), False)
+
+        self._attention = attention
+        self._per_token = _Table(of_one_token)
         kinds = use.shape.layer_kinds()
         attending = sum(count for kind, count in kinds.items() if not kind.linear)
         self.windows = [(kind.window, count / attending) for kind, count in kinds.items() if kind.window]
@@ -316,12 +322,11 @@ class StepSeconds:
 
     def _of(self, runs: Runs) -> np.ndarray:
         """Without what drafts."""
-        tokens = runs.computed
-        slope = self.cache_traffic * self._per_token(runs.decodes)  # per cached token
-        fixed = self._body(tokens) + self._head(runs.sampled) + self._attention(runs.decodes) + self._prefill(runs)
         context, growing = self._attended(runs)
-        device = fixed + slope * context
-        growth = slope[0] * runs.decodes * runs.progress.advance * growing
+        attention = np.array(self._attention(runs.decodes, self.cache_traffic * context).parts)
+        device = self._body(runs.computed) + self._head(runs.sampled) + attention + self._prefill(runs)
+        per_token = self.cache_traffic * self._per_token(runs.decodes)[0]  # of one more in the cache
+        growth = per_token * runs.decodes * runs.progress.advance * growing
         first = device[0] - growth * (runs.steps - 1) / 2
         waiting = _below(self.floor_seconds, first, growth, runs.steps)
         launch = device[3] * runs.steps + waiting

@@ -262,9 +262,11 @@ class Operators:
         *,
         kv_bytes: float | None = None,
         queries: int = 1,
+        refined: bool = True,
     ) -> OperatorTime:
         """Attention of the mean layer for one new token of each sequence; `context_tokens_sum` are in their caches.
 
+        refined: with the curve's residuals (not measured for latent attention); without, linear in the tokens.
         kv_bytes: of one cached element, if not the model's. queries: new tokens of each sequence, where several are
         verified at once; they read the cache together. Latent attention reads one vector for all heads, which compute
         with it in the latent space; it can be bound by either. Linear attention reads and writes the state of each
@@ -302,7 +304,8 @@ class Operators:
         time = attention_decode_time(
             self.kernels.decode, self._rates(use), sequences, kv_heads, context_tokens_sum, width,
             kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
-            flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency, ideal=self.ideal,
+            flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency,
+            query_heads=None if shape.latent_attention or not refined else heads, ideal=self.ideal,
         )  # fmt: skip
         return _where(sequences > 0, _operator(time))
 
@@ -386,7 +389,7 @@ class Operators:
             "data": (rows, gemm.k, gemm.n),
             "weights": (gemm.k, gemm.n, rows),
         }[product]
-        curve = self.kernels.gemm_curve(precision or use.precision)
+        curve = self.kernels.gemm_curve(precision or use.precision, grouped=gemm.chosen < 1)
         weights_bytes = parameters(use.shape) * use.bytes_per_parameter if curve.cache_bytes else np.inf
         time = gemm_time(
             curve, self._rates(use, precision), m, n, k,
