@@ -17,9 +17,10 @@ import numpy as np
 
 from .costs.model import head_of
 from .graph import Stage, StageGraph
-from .layout import Holding, shares_with_training
+from .layout import Holding, shares_with_training, users
 from .memory import (
     Bytes,
+    Doing,
     cache_bytes_per_token,
     engine_bytes,
     engine_weight_bytes,
@@ -33,9 +34,11 @@ from .spec.scenario import ModelUse, Scenario
 
 # What to turn when a component is the largest one of the worst instant.
 KNOBS = {
-    "weights": "a higher zero_stage, tensor_parallel, or offload_parameters for frozen models",
-    "gradients": "zero_stage 2 or 3, offload_gradients, or lora_rank",
-    "optimizer": "zero_stage 1 or higher, offload_optimizer, lora_rank, or more GPUs for the trained models",
+    "weights": "a higher zero_stage, tensor_parallel, offload_parameters for frozen models, or offload_states: all for "
+    "trained ones",
+    "gradients": "zero_stage 2 or 3, offload_gradients, offload_states (but for updates), or lora_rank",
+    "optimizer": "zero_stage 1 or higher, offload_states (but for updates), offload_optimizer, lora_rank, or more "
+    "GPUs for the trained models",
     "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
     "activations": "a smaller micro_batch_samples (or _tokens), recompute: full, flash_attention, context_parallel, or "
     "offload_activations",
@@ -105,7 +108,8 @@ class Memory:
         self._kinds, self._parts = scenario.cluster.rank_kinds, scenario.cluster.all_parts
         workload = scenario.workload
         self.longest = workload.prompt_tokens.longest, workload.longest_response
-        self._resting: dict[tuple[int, str], Bytes] = {}
+        self._resting: dict[tuple[int, str | None], Bytes] = {}
+        self._order = [stage.name for stage in graph.stages()]
 
     # -- ranks --------------------------------------------------------------------------------------------
 
@@ -131,13 +135,14 @@ class Memory:
         """Pipeline stage: ranks are ordered stage by stage."""
         return holding.ranks.index(rank) * holding.use.pipeline_parallel // len(holding.ranks)
 
-    def resting(self, rank: int, running: str = "") -> Bytes:
-        """What lies on a rank whatever runs; `running`: the copy whose offloaded weights are on the device."""
-        if (rank, running) not in self._resting:
-            self._resting[rank, running] = self._rest(rank, running)
-        return self._resting[rank, running]
+    def resting(self, rank: int, running: Stage | None = None) -> Bytes:
+        """What lies on a rank between stages, or while a stage is running, without what that adds."""
+        key = rank, running.name if running else None
+        if key not in self._resting:
+            self._resting[key] = self._rest(rank, running)
+        return self._resting[key]
 
-    def _rest(self, rank: int, running: str) -> Bytes:
+    def _rest(self, rank: int, running: Stage | None) -> Bytes:
         found = reserved_bytes(self.scenario.overheads_of(self._parts[self._kinds[rank]]))
         for name, held in self.holdings.items():
             if rank in held.ranks and name != "shadow_actor":
@@ -147,7 +152,7 @@ class Memory:
                     held.data_parallel,
                     head=head_of(name),
                     stage=self._stage_of(held, rank),
-                    running=name == running,
+                    doing=self._doing(held, running),
                 )
         engine = self.holdings.get("shadow_actor")
         if engine is not None and rank in engine.ranks:
@@ -157,6 +162,19 @@ class Memory:
             elif self.scenario.generation.sleep == "level_1":
                 found += Bytes(host=engine_weight_bytes(engine.use, self.scenario.generation))
         return found
+
+    def _doing(self, held: Holding, running: Stage | None) -> Doing:
+        """What a copy of a model does while a stage runs; what leaves is there from its first stage to its last."""
+        if running is None:
+            return "rests"
+        if running.model == held.name:
+            if held.use.offload_parameters and running.kind == "sync":
+                return "rests"
+            return "updates" if running.kind == "train" else "passes"
+        if held.purpose != "train" or held.use.offload_states is None:
+            return "rests"
+        own = [self._order.index(stage.name) for stage in users(self.graph, held.name)]
+        return "passes" if own[0] < self._order.index(running.name) < own[-1] else "rests"
 
     def _sleeps(self, engine: Holding) -> bool:
         """An engine that shares its ranks with training frees its memory there; one on ranks of its own keeps it."""
@@ -171,7 +189,7 @@ class Memory:
             return self.resting(rank)
         if stage.kind == "sync":
             return self._while_syncing(stage, rank)
-        resting = self.resting(rank, running=stage.model)
+        resting = self.resting(rank, running=stage)
         if stage.kind == "generate":
             return resting + self._generating(stage, rank, prompt, response)
         sequence = prompt + response
@@ -218,7 +236,7 @@ class Memory:
     def _while_syncing(self, stage: Stage, rank: int) -> Bytes:
         bucket = Bytes(buffers=self.scenario.weight_sync.bucket_bytes)
         target = self.holdings[stage.target or ""]
-        found = self.resting(rank) + bucket
+        found = self.resting(rank, running=stage) + bucket
         if rank in target.ranks and target.name == "shadow_actor" and self._sleeps(target):
             # It wakes up beside the training states.
             found += engine_bytes(target.use, self.scenario.generation, 0.0)
@@ -290,7 +308,7 @@ class Memory:
         generation = self.scenario.generation
         if generation.kv_cache_tokens is not None:
             return float(generation.kv_cache_tokens)
-        free = self.capacity_of(rank) - self.resting(rank, running=stage.model).total - engine.total
+        free = self.capacity_of(rank) - self.resting(rank, running=stage).total - engine.total
         if generation.memory_fraction is not None:
             whole, taken = self._shared_by_fraction(stage, rank)
             free = min(free, generation.memory_fraction * whole - taken)
@@ -301,7 +319,7 @@ class Memory:
         generation, held = self.scenario.generation, self.holdings[stage.model]
         weights = engine_weight_bytes(held.use, generation)
         if generation.memory_fraction_covers == "static":
-            there = self.resting(rank, running=stage.model)
+            there = self.resting(rank, running=stage)
             before = there.total - there.engine - generation.cuda_graph_bytes
             return self.capacity_of(rank) - before, weights
         graphs = generation.cuda_graph_bytes if generation.memory_fraction_covers == "profile_and_graphs" else 0.0
@@ -456,7 +474,7 @@ class Memory:
     def _largest(self, stage: Stage) -> int:
         """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
         free = {
-            rank: self.capacity_of(rank) - self.resting(rank, running=stage.model).total
+            rank: self.capacity_of(rank) - self.resting(rank, running=stage).total
             for rank in self.rank_kinds
             if rank in stage.ranks
         }

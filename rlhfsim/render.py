@@ -517,7 +517,7 @@ def _is_used(name: str, scenario: Scenario) -> bool:
     if name.startswith("cluster.gpu.flops_per_second."):
         return name.rpartition(".")[2] in {use.precision for use in uses}
     if name.startswith("cluster.node.host_memory"):
-        return any(use.offload_optimizer or use.offload_parameters for use in uses)
+        return any(use.offload_optimizer or use.offload_parameters or use.offload_states for use in uses)
     if name.startswith("cluster.network."):
         return scenario.cluster.nodes > 1
     return True
