@@ -478,4 +478,5 @@ def _logits(use: ModelUse, tokens: float, head: Head) -> float:
     if head != "lm":
         return 0.0
     at_once = min(tokens, use.logits_chunk_tokens or tokens)
-    return logits_bytes(use.shape, at_once, LOGITS_COPIES, tensor_parallel=use.tensor_parallel)
+    copies = 1 + use.bytes_per_parameter / 4 if use.logits_in_place else LOGITS_COPIES
+    return logits_bytes(use.shape, at_once, copies, tensor_parallel=use.tensor_parallel)
