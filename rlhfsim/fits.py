@@ -7,7 +7,7 @@ beside the training states when it wakes up.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from .memory import (
     engine_weight_bytes,
     profile_bytes,
     reserved_bytes,
+    rounding_bytes,
     scoring_bytes,
     static_bytes,
     training_bytes,
@@ -71,7 +72,8 @@ class Fit:
 
     worst: the instant with the least room at maximum lengths; p99_bytes: the same at the 99th percentile of lengths.
     by_phase: the rank with the least room in each phase. kv_capacity_tokens: of the engine with the smallest cache.
-    host_bytes, host_capacity_bytes: of the node with the least room. reason: empty if it fits, else one sentence with
+    host: bytes of host memory on the node with the least room, by what they are for; host_capacity_bytes: what may be
+    used there. reason: empty if it fits, else one sentence with
     the knob that helps.
     micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit (or tokens, where these are
         limited), by model; 0: none does.
@@ -81,12 +83,17 @@ class Fit:
     worst: Instant
     p99_bytes: float
     by_phase: dict[str, Instant]
-    host_bytes: float
+    host: dict[str, float]
     host_capacity_bytes: float
     kv_capacity_tokens: float | None
     memory_fraction: float | None
     micro_batches: dict[str, int]
     reason: str
+
+    @property
+    def host_bytes(self) -> float:
+        """Of host memory, in all."""
+        return sum(self.host.values())
 
     @property
     def capacity_bytes(self) -> float:
@@ -156,12 +163,18 @@ class Memory:
                 )
         engine = self.holdings.get("shadow_actor")
         if engine is not None and rank in engine.ranks:
-            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes)
+            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes + self._second_process(rank))
             if not self._sleeps(engine):
                 found += engine_bytes(engine.use, self.scenario.generation, 0.0)
             elif self.scenario.generation.sleep == "level_1":
                 found += Bytes(host=engine_weight_bytes(engine.use, self.scenario.generation))
         return found
+
+    def _second_process(self, rank: int) -> float:
+        """Device memory that an engine's process keeps on a rank where another one trains or scores."""
+        if not any(rank in held.ranks for name, held in self.holdings.items() if name != "shadow_actor"):
+            return 0.0
+        return self.scenario.overheads_of(self._parts[self._kinds[rank]]).engine_process_bytes
 
     def _doing(self, held: Holding, running: Stage | None) -> Doing:
         """What a copy of a model does while a stage runs; what leaves is there from its first stage to its last."""
@@ -378,7 +391,7 @@ class Memory:
             if phase not in by_phase or instant.missing_bytes > by_phase[phase].missing_bytes:
                 by_phase[phase] = instant
         p99 = max(self.instants(p99_tokens), key=lambda i: i.missing_bytes) if p99_tokens else worst
-        host, host_capacity = self._host_bytes()
+        host, host_capacity = self._host()
         reason = self._reason(worst, host, host_capacity) if self.scenario.effects.memory else ""
         kv = self.kv_capacity_tokens
         return Fit(
@@ -394,7 +407,7 @@ class Memory:
             reason,
         )
 
-    def _reason(self, worst: Instant, host: float, host_capacity: float) -> str:
+    def _reason(self, worst: Instant, host: dict[str, float], host_capacity: float) -> str:
         if worst.missing_bytes > 0:
             components = worst.bytes.components
             largest = max(components, key=lambda name: components[name])
@@ -404,9 +417,10 @@ class Memory:
                 f"{worst.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
                 f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}"
             )
-        if host > host_capacity:
+        if (needed := sum(host.values())) > host_capacity:
+            parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in host.items() if size)
             return (
-                f"offloaded states need {host / 2**30:.3g} GiB of host memory per node, there are "
+                f"offloaded states need {needed / 2**30:.3g} GiB of host memory per node ({parts}), there are "
                 f"{host_capacity / 2**30:.3g}: try more nodes or less offload"
             )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
@@ -418,27 +432,46 @@ class Memory:
             )
         return ""
 
-    def _host_bytes(self) -> tuple[float, float]:
-        """Host memory that is used and that there is, on the node with the least room."""
-        there = [part.node.host_memory_bytes.value for part in self._parts]
-        if not any(self._host_of(rank) for rank in self.rank_kinds):
-            return 0.0, min(there)
-        used: dict[tuple[int, float], float] = {}
+    def _host(self) -> tuple[dict[str, float], float]:
+        """Host memory that is used, by component, and that there is, on the node with the least room."""
+        there = [
+            part.node.host_memory_bytes.value * self.scenario.overheads_of(part).host_memory_share
+            for part in self._parts
+        ]
+        if not any(sum(self._host_of(rank).values()) for rank in self.rank_kinds):
+            return {}, min(there)
+        used: dict[tuple[int, float], Counter[str]] = defaultdict(Counter)
         nodes = self.scenario.cluster.rank_nodes
         for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            node = nodes[rank], there[self._kinds[rank]]
-            used[node] = used.get(node, 0.0) + self._host_of(rank)
-        fullest = max(used, key=lambda node: used[node] - node[1])
-        return used[fullest], fullest[1]
+            used[nodes[rank], there[self._kinds[rank]]].update(self._host_of(rank))
+        fullest = max(used, key=lambda node: used[node].total() - node[1])
+        return dict(used[fullest]), fullest[1]
 
-    def _host_of(self, rank: int) -> float:
-        """Host memory of one rank: what rests there, and the activations of the stage that leaves most."""
+    def _host_of(self, rank: int) -> dict[str, float]:
+        """Host memory of one rank: what rests there, and the activations of the stage that leaves most (states); what
+        pinned tensors lose to rounding; and what its processes take, one for training and one for an engine."""
+        here = {name: held for name, held in self.holdings.items() if rank in held.ranks}
+        rounding = sum(
+            rounding_bytes(
+                held.use,
+                "train" if held.purpose == "train" else "frozen",
+                held.data_parallel,
+                head=head_of(name),
+                stage=self._stage_of(held, rank),
+            )
+            for name, held in here.items()
+            if name != "shadow_actor"
+        )
+        engine = "shadow_actor" in here and self.scenario.generation.engine == "engine"
+        processes = engine + any(name != "shadow_actor" for name in here)
+        each = self.scenario.overheads_of(self._parts[self._kinds[rank]]).process_host_bytes
         leaving = [
             self.during(stage, rank).host
             for stage in self.graph.stages()
             if stage.kind == "train" and rank in stage.ranks and self.holdings[stage.model].use.offload_activations
         ]
-        return max([self.resting(rank).host, *leaving])
+        states = max([self.resting(rank).host, *leaving])
+        return {"states": states, "rounding": rounding, "processes": processes * each}
 
     def _fraction(self) -> float | None:
         """The engine's share of the device: what was given, or what it can have."""

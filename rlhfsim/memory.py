@@ -7,7 +7,9 @@ for; what a stage holds differs, so look at the first and the last one.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
+from math import ceil, log2
 from typing import Literal
 
 from .model import (
@@ -17,6 +19,7 @@ from .model import (
     head_parameters,
     kv_bytes_per_token,
     kv_heads_per_rank,
+    layer_gemms,
     layer_parameters,
     layers_parameters,
     layers_routed_parameters,
@@ -164,6 +167,34 @@ def leaving_bytes(use: ModelUse, held: Bytes) -> Bytes:
         gradients=held.gradients if use.offload_states == "image" else 0.0,
         optimizer=held.optimizer,
     )
+
+
+def rounding_bytes(use: ModelUse, held: Held, data_parallel: int, *, head: Head = "lm", stage: int = 0) -> float:
+    """Host memory lost on one rank because PyTorch pins memory in powers of two.
+
+    ATen/core/CachingHostAllocator.h, `allocate`, rounds by PowerOf2Ceil. Pinned are weights that rest on the host, and
+    of an optimizer there the master weights and gradients (pin_cpu_params and pin_cpu_grads of Megatron-LM's
+    HybridDeviceOptimizer), tensor by tensor; moments are not, nor does another library's copy round.
+    """
+    lost = 0.0
+    if use.offload_parameters:
+        weights = static_bytes(use, held, data_parallel, head=head, stage=stage, doing="passes")
+        lost += (_rounded(use, use.bytes_per_parameter) - 1) * (weights.host if held == "frozen" else 0.0)
+    if held == "train" and use.offload_optimizer:
+        trained, routed = trained_parameters(use, head, stage), trained_routed_parameters(use, stage)
+        share = Shards.of(use, data_parallel).largest(trained, routed, 1) * use.offload_optimizer_fraction
+        lost += (_rounded(use, 4) - 1) * share * (MASTER_BYTES + HOST_GRADIENT_BYTES)
+    return lost
+
+
+def _rounded(use: ModelUse, width: int) -> float:
+    """Bytes of all matrices, each rounded up to a power of two, over their bytes."""
+    spec, t = use.shape, use.tensor_parallel
+    sizes: Counter[int] = Counter({width * embedding_parameters(spec, t): 1 if spec.tied_embeddings else 2})
+    for kind, layers in spec.layer_kinds().items():
+        for gemm in layer_gemms(spec, t, kind, use.expert_split()):
+            sizes[width * gemm.n * gemm.k] += layers * gemm.copies
+    return sum(n * 2 ** ceil(log2(size)) for size, n in sizes.items()) / sum(n * size for size, n in sizes.items())
 
 
 @dataclass(frozen=True)
@@ -443,7 +474,10 @@ def kept_activation_bytes(use: ModelUse, sequence_tokens: float, kind: LayerKind
 def _activation_bytes(
     use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"], kind: LayerKind
 ) -> float:
-    """Per token and layer; of experts on the busiest rank, whose rows may be `routing_imbalance` times the mean."""
+    """Per token and layer; of experts on the busiest rank, whose rows may be `routing_imbalance` times the mean.
+
+    Models of transformers train at zero_stage 3, experts below it are Megatron-LM's.
+    """
     return activation_bytes_per_token(
         use.shape,
         sequence_tokens,
@@ -455,6 +489,7 @@ def _activation_bytes(
         kind=kind,
         split=use.expert_split(),
         routing_imbalance=use.routing_imbalance if use.expert_parallel > 1 else 1.0,
+        expert_outputs=use.zero_stage == 3,
     )
 
 

@@ -12,11 +12,21 @@ from test_passes import HOST, LLAMA, OPS, equal, layout, moved, seconds, use
 
 from rlhfsim.costs.passes import train_program
 from rlhfsim.errors import InputError
-from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES, Bytes, gathered_bytes, static_bytes, training_bytes
+from rlhfsim.memory import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    RESERVED_BYTES,
+    Bytes,
+    gathered_bytes,
+    rounding_bytes,
+    static_bytes,
+    training_bytes,
+)
 from rlhfsim.metrics import step_seconds
 from rlhfsim.model import layer_parameters, parameters
 from rlhfsim.real_limits import check_real
 from rlhfsim.simulate import prepare
+from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import Scenario
 from rlhfsim.timeline import Timeline
 
@@ -91,6 +101,64 @@ def test_half_an_optimizer_on_the_host_takes_half_the_time_there() -> None:
     here, half, there = step(), *(step(offload_optimizer=True, offload_optimizer_fraction=f) for f in (0.5, 1))
     update = OPS.optimizer_step(use(), COUNT / 8).seconds
     assert half - (here - update) == approx((there - (here - update)) / 2)
+
+
+# --- host memory beside states ---------------------------------------------------------------------------------------
+
+
+def power(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def test_pinned_tensors_take_powers_of_two() -> None:
+    """LLaMA 7B, matrix by matrix: qkv in one, gate and up in one."""
+    matrices = 32 * [3 * 4096 * 4096, 4096 * 4096, 2 * 11008 * 4096, 11008 * 4096] + 2 * [32000 * 4096]
+    lost = {width: sum(power(width * m) - width * m for m in matrices) for width in (2, 4)}
+    frozen = rounding_bytes(use(zero_stage=0, offload_parameters=True), "frozen", 1)
+    assert frozen == approx(lost[2], rel=1e-3)  # norms are left out
+    trained = rounding_bytes(use(zero_stage=1, offload_optimizer=True), "train", 8)
+    assert trained == approx(2 * lost[4] / 8, rel=1e-3)  # master weights and gradients
+    assert rounding_bytes(use(zero_stage=1), "train", 8) == 0
+    assert rounding_bytes(use(zero_stage=1, offload_states="all"), "train", 8) == 0
+
+
+def test_processes_take_host_and_device_memory() -> None:
+    """One that trains and one of an engine on each of 4 GPUs; engines on GPUs of their own have them alone."""
+    more = {"overheads.process_host_bytes": 3e9, "overheads.engine_process_bytes": RESERVED_BYTES}
+    plain, both = (prepare(leaves("all", **extra)).fit() for extra in ({}, more))
+    assert both.host == plain.host | {"processes": 4 * 2 * 3e9}
+    for phase, instant in both.by_phase.items():
+        assert instant.bytes.reserved == plain.by_phase[phase].bytes.reserved + RESERVED_BYTES
+    apart = [prepare(scenario("disaggregated", "engine", **extra)).fit() for extra in ({}, more)]
+    assert apart[0].worst.bytes == apart[1].worst.bytes
+    assert apart[1].host_bytes == 4 * 3e9  # of a node
+
+
+def test_a_share_of_host_memory_is_the_limit() -> None:
+    needed = prepare(leaves("all")).fit().host_bytes
+    memory = {"cluster.node.host_memory_bytes": {"value": needed / 0.95 - 1, "source": "unverified"}}
+    assert prepare(leaves("all", **memory)).fit().fits
+    tight = prepare(leaves("all", **memory, **{"overheads.host_memory_share": 0.95})).fit()
+    assert not tight.fits and "host memory per node (states " in tight.reason
+
+
+# --- what a pass keeps -----------------------------------------------------------------------------------------------
+
+
+def test_outputs_of_experts_are_kept_by_transformers_only() -> None:
+    """8 rows a token of 2,048 values in bf16, in every layer."""
+    qwen = load_model("qwen3-30b-a3b")
+
+    def kept(stage: int) -> float:
+        return training_bytes(use(qwen, zero_stage=stage, recompute="none"), 1, 1000, 1000).activations
+
+    assert kept(3) - kept(1) == approx(48 * 1000 * 8 * 2048 * 2)
+
+
+def test_logits_in_place_take_one_buffer_in_fp32_and_one_in_bf16() -> None:
+    u = use(logits_in_place=True)
+    assert training_bytes(u, 1, 1000, 1000).logits == 1000 * 32000 * (4 + 2)
 
 
 # --- states that leave -----------------------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ class Overheads(Record):
     map_bytes_per_second: rate at which a sleeping engine gives device memory back and takes it again
         (`generation.sleep`); absent: that takes no time.
     reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
+    engine_process_bytes: device memory that the process of an engine keeps beside a process that trains, asleep or not
+        (a context and NCCL buffers of its own; its graphs are generation.cuda_graph_bytes). Default 0, unverified.
+    process_host_bytes: host memory of every process of a rank (one that trains, one of an engine) beside states.
+        Default 0, unverified.
+    host_memory_share: of the host's memory, what may be used. Default all; Ray ends workers above 0.95
+        (memory_usage_threshold, src/ray/common/ray_config_def.h).
     """
 
     eager_layer_seconds: Seconds | None = None
@@ -78,3 +84,6 @@ class Overheads(Record):
     sync_bucket_seconds: Seconds = 0.0
     map_bytes_per_second: BytesPerSecond | None = None
     reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
+    engine_process_bytes: Annotated[float, Field(ge=0, le=1e13)] = 0.0
+    process_host_bytes: Annotated[float, Field(ge=0, le=1e13)] = 0.0
+    host_memory_share: Annotated[float, Field(gt=0, le=1)] = 1.0
