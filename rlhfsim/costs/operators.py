@@ -279,8 +279,13 @@ class Operators:
     def optimizer_step_host(
         self, use: ModelUse, parameters: float, host_bytes_per_second: float, sharing_ranks: np.ndarray
     ) -> np.ndarray:
-        """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks of the node share."""
-        return adam_bytes(use) * parameters * sharing_ranks / host_bytes_per_second
+        """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks share, or at
+        what one process reaches (`host_adam_bytes_per_second`)."""
+        alone = self.overheads.host_adam_bytes_per_second
+        per_byte = sharing_ranks / host_bytes_per_second
+        if alone is not None and not self.ideal:
+            per_byte = np.maximum(per_byte, 1 / alone)
+        return np.asarray(adam_bytes(use) * parameters * per_byte)
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
