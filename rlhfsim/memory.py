@@ -55,8 +55,8 @@ LOGITS_COPIES = 2.77
 # 1b88ac36.
 LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
 
-# Of FSDP, the unit that computes and the one that is gathered, or reduced, beside it: PyTorch,
-# torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, implicit prefetch of one group.
+# Of FSDP, the unit that computes and the one that is gathered beside it: PyTorch, torch/distributed/fsdp/_fully_shard/
+# _fsdp_param_group.py, implicit prefetch of one group (and a reduction ends before the next one begins).
 UNITS_AT_ONCE = 2
 
 # One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers);
@@ -416,11 +416,11 @@ def _largest_unit(use: ModelUse, head: Head) -> int:
 
 
 def _reduced(use: ModelUse, head: Head, stage: int) -> float:
-    """Gradients on their way to the other ranks: DeepSpeed's buckets. Those of FSDP are a unit's, whole and in fp32;
+    """Gradients on their way to the other ranks: DeepSpeed's buckets. FSDP has a unit's, whole, and their fp32 copy;
     a buffer of fp32 gradients is reduced where it lies (megatron/core/distributed/param_and_grad_buffer.py)."""
     trained = trained_parameters(use, head, stage)
     if use.shards_master:
-        return UNITS_AT_ONCE * min(trained, _largest_unit(use, head)) * use.gradient_bytes
+        return min(trained, _largest_unit(use, head)) * (use.bytes_per_parameter + use.gradient_bytes)
     if use.zero_stage == 0 or use.gradient_precision:
         return 0.0
     buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS

@@ -443,13 +443,13 @@ def wrong(*case: Any, reason: str) -> Any:
 
 
 PACKED = (
-    "a quarter to 40 % too fast, states that come back included: in pipelines rows are padded to the fullest of a "
-    "batch, which explains 5 %; eager kernels, the loss in Python and the controller's hand-over were not measured"
+    "a quarter to 40 % too fast, states that come back included: rows that are padded for the pipeline, eager kernels, "
+    "the loss in Python and the controller's hand-over are not modelled or were not measured"
 )
 REFIT = (
     "links and copies at PCIe's rate only: moments go through memory that is not pinned (`.to('cpu')` of "
-    "move_optimizer in megatron_policy_worker.py), and naming tensors and calling engines (sync_tensor_seconds) takes time: neither "
-    "rate was measured"
+    "move_optimizer in megatron_policy_worker.py), and naming tensors and calling engines (sync_tensor_seconds) takes "
+    "time: neither was measured"
 )
 
 
