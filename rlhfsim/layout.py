@@ -55,6 +55,12 @@ def shares_with_training(holdings: dict[str, Holding], engine: Holding) -> bool:
     return bool(set(engine.ranks) & set(holdings["actor"].ranks))
 
 
+def users(graph: StageGraph, model: str) -> list[Stage]:
+    """The stages of every iteration that need the weights of a copy of a model, in the graph's order."""
+    own = (s for s in graph.stages() if s.model == model and s.every == 1)
+    return [stage for stage in own if stage.kind not in ("swap", "store")]
+
+
 def strategy_names() -> list[str]:
     return _names("rlhfsim.strategies")
 
@@ -133,6 +139,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
     _check_engine(graph, scenario)
     _check_sleep(graph, scenario)
+    _check_states(graph, scenario)
     return graph, notes
 
 
@@ -188,6 +195,18 @@ def _check_sleep(graph: StageGraph, scenario: Scenario) -> None:
                 f"is level_2, which forgets the weights, but {scenario.strategy.name} generates {stage.firings} times "
                 "for each sync (allowed: level_1)",
                 field="generation.sleep",
+            )
+
+
+def _check_states(graph: StageGraph, scenario: Scenario) -> None:
+    """Weights that generate cannot be away."""
+    for role in scenario.roles:
+        chosen = getattr(scenario.models, role).offload_states
+        if chosen in ("all", "image") and any(stage.kind == "generate" for stage in users(graph, role)):
+            raise InputError(
+                f"is {chosen}, but {scenario.strategy.name} generates from these weights (allowed: optimizer; or "
+                "generation.engine engine)",
+                field=f"models.{role}.offload_states",
             )
 
 

@@ -511,6 +511,7 @@ def activation_bytes_per_token(
     kind: LayerKind = DENSE,
     split: ExpertSplit | None = None,
     routing_imbalance: float = 1.0,
+    expert_outputs: bool = True,
 ) -> float:
     """What one layer keeps for the backward pass, per token of the replica, on one rank.
 
@@ -524,8 +525,11 @@ def activation_bytes_per_token(
         modules of transformers keep more: an fp32 input and the normalised values of each RMSNorm, the activated gate,
         fp32 scores and repeated keys and values (counted by autograd hooks on LlamaDecoderLayer of transformers 5.24,
         see tests/test_model.py).
-    kind, split: with experts, also what is routed to this rank: inputs, activations and outputs of its rows, of which
-        there are `routing_imbalance` times as many as on average (not compared with a framework).
+    kind, split: with experts, also what is routed to this rank: inputs and activations of its rows, of which there are
+        `routing_imbalance` times as many as on average.
+    expert_outputs: whether those of routed experts are kept, as where the router's weights come after the down
+        projection (transformers); Megatron-LM weights the activations before it (megatron/core/transformer/moe/
+        experts.py and fusions/fused_bias_swiglu.py, WeightedSwiGLUFunction).
     """
     check_layout(spec, tensor_parallel)
     serial_share = tensor_parallel if sequence_parallel else 1
@@ -546,7 +550,7 @@ def activation_bytes_per_token(
     serial += 8 * spec.experts  # fp32 logits and probabilities of the router
     split = split or ExpertSplit(1, tensor_parallel)
     rows = spec.experts_per_token * split.tensor / tensor_parallel * routing_imbalance
-    routed = rows * (2 * h + widths * spec.expert_ffn / split.tensor)
+    routed = rows * ((1 + expert_outputs) * h + widths * spec.expert_ffn / split.tensor)
     shared = widths * spec.shared_expert_ffn / tensor_parallel
     return serial / serial_share + inside + e * (routed + shared)
 

@@ -60,6 +60,15 @@ def check_real(scenario: Scenario) -> None:
             if getattr(use, field):
                 message = "is true; real runs offload optimizers and weights only (allowed: false)"
                 raise InputError(message, field=f"models.{role}.{field}")
+        for field, usual in (
+            ("gradient_precision", None),
+            ("offload_optimizer_fraction", 1.0),
+            ("offload_states", None),
+            ("logits_in_place", False),
+        ):
+            if (value := getattr(use, field)) != usual:
+                message = f"is {value}, which real runs do not have yet (allowed: {usual or 'none'})"
+                raise InputError(message, field=f"models.{role}.{field}")
         for field in ("overlap_grad_reduce", "overlap_param_gather"):
             if getattr(use, field) is not None:
                 raise InputError(

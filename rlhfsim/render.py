@@ -107,6 +107,7 @@ def fit_json(fit: Fit) -> dict[str, Any]:
         "limiting": {"phase": phase, "component": component, "rank": fit.worst.rank},
         "largest_micro_batch": fit.micro_batches,
         "host_bytes_per_node": fit.host_bytes,
+        "host_by_component": fit.host,
         "host_capacity_bytes": fit.host_capacity_bytes,
         "kv_capacity_tokens": fit.kv_capacity_tokens,
         "memory_fraction": fit.memory_fraction,
@@ -132,7 +133,8 @@ def print_fit(setup: Setup, fit: Fit) -> None:
             f"{three(fit.memory_fraction or 0)}."
         )
     if fit.host_bytes:
-        out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)}.")
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.host.items() if size)
+        out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)} ({parts}).")
     out.print("Largest micro-batches that fit: " + " ".join(f"{k}={v}" for k, v in fit.micro_batches.items()))
     _print_unverified(out, setup.scenario)
 
@@ -545,7 +547,7 @@ def _is_used(name: str, scenario: Scenario) -> bool:
     if name.startswith("cluster.gpu.flops_per_second."):
         return name.rpartition(".")[2] in {use.precision for use in uses}
     if name.startswith("cluster.node.host_memory"):
-        return any(use.offload_optimizer or use.offload_parameters for use in uses)
+        return any(use.offload_optimizer or use.offload_parameters or use.offload_states for use in uses)
     if name.startswith("cluster.network."):
         return scenario.cluster.nodes > 1
     return True

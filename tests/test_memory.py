@@ -111,7 +111,7 @@ def test_what_is_offloaded_is_on_the_host(stage: int) -> None:
     assert there.host == pytest.approx(here.optimizer + 4 * share)  # and gradients in fp32
     assert there.weights == here.weights and there.gradients == here.gradients
     frozen = use(zero_stage=stage, offload_parameters=True)
-    resting, running = (static_bytes(frozen, "frozen", 8, running=running) for running in (False, True))
+    resting, running = (static_bytes(frozen, "frozen", 8, doing=doing) for doing in ("rests", "passes"))
     whole = 2 * parameters(LLAMA) / (8 if stage == 3 else 1)
     assert resting == Bytes(host=whole)
     assert running == Bytes(host=whole, weights=0 if stage == 3 else whole)

@@ -343,8 +343,13 @@ class Operators:
     def optimizer_step_host(
         self, use: ModelUse, parameters: float, host_bytes_per_second: float, sharing_ranks: np.ndarray
     ) -> np.ndarray:
-        """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks of the node share."""
-        return adam_bytes(use) * parameters * sharing_ranks / host_bytes_per_second
+        """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks share, or at
+        what one process reaches (`host_adam_bytes_per_second`)."""
+        alone = self.overheads.host_adam_bytes_per_second
+        per_byte = sharing_ranks / host_bytes_per_second
+        if alone is not None and not self.ideal:
+            per_byte = np.maximum(per_byte, 1 / alone)
+        return np.asarray(adam_bytes(use) * parameters * per_byte)
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
@@ -394,12 +399,19 @@ class Operators:
         time = gemm_time(
             curve, self._rates(use, precision), m, n, k,
             input_bytes=use.matrix_bytes if precision else use.bytes_per_parameter,
-            output_bytes=use.bytes_per_parameter,
+            output_bytes=self._written_bytes(use, product),
             weight_gradient=product == "weights", ideal=self.ideal, weights_bytes=weights_bytes, groups=groups,
         )  # fmt: skip
         if self.measured and product == "forward" and gemm.chosen >= 1:
             time = self.measured.gemm(time, precision or use.precision, np.maximum(m, 1), n, k)
         return _operator(time)
+
+    @staticmethod
+    def _written_bytes(use: ModelUse, product: Product) -> int:
+        """Of one element of a product; gradients of weights are added to the fp32 buffer by the product itself
+        (megatron/core/tensor_parallel/layers.py, wgrad_gemm_accum_fp32)."""
+        adds = product == "weights" and use.gradient_precision and not use.shards_master
+        return 2 * use.gradient_bytes if adds else use.bytes_per_parameter
 
     def _imbalance(self, use: ModelUse) -> float:
         return use.routing_imbalance if use.expert_parallel > 1 and not self.ideal else 1.0
@@ -492,7 +504,7 @@ def adam_bytes(use: ModelUse) -> int:
     Master weight and two moments in fp32 are read and written (24), the gradient is read; in 16-bit the working weight
     is written besides the master. 16-bit: 24 + 2 + 2; fp32: the master is the weight: 24 + 4.
     """
-    return 28
+    return 24 + use.gradient_bytes + (0 if use.precision == "fp32" or use.shards_master else use.bytes_per_parameter)
 
 
 def _mean_of_layers(use: ModelUse, of: Callable[[LayerKind], OperatorTime]) -> OperatorTime:

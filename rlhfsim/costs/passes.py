@@ -213,7 +213,7 @@ def train_program(
     ZeRO-3 gathers a layer's weights for the forward, and once more for recomputation and backward, which share it:
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` (1e9 parameters by default; deepspeed/runtime/
     zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
-    backward. Gradients are reduced in the model's precision.
+    backward. Gradients are reduced in the precision in which they are kept.
     Reductions hide behind the backward, or follow the last one, as `ModelUse.reduces_beside` says. With tensor,
     pipeline or expert parallelism ZeRO-2 is as ZeRO-1.
     `host` is needed for an offloaded optimizer. first, last: of the updates between two other uses of the weights; only
@@ -256,12 +256,15 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None, *, gather:
     if use.offload_optimizer and work.operators.effects.sync:
         if host is None:
             raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
-        single = work.layout.single_ranks
+        single, here = work.layout.single_ranks, (1 - use.offload_optimizer_fraction) * share
+        share -= here
         adam = work.operators.optimizer_step_host(
             use, share, host.memory_bytes_per_second, host.sharing_ranks(work.layout)
         )
+        if here:  # the two halves of the optimizer work at the same time
+            adam = np.maximum(adam, float(work.operators.optimizer_step(use, here).seconds))
         streamed = Transfer("host_memory", single, adam_bytes(use) * share)
-        leaving = [] if use.offload_gradients else [Transfer("to_host", single, share * width)]
+        leaving = [] if use.offload_gradients else [Transfer("to_host", single, share * use.gradient_bytes)]
         program = [
             *(work.transfer_only("gradients_to_host", t) for t in leaving),
             HostSegment("optimizer", adam[:, None], transfers=(streamed,), bound={"host": float(adam.mean())}),
@@ -470,7 +473,8 @@ class _Work:
         load: tuple[Transfer, ...] = ()
         blocking = not self.use.gathers_ahead
         if self.use.offload_parameters and self.operators.effects.sync:
-            load = (Transfer("from_host", self.layout.single_ranks, payload / len(groups[0]), messages, blocking),)
+            shard = payload / len(groups[0]) * (2 if self.use.shards_master else 1)  # in fp32
+            load = (Transfer("from_host", self.layout.single_ranks, shard, messages, blocking),)
         return load + ((Transfer("all_gather", groups, payload, messages, blocking),) if len(groups[0]) > 1 else ())
 
     def reduces(self, count: float, routed: float = 0.0) -> tuple[Transfer, ...]:
@@ -488,7 +492,7 @@ class _Work:
             trained = self.trained_rank_parameters()
             return messages_of(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
-        width, blocking = self.use.bytes_per_parameter, not self.use.reduces_beside
+        width, blocking = self.use.gradient_bytes, not self.use.reduces_beside
         if self.use.shard_ranks:
             inside = self.use.shard_groups(self.layout.ranks)
             across, shard = self._across(inside), count * width / self.use.shard_ranks
@@ -535,7 +539,7 @@ class _Work:
         use = self.use
         if not use.offload_gradients or not self.operators.effects.sync:
             return ()
-        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.bytes_per_parameter
+        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.gradient_bytes
         earlier = np.ones(self.batches.shape[1])
         earlier[0] = 0.0
         back, leaving = (self._to_or_from_host(op, share, beside) for op in ("from_host", "to_host"))

@@ -72,10 +72,20 @@ class Overheads(Record):
         the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default
         0, unverified: frameworks call every engine for each tensor (OpenRLHF, TRL) or each bucket (verl, slime, AReaL,
         NeMo-RL), and no source separates what that takes.
+    host_adam_bytes_per_second: that Adam on the host (`offload_optimizer`) streams in one process; absent: its share of
+        the node's memory bandwidth. Ray gives a process one thread unless told otherwise (OMP_NUM_THREADS =
+        max(1, num_cpus), python/ray/_private/utils.py): PyTorch's fused AdamW, Megatron-LM's choice, reaches 32e9 with
+        it on an EPYC of family 25, model 17 (0.88 ns a parameter in fp32, best of 15 steps; torch 2.13).
     map_bytes_per_second: rate at which a sleeping engine gives device memory back and takes it again
         (`generation.sleep`); absent: that takes no time.
     unexplained: factors by which generation, scoring and training compute longer than all other terms say.
     reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
+    engine_process_bytes: device memory that the process of an engine keeps beside a process that trains, asleep or not
+        (a context and NCCL buffers of its own; its graphs are generation.cuda_graph_bytes). Default 0, unverified.
+    process_host_bytes: host memory of every process of a rank (one that trains, one of an engine) beside states.
+        Default 0, unverified.
+    host_memory_share: of the host's memory, what may be used. Default all; Ray ends workers above 0.95
+        (memory_usage_threshold, src/ray/common/ray_config_def.h).
     """
 
     eager_layer_seconds: Seconds | None = None
@@ -91,6 +101,10 @@ class Overheads(Record):
     sync_layer_seconds: Seconds = 0.0
     sync_tensor_seconds: Seconds = 0.0
     sync_bucket_seconds: Seconds = 0.0
+    host_adam_bytes_per_second: BytesPerSecond | None = None
     map_bytes_per_second: BytesPerSecond | None = None
     unexplained: Unexplained = Unexplained()
     reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
+    engine_process_bytes: Annotated[float, Field(ge=0, le=1e13)] = 0.0
+    process_host_bytes: Annotated[float, Field(ge=0, le=1e13)] = 0.0
+    host_memory_share: Annotated[float, Field(gt=0, le=1)] = 1.0

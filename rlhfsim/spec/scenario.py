@@ -33,6 +33,10 @@ class ModelUse(Record):
 
     spec: a shipped model's name, or the path of a Hugging Face config.json.
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
+    gradient_precision: `fp32` where gradients are summed and reduced in fp32 beside 16-bit weights. zero_stage 0 to 2:
+        in a buffer over all of a rank's weights (Megatron-LM's accumulate_allreduce_grads_in_fp32, its default with
+        bf16; NeMo-RL's grad_reduce_in_fp32, off by default). zero_stage 3: shards of gradients and of weights are fp32,
+        what is gathered is not (FSDP's MixedPrecision with reduce_dtype fp32, verl's default). Absent: as precision.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
         3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank. With
         tensor_parallel each rank's part of the weights is sharded (FSDP2's two-dimensional mesh).
@@ -64,6 +68,9 @@ class ModelUse(Record):
         Megatron-LM, Liger's kernels in Hugging Face's models); false: each of their operations reads and writes memory,
         as eager PyTorch runs Hugging Face's models. Engines for generation always have fused ones.
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
+    logits_in_place: one fp32 buffer holds logits, then probabilities, then gradients, beside one of the model's
+        precision (Megatron-LM's vocab_parallel_cross_entropy, megatron/core/tensor_parallel/cross_entropy.py; verl with
+        Megatron). Otherwise new tensors at every step, 2.77 times the logits in fp32 (measured with TRL).
     overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
         DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
         replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
@@ -72,7 +79,14 @@ class ModelUse(Record):
         update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
     overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
         pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
-    offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
+    offload_optimizer: Adam on the host, gradients and weights over PCIe at every step. offload_optimizer_fraction: of
+        so many of the parameters, those of the others on the GPU meanwhile (Megatron-LM's optimizer_offload_fraction,
+        `ratio` of DeepSpeed's ZeRO-Offload++).
+    offload_states: what leaves a trained model's GPUs for the host while it is not needed, and comes back. `optimizer`:
+        master weights and moments between updates (OpenRLHF's deepspeed_enable_sleep, verl's optimizer_offload). `all`:
+        the weights too, from the last stage of an iteration that uses them to the first of the next (NeMo-RL; verl's
+        param_offload with it). Gradients have ended by then, and their memory is given back. `image`: as `all`, but all
+        memory is copied, gradients too (slime's offload_train, by torch_memory_saver). Room on the host is kept.
     offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
         beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
         have left there comes back to be added to. Otherwise they leave once, after the last backward.
@@ -92,6 +106,7 @@ class ModelUse(Record):
     spec: str
     shape: ModelSpec
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_precision: Literal["fp32"] | None = None
     gemm_precision: Literal["fp8", "int8"] | None = None
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
     shard_ranks: Count | None = None
@@ -114,10 +129,13 @@ class ModelUse(Record):
     flash_attention: bool = True
     fused_kernels: bool = True
     logits_chunk_tokens: Count | None = None
+    logits_in_place: bool = False
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
     offload_optimizer: bool = False
+    offload_optimizer_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    offload_states: Literal["optimizer", "all", "image"] | None = None
     offload_gradients: bool = False
     offload_activations: bool = False
     offload_parameters: bool = False
@@ -133,6 +151,16 @@ class ModelUse(Record):
     def lora_parameters(self, layers: int | None = None) -> int:
         """Of LoRA's factors in so many layers, or in all."""
         return lora_parameters(self.shape, self.lora_rank, layers, self.lora_target_modules)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one element, as it is kept and reduced."""
+        return 4 if self.gradient_precision else self.bytes_per_parameter
+
+    @property
+    def shards_master(self) -> bool:
+        """Whether the sharded weights of a trained model are the fp32 master itself, gathered in 16 bits (FSDP)."""
+        return self.zero_stage == 3 and self.gradient_precision is not None and self.precision != "fp32"
 
     @property
     def ranks_per_replica(self) -> int:
@@ -270,6 +298,30 @@ class ModelUse(Record):
             raise ValueError(
                 "offload_activations leaves out the scores of attention, which are kept without flash_attention "
                 "(allowed: flash_attention, or recompute selective or full)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _states_can_move(self) -> ModelUse:
+        if self.offload_optimizer_fraction < 1 and not self.offload_optimizer:
+            raise ValueError(
+                f"offload_optimizer_fraction is {self.offload_optimizer_fraction:g}, but needs offload_optimizer: true"
+            )
+        if self.offload_optimizer_fraction < 1 and self.offload_gradients:
+            raise ValueError("offload_gradients takes all gradients: offload_optimizer_fraction must be 1")
+        if self.offload_states == "optimizer" and self.offload_optimizer:
+            raise ValueError(
+                "offload_states is optimizer, but with offload_optimizer: true it is on the host (allowed: all, image)"
+            )
+        if self.offload_states not in (None, "optimizer") and self.offload_parameters:
+            raise ValueError(
+                f"offload_states is {self.offload_states}, but with offload_parameters: true weights rest on the host "
+                "(allowed: optimizer)"
+            )
+        if self.shards_master and self.offload_optimizer and not self.offload_parameters:
+            raise ValueError(
+                "gradient_precision fp32 at zero_stage 3 makes the sharded weights the optimizer's: with "
+                "offload_optimizer, offload_parameters must be true"
             )
         return self
 
