@@ -100,7 +100,8 @@ def devices_of(scenario: Scenario) -> Devices:
         "reference": models.reference.ranks_together,
         "reward": together.get("reward", 1),
     }
-    return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
+    guests = () if scenario.algorithm.reward == "model" else ("reward",)
+    return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine, guests)
 
 
 def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
@@ -114,7 +115,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     notes: list[str] = []
     devices = devices_of(scenario)
     if (slots := options.pop("slots", None)) is not None:
-        judges = {"reference", "reward"} & set(algorithm_of(scenario).models)
+        judges = {"reference", "reward"} & set(algorithm_of(scenario).models) - (set(devices.guests) - set(slots))
         options, notes = _with_slots(name, slots, options, devices, sorted(judges))
     allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
     for option in options:

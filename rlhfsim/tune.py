@@ -24,7 +24,6 @@ from .spec.scenario import ModelUse, Scenario, StrategyChoice
 SPLITS = [(g, s, 8 - g - s) for g in (1, 2, 3, 4, 5) for s in (1, 2, 3) if 8 - g - s >= 1]
 # Strategies that part the ranks in two, and the shares tried for generation, in eighths.
 HALVED, HALVES = ("asynchronous", "one_step_off", "streaming"), range(1, 8)
-LEAST = 1e-3  # a share that comes to one unit of ranks
 BATCHES = (1, 2, 4, 8, 16)
 REPLICAS = (1, 2, 4)
 
@@ -148,14 +147,13 @@ def _shares(best: Scenario, given: Scenario) -> list[Scenario]:
         stages = []
     trained = list(dict.fromkeys(s.model for s in stages if s.kind == "train"))
     scoring = list(dict.fromkeys(s.model for s in stages if s.kind == "score" and s.model not in trained))
-    judges = [m for m in scoring if m.removeprefix("shadow_") in best.roles]  # a function needs no more than a rank
+    judges = [m for m in scoring if m.removeprefix("shadow_") in best.roles]  # a function has no ranks of its own
     if not trained:
         return [best]
     return [
         _with_options(
             best,
             split={"shadow_actor": float(generate)}
-            | dict.fromkeys(scoring, LEAST)
             | {m: score / len(judges) for m in judges}
             | {m: train / len(trained) for m in trained},
         )

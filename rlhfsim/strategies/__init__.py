@@ -20,6 +20,8 @@ class Devices:
         not named moves all its ranks together (a ZeRO-3 domain, a training step).
     replica: model -> ranks of one replica; a model's device set is a multiple of it (default 1).
     own_engine: responses are generated from a separate copy of the actor (`shadow_actor`), not from the actor itself.
+    guests: models that are none, as a function, judge or sandbox gives what they would: their stages need no GPU, and
+        take turns on the ranks of another model.
     """
 
     ranks: tuple[int, ...]
@@ -27,6 +29,7 @@ class Devices:
     together: dict[str, int] = field(default_factory=dict)
     replica: dict[str, int] = field(default_factory=dict)
     own_engine: bool = False
+    guests: tuple[str, ...] = ()
 
     def size(self, stage: str) -> int | None:
         return self.together.get(stage)
@@ -65,6 +68,14 @@ def divide(
     for name, size in sizes.items():
         divided[name], start = ranks[start : start + size], start + size
     return divided
+
+
+def hosts(algorithm: Algorithm, devices: Devices) -> dict[str, str]:
+    """Each model that scores or trains -> the one on whose ranks it does: itself, or of a guest the reference, which
+    has the least work, else the actor."""
+    models = dict.fromkeys(s.model for s in algorithm.of_kind("score", "train"))
+    host = "reference" if "reference" in models else "actor"
+    return {model: host if model in devices.guests else model for model in models}
 
 
 def apart(algorithm: Algorithm, devices: Devices, split: dict[str, float] | None = None) -> dict[str, tuple[int, ...]]:
