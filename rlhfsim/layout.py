@@ -101,7 +101,9 @@ def devices_of(scenario: Scenario) -> Devices:
         "reward": together.get("reward", 1),
     }
     guests = () if scenario.algorithm.reward == "model" else ("reward",)
-    return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine, guests)
+    controller = scenario.execution == "controller"
+    ranks = tuple(range(cluster.gpus))
+    return Devices(ranks, cluster.node.gpus_per_node, together, replica, own_engine, controller, guests)
 
 
 def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
@@ -141,6 +143,8 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
     """Whether the engine can do what the strategy asks of it."""
     name, generation = scenario.strategy.name, scenario.generation
     generating = [s for s in graph.stages() if s.kind == "generate"]
+    if any(s.unfinished != "wait" for s in generating):
+        _check_continuous(generation, f"strategy {name} stops engines while responses are unfinished")
     if generation.engine == "zero3_per_token" and any(s.model == "shadow_actor" for s in generating):
         raise InputError(
             f"zero3_per_token gathers the training weights; a {name} strategy generates from a full copy "
@@ -149,22 +153,24 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
         )
     if scenario.workload.turns is not None:
         _check_turns(generation)
-    if not generation.continuous and any(s.unfinished != "wait" for s in generating):
-        raise InputError(
-            f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
-            "(allowed: continuous, the default of generation.engine: engine)",
-            field="generation.batching",
-        )
+
+
+def _check_continuous(generation: Generation, why: str) -> None:
+    """Raises InputError that names what makes batches static: the engine, unless it was told to."""
+    if generation.continuous:
+        return
+    field, allowed = "generation.engine", "engine"
+    if generation.engine == "engine":
+        field, allowed = "generation.batching", "continuous"
+    elif generation.engine == "hybrid":
+        allowed += "; or hybrid with generation.batching: continuous"
+    given = generation.batching if field == "generation.batching" else generation.engine
+    raise InputError(f"is {given}: {why}, which static batches cannot (allowed: {allowed})", field=field)
 
 
 def _check_turns(generation: Generation) -> None:
     """Whether an engine can take responses in turns."""
-    if not generation.continuous:
-        raise InputError(
-            "are taken by continuous engines only: a static batch ends with its longest turn (allowed: generation."
-            "batching continuous, the default of generation.engine: engine)",
-            field="workload.turns",
-        )
+    _check_continuous(generation, "a response of several turns (workload.turns) leaves its batch and comes back")
     if generation.prefix_caching:
         raise InputError(
             "is true; with workload.turns what an engine keeps of a context is found by its own sample only (allowed: "

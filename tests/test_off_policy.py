@@ -339,8 +339,26 @@ def test_stage_fusion_scores_while_the_tail_is_generated() -> None:
 def test_static_batches_cannot_be_stopped() -> None:
     with pytest.raises(InputError, match="static batches cannot") as error:
         prepare(scenario("partial_rollout", "hybrid"))
-    assert error.value.field == "generation.batching"
+    assert error.value.field == "generation.engine"
     assert prepare(scenario("partial_rollout", "hybrid", **{"generation.batching": "continuous"})).graph.off_policy
+    with pytest.raises(InputError, match=r"is static: strategy asynchronous.*allowed: continuous") as error:
+        prepare(scenario("asynchronous", "engine", **{"generation.batching": "static"}))
+    assert error.value.field == "generation.batching"
+
+
+@pytest.mark.parametrize("strategy", strategy_names())
+@pytest.mark.parametrize("engine", ["hybrid", "zero3_per_token"])
+def test_who_needs_an_engine_says_so(strategy: str, engine: str) -> None:
+    """Whatever a strategy misses of an engine, the message names the setting that gives it."""
+    try:
+        prepare(scenario(strategy, engine))
+    except InputError as error:
+        assert "generation.engine" in str(error)
+        prepare(scenario(strategy, "engine"))
+        if "hybrid for plain batches" in str(error):
+            prepare(scenario(strategy, "hybrid"))
+    else:
+        assert strategy in ("colocated", "interleaved") or engine == "hybrid"
 
 
 def test_only_stale_strategies_are_another_algorithm() -> None:

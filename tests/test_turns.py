@@ -398,7 +398,8 @@ def test_lengths_are_those_of_the_turns() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"generation.batching": "static", "workload.turns": 2}, "workload.turns.*continuous"),
+        ({"generation.batching": "static", "workload.turns": 2}, "generation.batching.*workload.turns.*continuous"),
+        ({"generation.engine": "hybrid", "workload.turns": 2}, "generation.engine.*is hybrid.*allowed: engine"),
         ({"generation.prefix_caching": True, "workload.turns": 2}, "generation.prefix_caching.*keep_prefix"),
         ({"generation.speculative": {"tokens": 3, "acceptance_length": 2}, "workload.turns": 2},
          "generation.speculative.*not modelled with workload.turns"),
@@ -415,7 +416,7 @@ def test_lengths_are_those_of_the_turns() -> None:
 )  # fmt: skip
 def test_impossible_turns(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        prepare(scenario(engine="engine", **changes))
+        prepare(scenario(**({"generation.engine": "engine"} | changes)))
 
 
 def test_real_runs_have_one_turn() -> None:

@@ -53,7 +53,7 @@ class Overheads(Record):
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
-        gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
+        gathers results, serial at the driver (`execution: controller`); absent: that takes no time.
     controller_call_seconds: fixed cost of one such call.
     sync_tensor_seconds, sync_bucket_seconds: host time of a weight sync to another copy, per tensor (naming it, calling
         the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default

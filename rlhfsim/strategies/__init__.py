@@ -20,6 +20,7 @@ class Devices:
         not named moves all its ranks together (a ZeRO-3 domain, a training step).
     replica: model -> ranks of one replica; a model's device set is a multiple of it (default 1).
     own_engine: responses are generated from a separate copy of the actor (`shadow_actor`), not from the actor itself.
+    controller: scores of all ranks are gathered stage by stage (`execution` of the scenario).
     guests: models that are none, as a function, judge or sandbox gives what they would: their stages need no GPU, and
         take turns on the ranks of another model.
     """
@@ -29,10 +30,16 @@ class Devices:
     together: dict[str, int] = field(default_factory=dict)
     replica: dict[str, int] = field(default_factory=dict)
     own_engine: bool = False
+    controller: bool = False
     guests: tuple[str, ...] = ()
 
     def size(self, stage: str) -> int | None:
         return self.together.get(stage)
+
+    def meeting(self, stage: str) -> int | None:
+        """`size` of a scoring stage: with a controller all its ranks begin when the stage before has been gathered, and
+        end together."""
+        return None if self.controller else self.size(stage)
 
     def unit(self, stage: str, model: str) -> int:
         """What the number of a stage's ranks must be a multiple of."""

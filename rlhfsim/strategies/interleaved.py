@@ -58,7 +58,7 @@ def build(
             if mode == "sync" and model == "reward":
                 _ask_late(graph, scored[step.name], owners["reward"], ranks, per_rank, chunks)
         else:
-            size = devices.size(step.name)
+            size = devices.size(step.name) if step.kind == "generate" else devices.meeting(step.name)
             scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=size, chunks=chunks)]
         for needed in step.needs:
             stream = algorithm.streams(needed, step.name)
@@ -124,7 +124,7 @@ def _turns(
     graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices, chunks: int
 ) -> list[str]:
     """The stages in which `own` handle every lane; their names, in order."""
-    size = devices.size(step.name) or len(own)
+    size = devices.meeting(step.name) or len(own)
     if concat:
         return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=chunks)]
     mine = sorted(ranks.index(r) for r in own)
