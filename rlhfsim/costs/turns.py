@@ -16,7 +16,8 @@ of its engine comes back with its answer.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,10 +25,10 @@ import numpy as np
 from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation, Turns
 
+from .engine import _piece
 from .generation import StepSeconds, _Steps
 from .pool import Engine, Sample
 
-PROBES = 32  # lengths of a run that are tried at once
 SAME_INSTANT_SECONDS = 1e-9  # rounding, and far less than a step
 
 
@@ -67,6 +68,7 @@ class TurnEngine(Engine):
 
     def submit(self, samples: Sequence[Sample], drawn: Sequence[int]) -> None:
         super().submit(samples, drawn)
+        self.seconds.single.expect([piece for sample in samples for piece in self._pieces(sample)])
         for k in range(len(self.turn), len(self.samples)):
             turns = self.samples[k].turns
             self.response[k] = turns[0].tokens
@@ -74,6 +76,14 @@ class TurnEngine(Engine):
             for turn in turns[: self.samples[k].turn_at(self.generated[k])]:
                 self.generated[k] -= turn.tokens
                 self._next_turn(k)
+
+    def _pieces(self, sample: Sample) -> Iterator[float]:
+        """What its second turn and those after it compute of its context, where the cache keeps all that it can."""
+        context = sample.prompt
+        for turn in sample.turns[:-1]:
+            kept = (context + turn.tokens - 1) // self.block * self.block if self.turns.keep_prefix else 0
+            context += turn.tokens + turn.observation_tokens
+            yield _piece(kept, context)
 
     def kept(self) -> list[int]:
         return [*super().kept(), *(k for *_, k in sorted(self.away))]
@@ -118,7 +128,7 @@ class TurnEngine(Engine):
             self.elapsed_seconds += instant - self.now
             self._take_back(instant)
         super().advance(self._steps_until_return(limit))
-        self.elapsed_seconds += float(self.seconds.of(self.builder.last_run()).sum())
+        self.elapsed_seconds += self.seconds.single.of(*self.builder.last_run())
         for k in sorted(self.ended, key=lambda k: self.samples[k].number):
             self._call_tool(k)
         self.ended = []
@@ -134,22 +144,16 @@ class TurnEngine(Engine):
         self._drop_stale()
         if not self.away or not self.base:
             return limit
-        low, high = 1, self.ending[0][0] - self.clock  # ticks are tokens: nothing drafts
-        high = high if limit is None else min(high, limit)
+        most = (self.ending[0][0] - self.clock) // self.progress.ticks
+        most = most if limit is None else min(most, limit)
         left = self.away[0][0] - self.now - SAME_INSTANT_SECONDS
-        while low < high:
-            probes = np.unique(np.linspace(low, high, PROBES).astype(int))
-            enough = int(np.searchsorted(self._decode_seconds(probes), left))
-            if enough == len(probes):
-                break
-            low, high = int(probes[enough - 1]) + 1 if enough else low, int(probes[enough])
-        return high
+        return 1 + bisect_left(range(1, most), left, key=self._decode_seconds)
 
-    def _decode_seconds(self, steps: np.ndarray) -> np.ndarray:
+    def _decode_seconds(self, steps: int) -> float:
         """Of so many steps of those that decode now."""
-        row = [1, len(self.base), self._context(), 0, len(self.base), len(self.running)]
-        runs = self.builder.decoding(steps, np.tile(row, (len(steps), 1)).T)
-        return np.asarray(self.seconds.of(runs).sum(axis=0))
+        decoding = len(self.base)
+        row = steps, decoding, self._context(), 0, decoding * self.progress.width, len(self.running)
+        return self.seconds.single.of(row)
 
     def _call_tool(self, k: int) -> None:
         """At the end of a turn: what stays in the cache, and when the tool will be done."""
