@@ -151,8 +151,7 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
             "(allowed: hybrid for plain batches, engine)",
             field="generation.engine",
         )
-    if scenario.workload.turns is not None:
-        _check_turns(generation)
+    _check_turns(scenario)
 
 
 def _check_continuous(generation: Generation, why: str) -> None:
@@ -168,20 +167,17 @@ def _check_continuous(generation: Generation, why: str) -> None:
     raise InputError(f"is {given}: {why}, which static batches cannot (allowed: {allowed})", field=field)
 
 
-def _check_turns(generation: Generation) -> None:
+def _check_turns(scenario: Scenario) -> None:
     """Whether an engine can take responses in turns."""
+    generation, turns = scenario.generation, scenario.workload.turns
+    if turns is None:
+        return
     _check_continuous(generation, "a response of several turns (workload.turns) leaves its batch and comes back")
-    if generation.prefix_caching:
+    if generation.prefix_caching and not turns.keep_prefix:
         raise InputError(
-            "is true; with workload.turns what an engine keeps of a context is found by its own sample only (allowed: "
-            "false; workload.turns.keep_prefix says whether turns keep theirs)",
-            field="generation.prefix_caching",
-        )
-    if generation.speculative is not None:
-        raise InputError(
-            f"verifies {generation.speculative.tokens} drafts a step, which is not modelled with workload.turns "
-            "(allowed: none)",
-            field="generation.speculative",
+            "is false, but with generation.prefix_caching an engine finds the context of a turn that has ended "
+            "(allowed: true)",
+            field="workload.turns.keep_prefix",
         )
 
 
