@@ -346,7 +346,8 @@ class Turns(Record):
     tool_concurrency: calls at work at once for each engine, first come, first served; absent: any number. (Of a tool
         that n engines share, give a share.)
     keep_prefix: the engine keeps the blocks of a context while its tool is at work, until others need them (prefix
-        caching); otherwise a turn computes its whole context again.
+        caching of a sample's own context; `generation.prefix_caching` adds what samples share); otherwise a turn
+        computes its whole context again.
     max_tokens: of a response, all turns and observations together. What exceeds it is cut off; an observation that
         leaves no room for another token ends the response (as verl's tool_agent_loop). Absent: whatever is drawn.
     """
