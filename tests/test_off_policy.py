@@ -333,6 +333,23 @@ def test_stage_fusion_scores_while_the_tail_is_generated() -> None:
     assert tail.counts["samples"] < timeline.of(stage="gen", iteration=1)[0].counts["samples"]
 
 
+def test_elastic_trainers_help_between_two_updates() -> None:
+    """They generate when the engines have finished their share, which those do while the trainers train."""
+    timeline = timeline_of(scenario("elastic", "engine", **SMALL))
+    for i in range(1, 5):
+        (alone,), (all_of_them,) = timeline.of(stage="gen", iteration=i), timeline.of(stage="gen.tail", iteration=i)
+        (arrived,) = timeline.of(stage="update_weights", iteration=i - 1)
+        (update,) = timeline.of(stage="update_actor", iteration=i - 1)
+        assert set(alone.ranks).isdisjoint(update.ranks) and set(all_of_them.ranks) == set(alone.ranks) | set(
+            update.ranks
+        )
+        assert alone.start_seconds < update.end_seconds and alone.end_seconds <= arrived.start_seconds
+        assert arrived.end_seconds <= all_of_them.start_seconds
+        assert alone.counts["samples"] + all_of_them.counts["samples"] == 16
+    age = off_policy_summary(timeline)
+    assert age is not None and 0 < age.mean_age_steps < age.max_age_steps == 1
+
+
 # ---------------------------------------------------------------- users
 
 
@@ -363,6 +380,6 @@ def test_who_needs_an_engine_says_so(strategy: str, engine: str) -> None:
 
 def test_only_stale_strategies_are_another_algorithm() -> None:
     stale = {name for name in strategy_names() if prepare(scenario(name, "engine")).graph.off_policy}
-    assert stale == {"asynchronous", "one_step_off", "partial_rollout"}
+    assert stale == {"asynchronous", "elastic", "one_step_off", "partial_rollout"}
     assert not prepare(scenario("partial_rollout", "engine", **{"strategy.resume": False})).graph.off_policy
     assert not prepare(scenario("asynchronous", "engine", **{"strategy.staleness": 0})).graph.off_policy
