@@ -106,7 +106,10 @@ def devices_of(scenario: Scenario) -> Devices:
         "reference": models.reference.ranks_together,
         "reward": together.get("reward", models.reward.tensor_parallel if scenario.algorithm.reward == "model" else 1),
     }
-    return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
+    guests = () if scenario.algorithm.reward == "model" else ("reward",)
+    controller = scenario.execution == "controller"
+    ranks = tuple(range(cluster.gpus))
+    return Devices(ranks, cluster.node.gpus_per_node, together, replica, own_engine, controller, guests)
 
 
 def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
@@ -120,7 +123,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     notes: list[str] = []
     devices = devices_of(scenario)
     if (slots := options.pop("slots", None)) is not None:
-        judges = {"reference", "reward"} & set(algorithm_of(scenario).models)
+        judges = {"reference", "reward"} & set(algorithm_of(scenario).models) - (set(devices.guests) - set(slots))
         options, notes = _with_slots(name, slots, options, devices, sorted(judges))
     allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
     for option in options:
@@ -147,41 +150,41 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
     """Whether the engine can do what the strategy asks of it."""
     name, generation = scenario.strategy.name, scenario.generation
     generating = [s for s in graph.stages() if s.kind == "generate"]
+    if any(s.unfinished != "wait" for s in generating):
+        _check_continuous(generation, f"strategy {name} stops engines while responses are unfinished")
     if generation.engine == "zero3_per_token" and any(s.model == "shadow_actor" for s in generating):
         raise InputError(
             f"zero3_per_token gathers the training weights; a {name} strategy generates from a full copy "
             "(allowed: hybrid for plain batches, engine)",
             field="generation.engine",
         )
-    if scenario.workload.turns is not None:
-        _check_turns(generation)
-    if not generation.continuous and any(s.unfinished != "wait" for s in generating):
-        raise InputError(
-            f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
-            "(allowed: continuous, the default of generation.engine: engine)",
-            field="generation.batching",
-        )
+    _check_turns(scenario)
 
 
-def _check_turns(generation: Generation) -> None:
+def _check_continuous(generation: Generation, why: str) -> None:
+    """Raises InputError that names what makes batches static: the engine, unless it was told to."""
+    if generation.continuous:
+        return
+    field, allowed = "generation.engine", "engine"
+    if generation.engine == "engine":
+        field, allowed = "generation.batching", "continuous"
+    elif generation.engine == "hybrid":
+        allowed += "; or hybrid with generation.batching: continuous"
+    given = generation.batching if field == "generation.batching" else generation.engine
+    raise InputError(f"is {given}: {why}, which static batches cannot (allowed: {allowed})", field=field)
+
+
+def _check_turns(scenario: Scenario) -> None:
     """Whether an engine can take responses in turns."""
-    if not generation.continuous:
+    generation, turns = scenario.generation, scenario.workload.turns
+    if turns is None:
+        return
+    _check_continuous(generation, "a response of several turns (workload.turns) leaves its batch and comes back")
+    if generation.prefix_caching and not turns.keep_prefix:
         raise InputError(
-            "are taken by continuous engines only: a static batch ends with its longest turn (allowed: generation."
-            "batching continuous, the default of generation.engine: engine)",
-            field="workload.turns",
-        )
-    if generation.prefix_caching:
-        raise InputError(
-            "is true; with workload.turns what an engine keeps of a context is found by its own sample only (allowed: "
-            "false; workload.turns.keep_prefix says whether turns keep theirs)",
-            field="generation.prefix_caching",
-        )
-    if generation.speculative is not None:
-        raise InputError(
-            f"verifies {generation.speculative.tokens} drafts a step, which is not modelled with workload.turns "
-            "(allowed: none)",
-            field="generation.speculative",
+            "is false, but with generation.prefix_caching an engine finds the context of a turn that has ended "
+            "(allowed: true)",
+            field="workload.turns.keep_prefix",
         )
 
 

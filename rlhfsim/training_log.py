@@ -16,10 +16,11 @@ import numpy as np
 
 from .errors import InputError
 from .measurements import Log
-from .published import phase_of, seconds_of
+from .published import seconds_of
 from .simulate import prepare, simulate
 from .spec.loader import load_scenario
 from .spec.scenario import Scenario
+from .uncertainty import phase_of
 from .validate import STEP, Gap, Result
 
 if TYPE_CHECKING:

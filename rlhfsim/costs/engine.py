@@ -176,12 +176,16 @@ def continuous_runs(
     ).run()
 
 
+# A run: steps, and of one step decodes, context, prompt tokens, sampled, running (see `Runs`); contexts are in ticks.
+Row = tuple[int, int, int, int, int, int]
+
+
 class _Builder:
     """Collects runs row by row; contexts are in ticks."""
 
     def __init__(self, samples: int, progress: Progress = ONE_TOKEN) -> None:
         self.progress = progress
-        self.rows: list[tuple[int, int, int, int, int, int]] = []
+        self.rows: list[Row] = []
         self.chunk_run: list[int] = []
         self.chunk_tokens: list[float] = []
         self.completion_run = np.zeros(samples, dtype=int)
@@ -218,11 +222,9 @@ class _Builder:
             steps, decodes, context, prompt, sampled, running, none, none.astype(float), none, progress=self.progress
         )
 
-    def last_run(self) -> Runs:
-        """Without the wait before it."""
-        first, rows = bisect_left(self.chunk_run, len(self.rows) - 1), np.array(self.rows[-1:], dtype=np.int64).T
-        chunks = np.array(self.chunk_tokens[first:], dtype=float)
-        return replace(self.decoding(rows[0], rows), chunk_run=np.zeros(len(chunks), dtype=int), chunk_tokens=chunks)
+    def last_run(self) -> tuple[Row, list[float]]:
+        """With the pieces of prompts in it."""
+        return self.rows[-1], self.chunk_tokens[bisect_left(self.chunk_run, len(self.rows) - 1) :]
 
 
 class _Scheduler:

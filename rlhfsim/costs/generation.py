@@ -24,6 +24,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from .engine import Progress, Runs, continuous_runs, static_runs
 from .kernels import Numbers
 from .operators import EAGER_KERNELS_PER_LAYER, Operators, OperatorTime
 from .passes import weight_tensors
+from .run_seconds import RunSeconds
 from .segment import Op, Segment, Transfer
 
 # Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
@@ -243,6 +245,7 @@ class StepSeconds:
         self.draft: StepSeconds | None = None
         if generation.speculative and (draft := generation.draft_use(use)):
             self.draft = StepSeconds(operators, draft, generation.without_drafts(), drafts=True)
+        self.generation = generation
         queries = generation.speculative.tokens + 1 if generation.speculative else 1
         use = generation.engine_use(use)
         overheads = operators.overheads
@@ -298,6 +301,17 @@ class StepSeconds:
         kinds = use.shape.layer_kinds()
         attending = sum(count for kind, count in kinds.items() if not kind.linear)
         self.windows = [(kind.window, count / attending) for kind, count in kinds.items() if kind.window]
+
+    @property
+    def tables(self) -> list[Callable[[np.ndarray], np.ndarray]]:
+        """Seconds of the layers by tokens, of the head by tokens drawn; of attention by sequences, with nothing cached
+        and for each cached token."""
+        return [table.seconds for table in (self._body, self._head, self._attention, self._per_token)]
+
+    @cached_property
+    def single(self) -> RunSeconds:
+        """The same for one run at a time."""
+        return RunSeconds(self, Progress.of(self.generation.speculative))
 
     def of(self, runs: Runs) -> np.ndarray:
         """Seconds of each run by what limits it: rows as in `BOUNDS`; what nothing explains is the host's."""
@@ -383,6 +397,9 @@ class _Table:
             self._known[:, missing] = self._rows(missing)
             times = self._known[:, counts]
         return times
+
+    def seconds(self, counts: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self._evaluate(counts.astype(float)).seconds, counts.shape)
 
     def _rows(self, counts: np.ndarray) -> np.ndarray:
         return np.array([np.broadcast_to(part, counts.shape) for part in self._evaluate(counts.astype(float)).parts])

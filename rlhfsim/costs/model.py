@@ -340,7 +340,8 @@ class CostModel:
         steps = self._steps_of(model, kind)
         engine = self._rollouts.engine(steps, kind)
         assert isinstance(engine, TurnEngine) and samples.turns is not None
-        return turn_steps(engine, samples.prompts[share], [samples.turns[k] for k in share], steps)
+        groups = samples.groups[share] if len(samples.groups) else None
+        return turn_steps(engine, samples.prompts[share], [samples.turns[k] for k in share], steps, groups)
 
     def _finished_key(self, ranks: tuple[int, ...], samples: _Samples) -> tuple[Any, ...]:
         """What the seconds of engines depend on: samples and machines."""

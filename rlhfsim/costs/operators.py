@@ -274,7 +274,7 @@ class Operators:
         """
         sequences, context = np.asarray(sequences, dtype=float), context_tokens_sum
         linear = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear) / use.shape.layers
-        time = self._attention_decode(use, sequences, context, tensor_parallel, kv_bytes, queries)
+        time = self._attention_decode(use, sequences, context, tensor_parallel, kv_bytes, queries, refined)
         if not linear:
             return time
         moved = linear_attention.step_bytes(use.shape, use.bytes_per_parameter, tensor_parallel, queries=queries)
@@ -289,6 +289,7 @@ class Operators:
         tensor_parallel: int,
         kv_bytes: float | None,
         queries: int,
+        refined: bool,
     ) -> OperatorTime:
         shape, heads = use.shape, use.shape.heads / tensor_parallel
         kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0

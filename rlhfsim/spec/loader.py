@@ -245,6 +245,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     except InputError as error:
         raise _error(error.message, error.field, where) from None
     _check_size(scenario, where)
+    _check_controller(scenario, where)
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
         _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
@@ -281,6 +282,13 @@ def _check_size(scenario: Scenario, where: Where) -> None:
             "algorithm.minibatches",
             where,
         )
+
+
+def _check_controller(scenario: Scenario, where: Where) -> None:
+    for field in ("controller_bytes_per_second", "controller_call_seconds"):
+        if scenario.execution == "spmd" and (value := getattr(scenario.overheads, field)):
+            message = f"is {value:g}, but with execution spmd there is no controller (leave it out)"
+            raise _error(message, f"overheads.{field}", where)
 
 
 def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:

@@ -64,7 +64,7 @@ class Overheads(Record):
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
-        gathers results, serial at the driver; absent: that takes no time (every rank runs the program itself).
+        gathers results, serial at the driver (`execution: controller`); absent: that takes no time.
     controller_call_seconds: fixed cost of one such call, on the workers too (what every stage begins and ends with).
     sync_layer_seconds: host time of any weight sync, per layer of the model: gathering the parameters of a sharded unit
         and giving the allocator's memory back.

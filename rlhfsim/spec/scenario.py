@@ -429,7 +429,8 @@ class Turns(Record):
     tool_concurrency: calls at work at once for each engine, first come, first served; absent: any number. (Of a tool
         that n engines share, give a share.)
     keep_prefix: the engine keeps the blocks of a context while its tool is at work, until others need them (prefix
-        caching); otherwise a turn computes its whole context again.
+        caching of a sample's own context; `generation.prefix_caching` adds what samples share); otherwise a turn
+        computes its whole context again.
     max_tokens: of a response, all turns and observations together. What exceeds it is cut off; an observation that
         leaves no room for another token ends the response (as verl's tool_agent_loop). Absent: whatever is drawn.
     """
@@ -449,8 +450,8 @@ class Workload(Record):
     length (plain Hugging Face batches); otherwise padding is removed.
     turns: of responses with tool calls between them; absent: one turn.
     balanced: the samples of a stage are shared among the replicas of a place by tokens, equally many each (verl's
-        balance_batch, for every mini-batch by itself); otherwise in order. Replicas that are places of their own
-        (models that score with whole copies) keep what they have.
+        balance_batch, for every mini-batch by itself); otherwise in order. Without a controller (`execution: spmd`)
+        co-located replicas that hold whole models keep what they have generated.
     responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
         up to the longest of them.
     """
@@ -771,6 +772,10 @@ class Scenario(Record):
 
     framework: with what it runs, a file of `hw_specs/frameworks/` or the path of one: its host times and kernels stand
         where nothing else is said.
+    execution: who runs the program. `controller`: one process, which gathers what all ranks have made in a stage before
+        it hands out the next: no rank scores before the last response is there, and samples can be dealt again in
+        between (verl, NeMo RL, OpenRLHF, slime, ReaL). `spmd`: every rank, which goes on with its own samples as soon
+        as it can (DeepSpeed-Chat, TRL, the paper's code, real runs here).
     keep: dotted fields that `compare` and `sweep` leave as they are when they tune a strategy; what is set on the
         command line, swept, or named in a row of `compare` is added by itself.
     """
@@ -784,6 +789,7 @@ class Scenario(Record):
     algorithm: Algorithm = Algorithm()
     generation: Generation = Generation()
     strategy: StrategyChoice = StrategyChoice()
+    execution: Literal["controller", "spmd"] = "controller"
     weight_sync: WeightSync = WeightSync()
     overheads: Overheads = Overheads()
     periodic: Periodic = Periodic()
