@@ -56,9 +56,9 @@ class _Replay(_Scheduler):
                 self.waiting.insert(0, arrived)
                 arrived += 1
             self.advance(1 if arrived < len(self.arrivals) or self.waiting else None)
-            run = self.builder.last_run()
-            self.seconds += float(self.steps.of(run).sum())
-            self.seconds += float(run.steps.sum()) * self.reduce(int(run.computed.max()))
+            row, pieces = self.builder.last_run()
+            steps, decodes, _, prompt, _, _ = row
+            self.seconds += self.steps.single.of(row, pieces) + steps * self.reduce(decodes + prompt)
             self.first[self._started], self.last[self._ended] = self.seconds, self.seconds
             self._started, self._ended = [], []
 

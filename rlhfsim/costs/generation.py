@@ -286,7 +286,7 @@ class StepSeconds:
         self._head = _Table(lambda m: operators.head_forward(use, m, degree, "lm"))
         kv_bytes = generation.kv_bytes(use)
 
-        def attention(batch: np.ndarray, context: np.ndarray, refined: bool = True) -> OperatorTime:
+        def attention(batch: Numbers, context: Numbers, refined: bool = True) -> OperatorTime:
             return layers * operators.attention_decode(
                 use, batch, context, degree, kv_bytes=kv_bytes, queries=queries, refined=refined
             )
@@ -296,7 +296,7 @@ class StepSeconds:
         def of_one_token(batch: np.ndarray) -> OperatorTime:
             return attention(batch, np.ones(len(batch)), False) + -1.0 * attention(batch, np.zeros(len(batch)), False)
 
-        self._attention = attention
+        self.attention = attention
         self._per_token = _Table(of_one_token)
         kinds = use.shape.layer_kinds()
         attending = sum(count for kind, count in kinds.items() if not kind.linear)
@@ -304,9 +304,9 @@ class StepSeconds:
 
     @property
     def tables(self) -> list[Callable[[np.ndarray], np.ndarray]]:
-        """Seconds of the layers by tokens, of the head by tokens drawn; of attention by sequences, with nothing cached
-        and for each cached token."""
-        return [table.seconds for table in (self._body, self._head, self._attention, self._per_token)]
+        """Seconds of the layers by tokens, of the head by tokens drawn, of attention to one more cached token by
+        sequences."""
+        return [table.seconds for table in (self._body, self._head, self._per_token)]
 
     @cached_property
     def single(self) -> RunSeconds:
@@ -337,7 +337,7 @@ class StepSeconds:
     def _of(self, runs: Runs) -> np.ndarray:
         """Without what drafts."""
         context, growing = self._attended(runs)
-        attention = np.array(self._attention(runs.decodes, self.cache_traffic * context).parts)
+        attention = np.array(self.attention(runs.decodes, self.cache_traffic * context).parts)
         device = self._body(runs.computed) + self._head(runs.sampled) + attention + self._prefill(runs)
         per_token = self.cache_traffic * self._per_token(runs.decodes)[0]  # of one more in the cache
         growth = per_token * runs.decodes * runs.progress.advance * growing

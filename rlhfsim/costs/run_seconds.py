@@ -26,7 +26,7 @@ class RunSeconds:
 
     def __init__(self, steps: StepSeconds, progress: Progress) -> None:
         self.steps, self.progress, self.advance = steps, progress, progress.advance
-        self._body, self._head, self._attention, self._per_token = map(_Totals, steps.tables)
+        self._body, self._head, self._per_token = map(_Totals, steps.tables)
         self._prefill: dict[float, float] = {}  # seconds of attention to one piece of a prompt
         self._draft: RunSeconds | None = None
         if steps.draft is not None:
@@ -55,7 +55,7 @@ class RunSeconds:
         steps, decodes, ticks, prompt, sampled, _ = row
         given = self.steps
         slope = given.cache_traffic * self._per_token[decodes]
-        device = self._body[decodes * self.progress.width + prompt] + self._head[sampled] + self._attention[decodes]
+        device = self._body[decodes * self.progress.width + prompt] + self._head[sampled]
         if len(pieces) == 1 and pieces[0] in self._prefill:
             device += self._prefill[pieces[0]]
         elif pieces:
@@ -66,11 +66,12 @@ class RunSeconds:
             beyond = max(context - window * decodes, 0.0)
             attended -= share * beyond
             growing -= share * (beyond > 0)
-        device += slope * attended
+        if decodes:
+            device += float(given.attention(decodes, given.cache_traffic * attended).seconds)
         if given.floor_seconds:
             growth = slope * decodes * self.advance * growing
             device += _below(given.floor_seconds, device - growth * (steps - 1) / 2, growth, steps) / steps
-        return steps * (device + given.step_seconds + given.sequence_seconds * sampled)
+        return given.unexplained * steps * (device + given.step_seconds + given.sequence_seconds * sampled)
 
     def _prefill_seconds(self, pieces: np.ndarray) -> np.ndarray:
         """Of attention in all layers, for each row of pieces that are computed together."""
