@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from math import ceil, log2
 from typing import Literal
 
 from . import linear_attention
@@ -193,7 +192,8 @@ def _rounded(use: ModelUse, width: int) -> float:
     for kind, layers in spec.layer_kinds().items():
         for gemm in layer_gemms(spec, t, kind, use.expert_split()):
             sizes[width * gemm.n * gemm.k] += layers * gemm.copies
-    return sum(n * 2 ** ceil(log2(size)) for size, n in sizes.items()) / sum(n * size for size, n in sizes.items())
+    rounded = sum(n * (1 << (size - 1).bit_length()) for size, n in sizes.items())
+    return rounded / sum(n * size for size, n in sizes.items())
 
 
 @dataclass(frozen=True)
