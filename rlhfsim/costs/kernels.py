@@ -12,7 +12,7 @@ to launch a kernel eagerly is `Kernels.host_launch_seconds`, and hides in a CUDA
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -347,22 +347,42 @@ def attention_decode_time(
 
     Memory-bound, so the number of query heads does not enter, unless `flops_per_token` (of context) says what there is
     to compute, at `compute_efficiency` of the peak. `kv_bytes`: per cached element. query_heads: applies the residuals.
-    Without them it is linear in `context_tokens`: s steps of a fixed batch take s times the seconds at the mean
-    context, context_tokens + batch (s-1)/2.
+
+    Piecewise linear in the tokens of the mean sequence, between the knots of the residuals: s steps of a fixed batch
+    that stay between two of them take s times the seconds at the mean context, context_tokens + batch (s-1)/2.
     """
     context_tokens, batch = np.asarray(context_tokens, dtype=float), np.asarray(batch, dtype=float)
-    moved = 2 * kv_bytes * kv_heads * head_dim * context_tokens
-    memory = moved / (rates.memory_bytes_per_second * curve.memory_efficiency)
-    compute = flops_per_token * context_tokens / (rates.flops_per_second * compute_efficiency)
-    if ideal:
-        return _limited(compute, memory)
-    limit, launch = np.maximum(compute, memory), np.asarray(curve.kernel_seconds)
-    body = limit + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
-    if curve.residuals and query_heads is not None:
-        tokens = context_tokens / np.maximum(batch, 1)
-        ratio = curve.residuals(query_heads / kv_heads, batch * kv_heads, tokens)
-        body, launch = np.maximum(ratio * body, limit), ratio * launch
-    return _limited(compute, memory, body, launch)
+
+    def at(context: np.ndarray, refine: Callable[[np.ndarray], Numbers] | None = None) -> KernelTime:
+        moved = 2 * kv_bytes * kv_heads * head_dim * context
+        memory = moved / (rates.memory_bytes_per_second * curve.memory_efficiency)
+        compute = flops_per_token * context / (rates.flops_per_second * compute_efficiency)
+        if ideal:
+            return _limited(compute, memory)
+        limit, launch = np.maximum(compute, memory), np.asarray(curve.kernel_seconds)
+        body = limit + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
+        if refine:
+            ratio = refine(context)
+            body, launch = np.maximum(ratio * body, limit), ratio * launch
+        return _limited(compute, memory, body, launch)
+
+    residuals = curve.residuals
+    if residuals is None or query_heads is None or ideal:
+        return at(context_tokens)
+    sequences, group = np.maximum(batch, 1), query_heads / kv_heads
+
+    def ratio(context: np.ndarray) -> np.ndarray:
+        return residuals(group, batch * kv_heads, context / sequences)
+
+    knots = np.array(residuals.axes[-1])
+    tokens = context_tokens / sequences
+    after = np.searchsorted(knots, tokens)
+    inside = (after > 0) & (after < len(knots))
+    low = np.where(inside, knots[np.maximum(after - 1, 0)], tokens)
+    high = np.where(inside, knots[np.minimum(after, len(knots) - 1)], tokens)
+    share = np.divide(tokens - low, high - low, out=np.zeros(np.shape(tokens)), where=inside)
+    below, above = (at(ends * sequences, ratio) for ends in (low, high))
+    return KernelTime(*((1 - share) * a + share * b for a, b in zip(below, above, strict=True)))
 
 
 def delta_rule_time(
