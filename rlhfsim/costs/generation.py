@@ -274,7 +274,10 @@ class StepSeconds:
             self.step_seconds = self.sequence_seconds = 0.0
         self._body = _Table(
             lambda m: (
-                layers * operators.layer_forward(use, m, degree, adapters=generation.runs_adapters)
+                layers
+                * operators.layer_forward(
+                    use, m, degree, adapters=generation.runs_adapters, serving=generation.continuous
+                )
                 + operators.embedding(use, m)
             )
         )
