@@ -388,7 +388,7 @@ def test_seconds_are_those_of_the_twin(workload: dict, floor_share: float, draft
     draft = model.model_copy(update={"shape": few}) if drafting and draft_layers else None
     by_step = [twin_seconds(step, ops, model, floor, 1e-4, 1e-6, drafts, draft) for step in steps]
     expected = np.add.reduceat(by_step, np.concatenate([[0], np.cumsum(runs.steps)[:-1]]))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)  # attention is nearly linear: a run takes its mean step's
 
 
 @given(

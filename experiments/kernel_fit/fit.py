@@ -274,7 +274,7 @@ def build(arch: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str
         },
         "host_launch_seconds": {"value": 5.5e-6, "source": "superbench"},
         "gemm": gemm_curves(args, gpu, keep, gradient),
-        "grouped_gemm": expert_curves(args, gpu, streaming, gradient),
+        "fused_experts": expert_curves(args, gpu, streaming, gradient),
         "prefill": prefill(keep["prefill"], rates, "aic_attention") | ratio,
         "decode": decode(keep["decode"], rates, "aic_attention"),
         "memory": streaming,

@@ -279,7 +279,10 @@ class StepSeconds:
             self.step_seconds, self.sequence_seconds, self.unexplained = 0.0, 0.0, 1.0
         self._body = _Table(
             lambda m: (
-                layers * operators.layer_forward(use, m, degree, adapters=generation.runs_adapters)
+                layers
+                * operators.layer_forward(
+                    use, m, degree, adapters=generation.runs_adapters, serving=generation.continuous
+                )
                 + operators.embedding(use, m)
             )
         )

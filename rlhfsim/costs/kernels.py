@@ -179,7 +179,7 @@ class Kernels(Record):
     reference: Reference
     host_launch_seconds: Sourced
     gemm: dict[CurvePrecision, GemmCurve]
-    grouped_gemm: dict[CurvePrecision, GemmCurve] = Field(default_factory=dict)
+    fused_experts: dict[CurvePrecision, GemmCurve] = Field(default_factory=dict)
     prefill: PrefillCurve
     decode: DecodeCurve
     memory: dict[MemoryKernel, MemoryCurve]
@@ -199,7 +199,7 @@ class Kernels(Record):
     def fits(self) -> dict[str, Fit]:
         """Every curve's provenance by its dotted name."""
         found: dict[str, Fit] = {}
-        for table in ("gemm", "grouped_gemm"):
+        for table in ("gemm", "fused_experts"):
             for name, curve in getattr(self, table).items():
                 found |= {f"{table}.{name}": curve.fit, f"{table}.{name}.weight_gradient": curve.weight_gradient_fit}
         found |= {"prefill": self.prefill.fit, "prefill.backward": self.prefill.backward_fit}
@@ -210,12 +210,13 @@ class Kernels(Record):
                 found |= {f"{table}.{op}.{ranks}": curve.fit for ranks, curve in curves.items()}
         return found
 
-    def gemm_curve(self, precision: str, *, grouped: bool = False) -> GemmCurve:
+    def gemm_curve(self, precision: str, *, fused_experts: bool = False) -> GemmCurve:
         """fp16 and fp32 follow the bf16 curve (with their own peak); fp8 too where it was not measured.
 
-        grouped: of all experts' products in one kernel; as other products where that was not measured.
+        fused_experts: of the kernels in which serving engines run all experts' products, where they were measured.
+        Training's grouped products are as fast as others: README.md of experiments/kernel_fit.
         """
-        curves = self.grouped_gemm if grouped and self.grouped_gemm else self.gemm
+        curves = self.fused_experts if fused_experts and self.fused_experts else self.gemm
         return curves["fp8"] if precision == "fp8" and "fp8" in curves else curves["bf16"]
 
     def collective(self, op: Collective, ranks: int) -> CollectiveCurve:

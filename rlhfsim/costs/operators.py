@@ -150,16 +150,17 @@ class Operators:
     # --- one layer: the mean of all, where layers differ ---------------------------------------------------------
 
     def layer_forward(
-        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True
+        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True, serving: bool = False
     ) -> OperatorTime:
         """Projections, MLP or experts, norms, residuals, rotary embedding, activation; attention itself is apart.
 
         adapters: run LoRA's low-rank products beside the weights (False: they are merged into the weights).
+        serving: with the kernels in which serving engines run all experts.
         """
 
         def of(kind: LayerKind) -> OperatorTime:
             gemms = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
-            time = self._products("forward", use, tokens, gemms, self._layer_precision(use))
+            time = self._products("forward", use, tokens, gemms, self._layer_precision(use), serving=serving)
             if adapters and use.lora_rank:
                 time += self._products("forward", use, tokens, lora_gemms(use, tensor_parallel, kind))
             if not use.fused_kernels:
@@ -371,14 +372,14 @@ class Operators:
 
     def _products(
         self, product: Product, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm],
-        precision: Precision | None = None,
+        precision: Precision | None = None, *, serving: bool = False,
     ) -> OperatorTime:  # fmt: skip
         """Forward products, or gradients of the data or of the weights, of all gemms."""
-        times = (self._gemm(use, g, tokens, product, precision) for g in gemms)
+        times = (self._gemm(use, g, tokens, product, precision, serving) for g in gemms)
         return _where(np.asarray(tokens) > 0, total(times))
 
     def _gemm(
-        self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None
+        self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None, serving: bool
     ) -> OperatorTime:
         """One product, or those of all experts that tokens go to, on the busiest of the ranks that share the experts.
 
@@ -395,7 +396,7 @@ class Operators:
             "data": (rows, gemm.k, gemm.n),
             "weights": (gemm.k, gemm.n, rows),
         }[product]
-        curve = self.kernels.gemm_curve(precision or use.precision, grouped=gemm.chosen < 1)
+        curve = self.kernels.gemm_curve(precision or use.precision, fused_experts=serving and gemm.chosen < 1)
         weights_bytes = parameters(use.shape) * use.bytes_per_parameter if curve.cache_bytes else np.inf
         time = gemm_time(
             curve, self._rates(use, precision), m, n, k,
