@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import Literal
 
 from . import linear_attention

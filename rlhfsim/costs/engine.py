@@ -96,6 +96,34 @@ class Runs:
     tool_calls: int = 0
     tool_seconds: float = 0.0
 
+    def cut(self, breaks: np.ndarray) -> tuple[Runs, np.ndarray]:
+        """Cut where the context of the mean sequence passes one of `breaks` (rising, in tokens); and where in the
+        result each run begins."""
+        whole = np.arange(len(self.steps))
+        gain = self.progress.advance
+        context = self.context_tokens / np.maximum(self.decodes, 1)
+        if not (
+            (self.decodes > 0) & (_above(breaks, context) < _above(breaks, context + gain * (self.steps - 1)))
+        ).any():
+            return self, whole
+        before = np.clip(np.ceil((breaks[:, None] - context) / gain), 0, np.where(self.decodes > 0, self.steps, 0))
+        bounds = np.vstack([np.zeros(len(whole)), before, self.steps]).astype(int).T
+        lengths = np.diff(bounds)
+        owner, piece = np.nonzero((lengths > 0) | ((self.steps == 0)[:, None] & (np.arange(lengths.shape[1]) == 0)))
+        first = np.searchsorted(owner, whole)
+        passed = self.decodes[owner] * gain * bounds[owner, piece]
+        cut = replace(
+            self,
+            steps=lengths[owner, piece],
+            decodes=self.decodes[owner],
+            context_tokens=self.context_tokens[owner] + passed,
+            prompt_tokens=self.prompt_tokens[owner],
+            sampled=self.sampled[owner],
+            running=self.running[owner],
+            chunk_run=first[self.chunk_run],
+        )
+        return cut, first
+
     @property
     def mean_context_tokens(self) -> np.ndarray:
         """Attended KV tokens in the mean step of a run."""
@@ -105,6 +133,10 @@ class Runs:
     def computed(self) -> np.ndarray:
         """Tokens that go through the layers in a step."""
         return np.asarray(self.decodes * self.progress.width + self.prompt_tokens)
+
+
+def _above(breaks: np.ndarray, context: np.ndarray) -> np.ndarray:
+    return np.searchsorted(breaks, context, side="right")
 
 
 def static_runs(

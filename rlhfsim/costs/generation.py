@@ -70,6 +70,7 @@ LOW_OCCUPANCY = 0.1
 
 BOUNDS = ("flops", "hbm", "launch", "host")
 HOST = BOUNDS.index("host")
+LONGEST_CONTEXT = 1e12  # tokens: beyond every one
 
 
 @dataclass(frozen=True)
@@ -289,27 +290,32 @@ class StepSeconds:
         self._head = _Table(lambda m: operators.head_forward(use, m, degree, "lm"))
         kv_bytes = generation.kv_bytes(use)
 
-        def attention(batch: Numbers, context: Numbers, refined: bool = True) -> OperatorTime:
-            return layers * operators.attention_decode(
-                use, batch, context, degree, kv_bytes=kv_bytes, queries=queries, refined=refined
-            )
-
         self.state_blocks = state_blocks(use, generation)
-
-        def of_one_token(batch: np.ndarray) -> OperatorTime:
-            return attention(batch, np.ones(len(batch)), False) + -1.0 * attention(batch, np.zeros(len(batch)), False)
-
-        self.attention = attention
-        self._per_token = _Table(of_one_token)
+        self._kv_bytes, self._queries = kv_bytes, queries
         kinds = use.shape.layer_kinds()
         attending = sum(count for kind, count in kinds.items() if not kind.linear)
         self.windows = [(kind.window, count / attending) for kind, count in kinds.items() if kind.window]
+        self.breaks = self._breaks()
+
+    def _breaks(self) -> np.ndarray:
+        """Contexts of a sequence between which the seconds of its steps are linear: windows, knots of the curve."""
+        windows = sorted({0.0, *(float(window) for window, _ in self.windows), float(LONGEST_CONTEXT)})
+        attended = [t - sum(share * max(t - window, 0.0) for window, share in self.windows) for t in windows]
+        knots = np.array(self.operators.decode_knots(self.use)) / self.cache_traffic
+        found = np.interp(knots[knots < attended[-1]], attended, windows)
+        return np.unique(np.concatenate([windows[1:-1], found]))
+
+    def attention(self, sequences: Numbers, context_tokens: Numbers) -> OperatorTime:
+        """Of all layers for one step, with so many cached tokens attended to in the mean layer."""
+        context = self.cache_traffic * np.asarray(context_tokens)
+        return self.layers * self.operators.attention_decode(
+            self.use, sequences, context, self.degree, kv_bytes=self._kv_bytes, queries=self._queries
+        )
 
     @property
     def tables(self) -> list[Callable[[np.ndarray], np.ndarray]]:
-        """Seconds of the layers by tokens, of the head by tokens drawn, of attention to one more cached token by
-        sequences."""
-        return [table.seconds for table in (self._body, self._head, self._per_token)]
+        """Seconds of the layers by tokens, of the head by tokens drawn."""
+        return [table.seconds for table in (self._body, self._head)]
 
     @cached_property
     def single(self) -> RunSeconds:
@@ -339,32 +345,30 @@ class StepSeconds:
 
     def _of(self, runs: Runs) -> np.ndarray:
         """Without what drafts."""
-        context, growing = self._attended(runs)
-        attention = np.array(self.attention(runs.decodes, self.cache_traffic * context).parts)
+        runs, first = runs.cut(self.breaks)
+        last = runs.decodes * runs.progress.advance * (runs.steps - 1)
+        attention = np.array(self.attention(runs.decodes, self.attended(runs, last / 2)).parts)
         device = self._body(runs.computed) + self._head(runs.sampled) + attention + self._prefill(runs)
-        per_token = self.cache_traffic * self._per_token(runs.decodes)[0]  # of one more in the cache
-        growth = per_token * runs.decodes * runs.progress.advance * growing
-        first = device[0] - growth * (runs.steps - 1) / 2
-        waiting = _below(self.floor_seconds, first, growth, runs.steps)
-        launch = device[3] * runs.steps + waiting
+        launch = device[3] * runs.steps
+        if self.floor_seconds:
+            begin, end = (self.attention(runs.decodes, self.attended(runs, at)).seconds for at in (0 * last, last))
+            growth = (np.asarray(end) - begin) / np.maximum(runs.steps - 1, 1)
+            launch = launch + _below(self.floor_seconds, device[0] - growth * (runs.steps - 1) / 2, growth, runs.steps)
         host = runs.steps * (self.step_seconds + self.sequence_seconds * runs.sampled)
-        return np.array([device[1] * runs.steps, device[2] * runs.steps, launch, host])
+        found = np.array([device[1] * runs.steps, device[2] * runs.steps, launch, host])
+        return np.add.reduceat(found, first, axis=1) if len(first) < len(runs.steps) else found
 
-    def _attended(self, runs: Runs) -> tuple[np.ndarray, Numbers]:
-        """Cached tokens attended to in the mean step, and the share of layers where they still grow.
+    def attended(self, runs: Runs, passed: np.ndarray) -> np.ndarray:
+        """Cached tokens attended to, so many after those of a run's first step.
 
         Of the mean layer (of those with attention, where others have none). With a window of w no sequence has more
         than w; the running ones count as equally long, which is too much where some are below and some above it.
         """
-        context = runs.mean_context_tokens
-        if not self.windows:
-            return context, 1.0
-        attended, growing = context.copy(), np.ones(len(context))
+        context = runs.context_tokens + passed
+        attended = context
         for window, share in self.windows:
-            beyond = np.maximum(context - window * runs.decodes, 0.0)
-            attended -= share * beyond
-            growing -= share * (beyond > 0)
-        return attended, growing
+            attended = attended - share * np.maximum(context - window * runs.decodes, 0.0)
+        return np.asarray(attended)
 
     def _prefill(self, runs: Runs) -> np.ndarray:
         """Attention of the pieces of prompts, all pieces of a step in one kernel."""

@@ -263,11 +263,9 @@ class Operators:
         *,
         kv_bytes: float | None = None,
         queries: int = 1,
-        refined: bool = True,
     ) -> OperatorTime:
         """Attention of the mean layer for one new token of each sequence; `context_tokens_sum` are in their caches.
 
-        refined: with the curve's residuals (not measured for latent attention); without, linear in the tokens.
         kv_bytes: of one cached element, if not the model's. queries: new tokens of each sequence, where several are
         verified at once; they read the cache together. Latent attention reads one vector for all heads, which compute
         with it in the latent space; it can be bound by either. Linear attention reads and writes the state of each
@@ -275,7 +273,7 @@ class Operators:
         """
         sequences, context = np.asarray(sequences, dtype=float), context_tokens_sum
         linear = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear) / use.shape.layers
-        time = self._attention_decode(use, sequences, context, tensor_parallel, kv_bytes, queries, refined)
+        time = self._attention_decode(use, sequences, context, tensor_parallel, kv_bytes, queries)
         if not linear:
             return time
         moved = linear_attention.step_bytes(use.shape, use.bytes_per_parameter, tensor_parallel, queries=queries)
@@ -290,7 +288,6 @@ class Operators:
         tensor_parallel: int,
         kv_bytes: float | None,
         queries: int,
-        refined: bool,
     ) -> OperatorTime:
         shape, heads = use.shape, use.shape.heads / tensor_parallel
         kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0
@@ -307,9 +304,16 @@ class Operators:
             self.kernels.decode, self._rates(use), sequences, kv_heads, context_tokens_sum, width,
             kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
             flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency,
-            query_heads=None if shape.latent_attention or not refined else heads, ideal=self.ideal,
+            query_heads=None if shape.latent_attention else heads, ideal=self.ideal,
         )  # fmt: skip
         return _where(sequences > 0, _operator(time))
+
+    def decode_knots(self, use: ModelUse) -> tuple[float, ...]:
+        """Tokens of the mean sequence between which `attention_decode` is linear."""
+        residuals = self.kernels.decode.residuals
+        if residuals is None or use.shape.latent_attention or self.measured or self.ideal:
+            return ()
+        return residuals.axes[-1]
 
     # --- before and after the layers ---------------------------------------------------------------------------------
 

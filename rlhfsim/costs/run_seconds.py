@@ -6,7 +6,8 @@ formulas in plain numbers, without the split by what limits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -26,7 +27,8 @@ class RunSeconds:
 
     def __init__(self, steps: StepSeconds, progress: Progress) -> None:
         self.steps, self.progress, self.advance = steps, progress, progress.advance
-        self._body, self._head, self._per_token = map(_Totals, steps.tables)
+        self._body, self._head = map(_Totals, steps.tables)
+        self._breaks: list[float] = steps.breaks.tolist()
         self._prefill: dict[float, float] = {}  # seconds of attention to one piece of a prompt
         self._draft: RunSeconds | None = None
         if steps.draft is not None:
@@ -53,25 +55,46 @@ class RunSeconds:
     def _of(self, row: Row, pieces: Sequence[float]) -> float:
         """Without what drafts."""
         steps, decodes, ticks, prompt, sampled, _ = row
-        given = self.steps
-        slope = given.cache_traffic * self._per_token[decodes]
+        given, context = self.steps, ticks / self.progress.unit
         device = self._body[decodes * self.progress.width + prompt] + self._head[sampled]
         if len(pieces) == 1 and pieces[0] in self._prefill:
             device += self._prefill[pieces[0]]
         elif pieces:
             device += float(self._prefill_seconds(np.array([pieces]))[0])
-        context = ticks / self.progress.unit + decodes * self.advance * (steps - 1) / 2
-        attended, growing = context, 1.0
-        for window, share in given.windows:
-            beyond = max(context - window * decodes, 0.0)
-            attended -= share * beyond
-            growing -= share * (beyond > 0)
-        if decodes:
-            device += float(given.attention(decodes, given.cache_traffic * attended).seconds)
-        if given.floor_seconds:
-            growth = slope * decodes * self.advance * growing
-            device += _below(given.floor_seconds, device - growth * (steps - 1) / 2, growth, steps) / steps
-        return given.unexplained * steps * (device + given.step_seconds + given.sequence_seconds * sampled)
+        total = sum(
+            self._decoding(count, decodes, start, device) for count, start in self._cut(steps, decodes, context)
+        )
+        return given.unexplained * (total + steps * (given.step_seconds + given.sequence_seconds * sampled))
+
+    def _cut(self, steps: int, decodes: int, context: float) -> Iterator[tuple[int, float]]:
+        """As `Runs.cut`: steps, and the context of the first of them."""
+        breaks, done = self._breaks, 0
+        if decodes and steps > 1:
+            mean = context / decodes
+            for k in range(bisect_right(breaks, mean), bisect_right(breaks, mean + self.advance * (steps - 1))):
+                until = min(steps, ceil((breaks[k] - mean) / self.advance))
+                if until > done:
+                    yield until - done, context + decodes * self.advance * done
+                    done = until
+        yield steps - done, context + decodes * self.advance * done
+
+    def _decoding(self, steps: int, decodes: int, context: float, device: float) -> float:
+        """Of steps between two breaks; device: what they take beside attention."""
+        given, last = self.steps, decodes * self.advance * (steps - 1)
+        if not decodes:
+            return steps * max(device, given.floor_seconds)
+        middle = device + self._attention(decodes, context + last / 2)
+        if not given.floor_seconds:
+            return steps * middle
+        first = device + self._attention(decodes, context)
+        growth = 2 * (middle - first) / max(steps - 1, 1)
+        return steps * middle + _below(given.floor_seconds, first, growth, steps)
+
+    def _attention(self, decodes: int, context: float) -> float:
+        attended = context
+        for window, share in self.steps.windows:
+            attended -= share * max(context - window * decodes, 0.0)
+        return float(self.steps.attention(decodes, attended).seconds)
 
     def _prefill_seconds(self, pieces: np.ndarray) -> np.ndarray:
         """Of attention in all layers, for each row of pieces that are computed together."""
