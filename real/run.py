@@ -69,6 +69,7 @@ class Job:
 
     def save(self, reason: str = "") -> timelines.Timeline:
         info = _info(self.scenario, self.device) | ({"failure": reason} if reason else {})
+        info |= {"off_policy": True} if self.graph.off_policy else {}
         kept, records = self.options, read(self.records, self.place.ranks)
         found = timeline(self.graph, records, self.place.ranks, kept.iterations, warmup=kept.warmup, info=info)
         timelines.write(found, kept.out)
@@ -122,7 +123,7 @@ def prepare(arguments: list[str] | None, place: Place) -> Job:
     graph, notes = graph_of(scenario)
     holdings = holdings_of(scenario, graph)
     _check_options(options)
-    real_limits.check_real_graph(graph, holdings, place.ranks)
+    real_limits.check_real_graph(scenario, graph, holdings, place.ranks)
     device = _device(place)
     _check_memory(holdings, place, device)
     return Job(scenario, graph, holdings, notes, options, place, device)

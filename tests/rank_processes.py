@@ -86,7 +86,7 @@ class Tell:
     trouble: Trouble | None = None
     seen: Seen = field(default_factory=list)
 
-    def __call__(self, f: Firing, stage: Any, inbox: Any) -> dict[int, dict[str, torch.Tensor]]:
+    def __call__(self, f: Firing, stage: Any, inbox: Any, turn: Any) -> dict[int, dict[str, torch.Tensor]]:
         for (g, lane), fields in inbox.items():
             self.seen.append((f, g, lane, {name: x.tolist() for name, x in fields.items()}))
         if self.trouble:

@@ -11,17 +11,27 @@ from copy import deepcopy
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from real import generate, models
+from rlhfsim.rollouts import request
 from rlhfsim.spec.lengths import draw_lengths
 from rlhfsim.spec.loader import length_dir
 from rlhfsim.spec.scenario import Scenario
 
 MiniBatches = Callable[[int], Sequence[Sequence[int]]]  # of an iteration: the samples of every update, in order
+# Of every sample of every iteration: its number among all responses, and the versions of weights that drew its tokens.
+Drawn = Sequence[Sequence[tuple[int, Sequence[int]]]]
 
 
 class Reference:
-    def __init__(self, scenario: Scenario) -> None:
+    """drawn: a schedule to repeat, where responses are not drawn by the weights of their own iteration.
+
+    recompute: keys and values of earlier tokens are those of the version that draws the next one.
+    """
+
+    def __init__(self, scenario: Scenario, drawn: Drawn | None = None, *, recompute: bool = True) -> None:
+        self.drawn, self.recompute = drawn, recompute
         self.scenario, self.algorithm, self.seed = scenario, scenario.algorithm, scenario.simulation.seed
         chosen, shared = scenario.models, scenario.models.share_actor_critic
         self.actor = self._model("actor", chosen.actor, lm=True, value=shared, train=True)
@@ -59,11 +69,14 @@ class Reference:
     # -- what a model says of a sequence ------------------------------------------------------------------
 
     @staticmethod
-    def _hidden(model: models.Decoder, tokens: list[int]) -> Tensor:
-        ids = torch.tensor([tokens])
-        return model.body(
-            input_ids=ids, position_ids=torch.arange(len(tokens))[None], use_cache=False
-        ).last_hidden_state[0]
+    def _hidden(model: models.Decoder, tokens: list[int], cache: DynamicCache | None = None) -> Tensor:
+        """Of all tokens, or of those that the cache has not."""
+        first = cache.get_seq_length() if cache is not None else 0
+        ids, positions = torch.tensor([tokens[first:]]), torch.arange(first, len(tokens))[None]
+        kept = {"past_key_values": cache} if cache is not None else {}
+        return model.body(input_ids=ids, position_ids=positions, use_cache=cache is not None, **kept).last_hidden_state[
+            0
+        ]
 
     def _log_probs(self, model: models.Decoder, tokens: list[int], start: int) -> Tensor:
         logits = model.lm_head(self._hidden(model, tokens))  # type: ignore[misc]
@@ -76,11 +89,16 @@ class Reference:
 
     @torch.no_grad()
     def _response(self, iteration: int, sample: int) -> tuple[list[int], int]:
+        version = max(0, iteration - self.staleness)
+        versions: Sequence[int] = [version] * self.scenario.workload.longest_sample
+        if self.drawn is not None:
+            number, versions = self.drawn[iteration][sample]
+            iteration, sample = divmod(number, self.scenario.workload.samples)
         workload, vocabulary = self.scenario.workload, self.scenario.models.actor.shape.vocabulary
         prompts, lengths = draw_lengths(workload, self.seed, iteration, length_dir())
         sampled = workload.responses == "sampled"
         limit = workload.response_tokens.longest if sampled else int(lengths[sample])
-        r = generate.request(
+        r = request(
             (self.seed, iteration),
             sample,
             sample // workload.responses_per_prompt,
@@ -88,11 +106,11 @@ class Reference:
             limit,
             vocabulary,
         )
-        actor = self.versions[max(0, iteration - self.staleness)]
         noise = generate._gumbel(torch.device("cpu"), vocabulary)
-        tokens = r.prompt.tolist()
-        for offset in r.noise:
-            logits = actor.lm_head(self._hidden(actor, tokens)[-1])  # type: ignore[misc]
+        tokens, cache = r.prompt.tolist(), None if self.recompute else DynamicCache()
+        for offset, version in zip(r.noise, versions, strict=False):
+            actor = self.versions[version]
+            logits = actor.lm_head(self._hidden(actor, tokens, cache)[-1])  # type: ignore[misc]
             tokens.append(int((logits + noise[int(offset)]).argmax()))
             if sampled and tokens[-1] == 0:
                 break
@@ -145,8 +163,8 @@ class Reference:
 class WithoutCritic(Reference):
     """GRPO and its kin: what a response earned, compared with the others to its prompt or in its mini-batch."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        super().__init__(scenario)
+    def __init__(self, scenario: Scenario, drawn: Drawn | None = None, *, recompute: bool = True) -> None:
+        super().__init__(scenario, drawn, recompute=recompute)
         self.critic, self.trained, self.optimizers = self.actor, [self.actor], self.optimizers[:1]
 
     def run(self, iterations: int, mini_batches: MiniBatches) -> list[list[list[int]]]:
