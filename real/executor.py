@@ -29,9 +29,9 @@ from rlhfsim.firing import Firing
 from rlhfsim.graph import Message, Stage, StageGraph
 from rlhfsim.records import Clock, Record, RecordFile
 from rlhfsim.schedule import Scheduler
+from rlhfsim.watch import Watch, describe
 
 from .groups import Fields, Groups, Shapes, pack, packed_bytes, shapes_of, unpack
-from .watch import Watch, describe
 
 FOREVER = timedelta(days=365)  # reading the log waits for other ranks' work; whether they live is for the watch to say
 
@@ -42,14 +42,16 @@ class Paused(Exception):
     """Raised by work that has stopped before its end, on all ranks of the place; it is called again to go on."""
 
 
-class Turn(Protocol):
-    """What work can learn while it runs."""
+@dataclass(frozen=True)
+class Turn:
+    """A firing that starts or goes on: what its work can learn while it runs.
 
-    def asked_to_stop(self) -> bool:
-        """Whether another firing waits for this one to stop."""
+    asked_to_stop: whether another firing waits for this one to stop. count: add to a counter, which is 0 at first, by
+    name; gives the sum over the firing's ranks.
+    """
 
-    def count(self, name: str, more: int = 0) -> int:
-        """Add to a counter of this firing, from 0 each time that it starts or goes on: the sum over its ranks."""
+    asked_to_stop: Callable[[], bool]
+    count: Callable[[str, int], int]
 
 
 class Work(Protocol):
@@ -158,9 +160,10 @@ class Executor:
             if len(ranks) > 1:
                 self.groups.meet(ranks)  # all start together, so that waiting for data is no communication
         start = self.clock.read()
-        part, stopped = self._parts[f], False
+        part, stopped, counter = self._parts[f], False, self._key("count", f)
+        turn = Turn(partial(self._asked_to_stop, f), lambda name, more: self.store.add(f"{counter}/{name}", more))
         try:
-            made = self.work(f, stage, inbox, _Turn(self, f)) if stage.works_in(f.iteration) else None
+            made = self.work(f, stage, inbox, turn) if stage.works_in(f.iteration) else None
             self._mine = made or {}
         except Paused:
             stopped = True
@@ -195,7 +198,7 @@ class Executor:
             if missing := [lane for lane in lanes if lane not in self._mine]:
                 raise RuntimeError(f"{describe(f)} gave nothing for its lanes {missing} on rank {self.rank}")
             shapes = {lane: shapes_of(self._mine[lane]) for lane in lanes}
-        name = self.key("ended", f)
+        name = self._key("ended", f)
         self._parts[f] += stopped
         if len(ranks) > 1:
             if shapes:
@@ -209,11 +212,11 @@ class Executor:
         number = self.store.add("log", 1) - 1
         self.store.set(f"log/{number}", json.dumps([f, shapes, stopped]))
 
-    def key(self, what: str, f: Firing) -> str:
+    def _key(self, what: str, f: Firing) -> str:
         """In the store, of a firing or of one part of it."""
         return f"{what}/{f.iteration}/{f.stage}/{f.chunk}/{f.place}/{self._parts[f]}"
 
-    def asked_to_stop(self, f: Firing) -> bool:
+    def _asked_to_stop(self, f: Firing) -> bool:
         """Read what the log has got while f runs here. (What it lets start is not on this rank, which is busy.)"""
         while self.store.check([f"log/{self._read}"]):
             self._replay()
@@ -269,20 +272,6 @@ class Executor:
         self.results.forget_before(iteration)
         for key in [key for key in self._arriving if key[0].iteration < iteration]:
             self._arriving.pop(key)()
-
-
-@dataclass
-class _Turn:
-    """See `Turn`."""
-
-    executor: Executor
-    f: Firing
-
-    def asked_to_stop(self) -> bool:
-        return self.executor.asked_to_stop(self.f)
-
-    def count(self, name: str, more: int = 0) -> int:
-        return self.executor.store.add(f"{self.executor.key('count', self.f)}/{name}", more)
 
 
 def _received(handle: Any, buffer: Tensor, shapes: Shapes, device: torch.device) -> Fields:

@@ -116,11 +116,10 @@ class Generation:
         self.waiting.extendleft(reversed(self.running))
         self.running.clear()
 
-    def remove(self, samples: Collection[int]) -> list[Request]:
+    def remove(self, samples: Collection[int]) -> None:
         """Take these out of a continuous batch, whatever they do."""
-        gone = [r for r in self.waiting if r.sample in samples]
         self.waiting = deque(r for r in self.waiting if r.sample not in samples)
-        return gone + self._leave(lambda r: r.sample in samples)
+        self._leave(lambda r: r.sample in samples)
 
     @torch.no_grad()
     def step(self) -> list[Request]:

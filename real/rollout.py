@@ -26,26 +26,25 @@ POLL_SECONDS = 0.5e-3  # between two looks of an engine that has nothing to do
 class Rollout:
     """This rank's engine, and the books that all ranks of the place keep alike.
 
-    keeps: unfinished responses stay in the engines, and so do their caches.
+    keeps: unfinished responses stay in the engines, and so do their caches; else each firing shares them out again.
     """
 
     def __init__(self, engine: Generation, held: Held, ranks: Sequence[int], groups: Groups, keeps: bool) -> None:
         self.engine, self.held, self.ranks, self.groups, self.keeps = engine, held, ranks, groups, keeps
-        self._outside: list[Request] = []  # unfinished and in no engine
 
     def begin(self, new: Sequence[Request]) -> None:
         """Each lot is shared out evenly: first those that were stopped, then new ones."""
+        stopped = [] if self.keeps else sorted(self.held.unfinished(), key=lambda r: r.sample)
         self.held.begin(new)
-        for lot in (self._outside, new):
+        for lot in (stopped, new):
             mine = per_replica(np.arange(len(lot)), len(self.ranks))[self.ranks.index(self.groups.rank)]
             self.engine.submit([lot[k] for k in mine])
-        self._outside = []
 
     def run(self, wanted: int, turn: Turn) -> list[Request] | None:
         """Go on until so many responses are ready, and hand them over; None where the engines had to stop before."""
         missing, ended = wanted - len(self.held.ready()), list[Request]()
         left = Counter(r.sample // self.held.per_prompt for r in self.held.unfinished())
-        while turn.count("ready") < missing and not turn.asked_to_stop():
+        while turn.count("ready", 0) < missing and not turn.asked_to_stop():
             if not self.engine.busy:
                 time.sleep(POLL_SECONDS)
                 continue
@@ -58,19 +57,14 @@ class Rollout:
         going = [*self.engine.running, *self.engine.waiting]
         told = self.groups.gather([*ended, *(r.outline() if self.keeps else r for r in going)], self.ranks)
         self.held.known |= {r.sample: r for part in told for r in part}
+        if not self.keeps:
+            self.engine.remove(self.held.known)
         return self.held.hand_over(wanted) if len(self.held.ready()) >= wanted else None
-
-    def take_out(self) -> None:
-        """What is unfinished leaves the engines, to be shared out again."""
-        self.engine.remove({r.sample for r in self.held.unfinished()})
-        self._outside = sorted(self.held.unfinished(), key=lambda r: r.sample)
 
     def throw_away(self, before: int | None = None) -> float:
         """See `Held.throw_away`; the tokens that are lost."""
         gone = self.held.throw_away(before)
-        numbers = {r.sample for r in gone}
-        self.engine.remove(numbers)
-        self._outside = [r for r in self._outside if r.sample not in numbers]
+        self.engine.remove({r.sample for r in gone})
         return float(sum(len(r.versions) for r in gone))
 
     def enter(self, version: int, recompute: bool) -> None:

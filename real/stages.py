@@ -184,8 +184,6 @@ class Stages:
             begun = to_begin(self.graph, stage, self.samples, len(ids), held.version, held.begun, held.handed_over)
             rollout.begin([self._numbered(n) for n in held.numbers(begun)])
             done = rollout.run(len(ids), turn)
-        if done is not None and not rollout.keeps:
-            rollout.take_out()
         if done is not None and stage.unfinished == "drop":
             lost += rollout.throw_away()
         counts = {"recomputed_tokens": float(rollout.engine.recomputed)}

@@ -24,12 +24,12 @@ from real.clock import align
 from real.executor import Executor, LaneStore
 from real.groups import Groups
 from real.meter import Meter
-from real.watch import Watch
 from rlhfsim.firing import Firing
 from rlhfsim.graph import StageGraph
 from rlhfsim.real_limits import rank_sets
 from rlhfsim.records import Clock, RecordFile, read, timeline
 from rlhfsim.timeline import write
+from rlhfsim.watch import Watch
 
 Seen = list[tuple[Firing, Firing, int, dict[str, list[int]]]]  # consumer, producer, lane, fields
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -20,12 +20,14 @@ from rlhfsim.spec.loader import length_dir
 from rlhfsim.spec.scenario import Scenario
 
 MiniBatches = Callable[[int], Sequence[Sequence[int]]]  # of an iteration: the samples of every update, in order
-# Of every sample of every iteration: its number among all responses, and the versions of weights that drew its tokens.
-Drawn = Sequence[Sequence[tuple[int, Sequence[int]]]]
+# Of every sample of every iteration: its number among all responses, its tokens, and the versions that drew them.
+Drawn = Sequence[Sequence[tuple[int, Sequence[int], Sequence[int]]]]
+TIE = 1e-4  # of noisy logits: closer than this fp32 may draw the one token and fp64 the other
 
 
 class Reference:
-    """drawn: a schedule to repeat, where responses are not drawn by the weights of their own iteration.
+    """drawn: a schedule to repeat, where responses are not drawn by the weights of their own iteration. (Its tokens
+        are looked at to break ties: a schedule depends on time, so that one with a tie comes up some day.)
 
     recompute: keys and values of earlier tokens are those of the version that draws the next one.
     """
@@ -90,9 +92,10 @@ class Reference:
     @torch.no_grad()
     def _response(self, iteration: int, sample: int) -> tuple[list[int], int]:
         version = max(0, iteration - self.staleness)
+        said: Sequence[int] = []
         versions: Sequence[int] = [version] * self.scenario.workload.longest_sample
         if self.drawn is not None:
-            number, versions = self.drawn[iteration][sample]
+            number, said, versions = self.drawn[iteration][sample]
             iteration, sample = divmod(number, self.scenario.workload.samples)
         workload, vocabulary = self.scenario.workload, self.scenario.models.actor.shape.vocabulary
         prompts, lengths = draw_lengths(workload, self.seed, iteration, length_dir())
@@ -111,7 +114,9 @@ class Reference:
         for offset, version in zip(r.noise, versions, strict=False):
             actor = self.versions[version]
             logits = actor.lm_head(self._hidden(actor, tokens, cache)[-1])  # type: ignore[misc]
-            tokens.append(int((logits + noise[int(offset)]).argmax()))
+            noisy = logits + noise[int(offset)]
+            recorded = said[len(tokens) - len(r.prompt)] if said else int(noisy.argmax())
+            tokens.append(recorded if noisy[recorded] > noisy.max() - TIE else int(noisy.argmax()))
             if sampled and tokens[-1] == 0:
                 break
         return tokens, len(r.prompt)

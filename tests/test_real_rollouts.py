@@ -33,7 +33,7 @@ from rlhfsim.spec.scenario import Scenario
 from rlhfsim.timeline import Timeline
 from rlhfsim.timeline import check as check_timeline
 
-ITERATIONS = 5
+ITERATIONS = 4
 TOLERANCE = 1e-4  # as in test_real_stages.py: of the largest change of a weight
 
 BASE: dict[str, Any] = {
@@ -41,9 +41,9 @@ BASE: dict[str, Any] = {
     "models.actor": {"spec": "tiny-2x128", "zero_stage": 0, "backend": "torch"},
     "models.critic": {"zero_stage": 0, "backend": "torch"},
     "workload": {
-        "prompts": 8,
+        "prompts": 6,
         "prompt_tokens": {"distribution": "uniform", "min_tokens": 3, "max_tokens": 9},
-        "response_tokens": {"distribution": "uniform", "min_tokens": 2, "max_tokens": 30},
+        "response_tokens": {"distribution": "uniform", "min_tokens": 2, "max_tokens": 16},
         "padded": False,
     },
     "algorithm": {"name": "ppo", "epochs": 1, "minibatches": 1, "optimizer": "sgd", "learning_rate": 0.5},
@@ -53,7 +53,7 @@ BASE: dict[str, Any] = {
 GRPO = {"algorithm.name": "grpo", "workload.responses_per_prompt": 4, "workload.prompts": 4}
 FEW_ROWS = {"generation.max_sequences": 3}
 ONE_RANK = {"cluster": {"spec": "a100-80g-sxm", "nodes": 1, "gpus_per_node": 1}}
-LONG = {"workload.response_tokens": {"distribution": "uniform", "min_tokens": 2, "max_tokens": 60}}
+LONG = {"workload.response_tokens": {"distribution": "uniform", "min_tokens": 2, "max_tokens": 30}}
 ZERO_3 = {"models.actor.zero_stage": 3, "models.actor.backend": "deepspeed"}
 HYBRID = {"engine": "hybrid", "generation.batching": "continuous"}
 
@@ -69,9 +69,12 @@ SLOW_GENERATION, SLOW_TRAINING = ("slow_generation",), ("slow_training",)
 ASYNCHRONOUS = {
     "interrupted": job("asynchronous", FEW_ROWS, {"strategy.chunks": 2}, broken=SLOW_GENERATION),
     "when_ready": job(
-        "asynchronous", GRPO, FEW_ROWS, {"strategy.chunks": 4, "strategy.interrupt": False}, broken=SLOW_GENERATION
+        "asynchronous",
+        GRPO,
+        FEW_ROWS,
+        {"strategy.chunks": 4, "strategy.interrupt": False, "strategy.recompute": False},
+        broken=SLOW_GENERATION,
     ),
-    "old_caches": job("asynchronous", FEW_ROWS, {"strategy.recompute": False}, broken=SLOW_GENERATION),
     "two_steps": job(
         "asynchronous", {"strategy.staleness": 2, "strategy.chunks": 1, "strategy.stream": True}, broken=SLOW_TRAINING
     ),
@@ -80,16 +83,14 @@ ASYNCHRONOUS = {
     ),
 }
 CO_LOCATED = {
-    "partial": job("partial_rollout", HYBRID),
     "partial_zero3": job("partial_rollout", GRPO, HYBRID, ZERO_3),
     "partial_engine": job("partial_rollout", GRPO, {"strategy.oversampling": 2.0, "strategy.max_age": 1}),
-    "partial_alone": job("partial_rollout", ONE_RANK, FEW_ROWS, LONG),
-    "bounded_alone": job("partial_rollout", ONE_RANK, FEW_ROWS, LONG, {"strategy.max_age": 1}),
+    "bounded_alone": job("partial_rollout", ONE_RANK, LONG, {"strategy.max_age": 1, "strategy.oversampling": 2.0}),
     "dropped_alone": job("partial_rollout", ONE_RANK, FEW_ROWS, LONG, {"strategy.resume": False}),
 }
 BROKEN = {
     "lost_update": job("asynchronous", FEW_ROWS, broken=("lost_update", "slow_generation")),
-    "wrong_prefix": job("partial_rollout", ONE_RANK, FEW_ROWS, LONG, broken=("wrong_prefix",)),
+    "wrong_prefix": job("partial_rollout", ONE_RANK, LONG, broken=("wrong_prefix",)),
 }
 RIGHT = ASYNCHRONOUS | CO_LOCATED
 JOBS = RIGHT | BROKEN
@@ -136,7 +137,7 @@ def difference(results: dict[str, Any], name: str) -> float:
     """Of trained weights on any rank from the reference's, as a share of how far that model's weights moved."""
     chosen = found(name)
     kind = Reference if chosen.algorithm.name == "ppo" else WithoutCritic
-    drawn = [[(r.sample, r.versions) for r in batch] for batch in batches(results, name)]
+    drawn = [[(r.sample, r.tokens, r.versions) for r in batch] for batch in batches(results, name)]
     repeated = kind(chosen, drawn, recompute=chosen.strategy.options.get("recompute", True))
     before = {n: {k: w.detach().clone() for k, w in m.named_parameters()} for n, m in models_of(repeated).items()}
     responses = repeated.run(ITERATIONS, lambda iteration: [list(range(chosen.workload.samples))])
@@ -148,7 +149,9 @@ def difference(results: dict[str, Any], name: str) -> float:
         moved = max(float((w.detach() - before[model][n]).abs().max()) for n, w in right.items())
         held = [own[model] for own in results[name]["weights"] if model in own]
         assert held and moved > 0
-        worst = max(worst, *(float((w - right[n]).abs().max()) / moved for own in held for n, w in own.items()))
+        worst = max(
+            worst, *(float((w - right[n].detach()).abs().max()) / moved for own in held for n, w in own.items())
+        )
     return worst
 
 
@@ -205,7 +208,7 @@ def test_staleness_is_reached_where_training_is_slow(results: dict[str, Any]) ->
 
 
 def test_weights_arrive_while_responses_are_generated(results: dict[str, Any]) -> None:
-    for name in ("interrupted", "when_ready", "old_caches"):
+    for name in ("interrupted", "when_ready"):
         assert any(len(set(r.versions)) > 1 for r in chain(*batches(results, name))), name
     parts = {name: max(s.counts.get("interrupts", 0) for s in timeline(results, name).spans) for name in ASYNCHRONOUS}
     assert parts["interrupted"] == 1 and parts["when_ready"] == 0
@@ -229,17 +232,19 @@ def test_the_timeline_has_the_order_and_the_ages(results: dict[str, Any], name: 
 @pytest.mark.parametrize("name", [name for name in CO_LOCATED if name.endswith("alone")])
 def test_ages_and_lost_tokens_are_those_of_the_simulator(results: dict[str, Any], name: str) -> None:
     """Of one engine steps decide and seconds do not: the same responses end first."""
-    simulated = timeline_of(scenario(**deepcopy(JOBS[name]["changes"]) | {"simulation.iterations": ITERATIONS}))
+    longer = {"simulation.iterations": 2 * ITERATIONS}  # whose lengths are drawn for all responses that are begun
+    simulated = timeline_of(scenario(**deepcopy(JOBS[name]["changes"]) | longer))
     counts = [
         [
             {n: s.counts.get(n, 0.0) for n in ("samples", "age_steps", "oldest_steps", "thrown_away_tokens")}
-            for s in run.of(stage="gen")
+            for s in run.of(stage="gen")[:ITERATIONS]
         ]
         for run in (simulated, timeline(results, name))
     ]
     for predicted, measured in zip(*counts, strict=True):
         assert measured == pytest.approx(predicted)
-    assert sum(c["age_steps"] for c in counts[0]) + sum(c["thrown_away_tokens"] for c in counts[0]) > 0
+    assert sum(c["thrown_away_tokens"] for c in counts[0]) > 0
+    assert (sum(c["age_steps"] for c in counts[0]) > 0) == (name == "bounded_alone")
 
 
 def test_ages_are_those_of_the_simulator_where_training_is_slow(results: dict[str, Any]) -> None:
@@ -257,12 +262,12 @@ def test_ages_are_those_of_the_simulator_where_training_is_slow(results: dict[st
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"strategy.chunks": 3}, "strategy.chunks"),
+        ({"models.actor.zero_stage": 0, "strategy.chunks": 3}, "strategy.chunks"),
         ({"strategy": "partial_rollout", "engine": "zero3_per_token"}, "generation.engine"),
     ],
 )
 def test_what_engines_that_keep_responses_cannot_do_is_refused(changes: dict[str, Any], field: str) -> None:
-    wanted = {"strategy": "asynchronous", "generation.batching": "continuous", "models.actor.zero_stage": 3} | changes
+    wanted = {"strategy": "asynchronous", "generation.batching": "continuous", **ZERO_3} | changes
     chosen = scenario(**deepcopy(BASE | GRPO | wanted))
     graph, _ = graph_of(chosen)
     with pytest.raises(InputError) as error:
