@@ -150,21 +150,21 @@ def _stale_weights(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph
 
 
 def _lost_update(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph:
-    """The second weight sync says that it has brought new weights, and has not."""
+    """The first weight sync says that it has brought new weights, and has not."""
     sync = stages.Stages._sync
     stack.callback(setattr, stages.Stages, "_sync", sync)
-    stages.Stages._sync = lambda self, f, stage: None if f.iteration == 1 else sync(self, f, stage)  # type: ignore
+    stages.Stages._sync = lambda self, f, stage: None if f.iteration == 0 else sync(self, f, stage)  # type: ignore
     return graph
 
 
 def _wrong_prefix(graph: StageGraph, stack: contextlib.ExitStack) -> StageGraph:
-    """The last token but one of what is resumed has become another."""
+    """What is resumed is read from its last token on."""
     text = Request.text
     stack.callback(setattr, Request, "text", text)
 
     def wrong(r: Request) -> np.ndarray:
         right = text.fget(r)  # type: ignore[attr-defined]
-        return np.where(np.arange(r.length) == r.length - 2, right ^ 1, right) if r.tokens else right
+        return np.roll(right, 1) if r.tokens else right
 
     Request.text = property(wrong)  # type: ignore[method-assign, assignment]
     return graph

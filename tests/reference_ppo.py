@@ -29,7 +29,8 @@ class Reference:
     """drawn: a schedule to repeat, where responses are not drawn by the weights of their own iteration. (Its tokens
         are looked at to break ties: a schedule depends on time, so that one with a tie comes up some day.)
 
-    recompute: keys and values of earlier tokens are those of the version that draws the next one.
+    recompute: keys and values of earlier tokens are those of the version that draws the next one. (A schedule that is
+        repeated is read with a cache, which new weights empty.)
     """
 
     def __init__(self, scenario: Scenario, drawn: Drawn | None = None, *, recompute: bool = True) -> None:
@@ -110,8 +111,10 @@ class Reference:
             vocabulary,
         )
         noise = generate._gumbel(torch.device("cpu"), vocabulary)
-        tokens, cache = r.prompt.tolist(), None if self.recompute else DynamicCache()
+        tokens, cache, last = r.prompt.tolist(), DynamicCache() if said else None, -1
         for offset, version in zip(r.noise, versions, strict=False):
+            if said and self.recompute and version != last:
+                cache, last = DynamicCache(), version
             actor = self.versions[version]
             logits = actor.lm_head(self._hidden(actor, tokens, cache)[-1])  # type: ignore[misc]
             noisy = logits + noise[int(offset)]
