@@ -66,6 +66,7 @@ def job(strategy: str, *changes: dict[str, Any], broken: tuple[str, ...] = ()) -
     return {"changes": found, "iterations": ITERATIONS, "broken": broken}
 
 
+COUNTS = ("samples", "age_steps", "oldest_steps", "thrown_away_tokens", "recomputed_tokens")
 SLOW_GENERATION, SLOW_TRAINING = ("slow_generation",), ("slow_training",)
 ASYNCHRONOUS = {
     "interrupted": job("asynchronous", FEW_ROWS, {"strategy.chunks": 2}, broken=SLOW_GENERATION),
@@ -238,10 +239,7 @@ def test_ages_and_lost_tokens_are_those_of_the_simulator(results: dict[str, Any]
     longer = {"simulation.iterations": 2 * ITERATIONS}  # whose lengths are drawn for all responses that are begun
     simulated = timeline_of(scenario(**deepcopy(JOBS[name]["changes"]) | longer))
     counts = [
-        [
-            {n: s.counts.get(n, 0.0) for n in ("samples", "age_steps", "oldest_steps", "thrown_away_tokens")}
-            for s in run.of(stage="gen")[:ITERATIONS]
-        ]
+        [{name: s.counts.get(name, 0.0) for name in COUNTS} for s in run.of(stage="gen")[:ITERATIONS]]
         for run in (simulated, timeline(results, name))
     ]
     for predicted, measured in zip(*counts, strict=True):
