@@ -35,6 +35,7 @@ class Reference:
 
     def __init__(self, scenario: Scenario, drawn: Drawn | None = None, *, recompute: bool = True) -> None:
         self.drawn, self.recompute = drawn, recompute
+        self.behaviour: dict[tuple[int, ...], Tensor] = {}  # log-probs of responses by what drew them
         self.scenario, self.algorithm, self.seed = scenario, scenario.algorithm, scenario.simulation.seed
         chosen, shared = scenario.models, scenario.models.share_actor_critic
         self.actor = self._model("actor", chosen.actor, lm=True, value=shared, train=True)
@@ -111,6 +112,7 @@ class Reference:
             vocabulary,
         )
         noise = generate._gumbel(torch.device("cpu"), vocabulary)
+        said_of: list[Tensor] = []
         tokens, cache, last = r.prompt.tolist(), DynamicCache() if said else None, -1
         for offset, version in zip(r.noise, versions, strict=False):
             if said and self.recompute and version != last:
@@ -118,10 +120,13 @@ class Reference:
             actor = self.versions[version]
             logits = actor.lm_head(self._hidden(actor, tokens, cache)[-1])  # type: ignore[misc]
             noisy = logits + noise[int(offset)]
+            said_of.append(logits.log_softmax(-1))
             recorded = said[len(tokens) - len(r.prompt)] if said else int(noisy.argmax())
             tokens.append(recorded if noisy[recorded] > noisy.max() - TIE else int(noisy.argmax()))
             if sampled and tokens[-1] == 0:
                 break
+        drawn = zip(said_of, tokens[len(r.prompt) :], strict=True)
+        self.behaviour[tuple(tokens)] = torch.stack([log_probs[token] for log_probs, token in drawn])
         return tokens, len(r.prompt)
 
     @torch.no_grad()
@@ -190,6 +195,8 @@ class WithoutCritic(Reference):
     def _judged(self, tokens: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of actor and reference, and every token's reward."""
         old, ref = self._log_probs(self.actor, tokens, start), self._log_probs(self.reference, tokens, start)
+        if not self.scenario.strategy.options.get("recompute_log_probs", True):
+            old = self.behaviour[tuple(tokens)]
         rewards = torch.zeros(len(old), dtype=torch.float64)
         if self.algorithm.name in ("rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
             rewards = self.algorithm.kl_coefficient * (ref - old)

@@ -75,6 +75,7 @@ ASYNCHRONOUS = {
         GRPO,
         FEW_ROWS,
         {"strategy.chunks": 4, "strategy.interrupt": False, "strategy.recompute": False},
+        {"strategy.recompute_log_probs": False},
         broken=SLOW_GENERATION,
     ),
     "two_steps": job(
