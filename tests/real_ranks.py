@@ -42,7 +42,7 @@ from rlhfsim.real_limits import rank_sets, sync_rank_sets  # noqa: E402
 from rlhfsim.records import Clock  # noqa: E402
 from rlhfsim.rollouts import Request  # noqa: E402
 
-JOB_SECONDS = 60.0
+JOB_SECONDS = 150.0  # the first that uses DeepSpeed may have to build its extension
 
 
 def main(folder: Path) -> None:

@@ -109,7 +109,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return real_runs.run(tmp_path_factory.mktemp("ranks"), 4, JOBS, 120)
+    return real_runs.run(tmp_path_factory.mktemp("ranks"), 4, JOBS, 280)
 
 
 @cache
