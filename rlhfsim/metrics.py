@@ -185,7 +185,7 @@ def generation_summary(timeline: Timeline) -> GenerationSummary | None:
     chosen = [
         s.counts
         for s in timeline.spans
-        if s.counts and base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations
+        if "replica_seconds" in s.counts and base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations
     ]
     if not chosen:
         return None

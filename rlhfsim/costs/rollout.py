@@ -2,9 +2,6 @@
 
 One pool of engines for all stages of one step (`gen`, and `gen.tail` on fewer ranks). The responses that end first
 fill the first chunk, so scoring and training see their lengths.
-
-How many responses may be begun under `keep` is AReaL's rule (areal/core/staleness_manager.py @08911ddf): those begun
-and not thrown away are at most (version + staleness + 1) batches.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Stage
 from rlhfsim.layout import Holding
+from rlhfsim.rollouts import to_begin
 from rlhfsim.spec.lengths import DrawnTurns
 from rlhfsim.spec.scenario import Scenario
 
@@ -93,14 +91,9 @@ class Rollouts:
 
     def _begin(self, f: Firing, stage: Stage, pool: Pool) -> None:
         """Hand new prompts to the engines: as many as the stage may have at work."""
-        if stage.unfinished == "keep":
-            allowed = (pool.version + self.graph.staleness(stage.name) + 1) * self.samples
-            missing = allowed - pool.begun + pool.thrown_away
-        elif stage.oversampling == 1:
-            missing = len(self._ids(f)) - pool.outstanding
-        else:
-            share = stage.oversampling * len(stage.serves) / self.graph.lanes / stage.chunks
-            missing = round(share * self.samples) - pool.outstanding
+        counted = pool.begun - pool.thrown_away
+        chunk = len(self._ids(f))
+        missing = to_begin(self.graph, stage, self.samples, chunk, pool.version, counted, pool.handed_over)
         size = pool.group_size
         pool.submit([self._sample(stage, size) for _ in range(max(0, -(-missing // size)) * size)])
 
