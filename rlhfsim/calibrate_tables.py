@@ -113,7 +113,7 @@ def _kernels(tables: Sequence[Tables], base: Cluster, name: str) -> tuple[dict[s
     if "gemm" in rows:
         data = _data("gemm", rows["gemm"])
         curve = fit_gemm(data, rates, "tables", input_bytes=width, output_bytes=max(2.0, width))
-        record["gemm"][key] = record["gemm"].get(key, record["gemm"]["bf16"]) | curve
+        record["gemm"][key] = _without_residuals(record["gemm"].get(key, record["gemm"]["bf16"])) | curve
         done(f"gemm.{key}", curve["fit"])
     if "weight_gradient" in rows:
         data = _data("weight_gradient", rows["weight_gradient"])
@@ -122,7 +122,7 @@ def _kernels(tables: Sequence[Tables], base: Cluster, name: str) -> tuple[dict[s
         done(f"gemm.{key}.weight_gradient", gradient["weight_gradient_fit"])
     if "prefill" in rows:
         curve = fit_prefill(_data("prefill", rows["prefill"]), rates, "tables", width)
-        record["prefill"] |= curve
+        record["prefill"] = _without_residuals(record["prefill"]) | curve
         done("prefill", curve["fit"])
     if "prefill_backward" in rows:
         data = _data("prefill_backward", rows["prefill_backward"])
@@ -141,6 +141,11 @@ def _kernels(tables: Sequence[Tables], base: Cluster, name: str) -> tuple[dict[s
     if "collectives" in rows:
         _fit_collectives(rows["collectives"], base, record, done)
     return record, fits
+
+
+def _without_residuals(curve: dict[str, Any]) -> dict[str, Any]:
+    """Those of the architecture belong to its own curve."""
+    return {key: value for key, value in curve.items() if key != "residuals"}
 
 
 def _data(name: str, rows: Any) -> Data:

@@ -65,6 +65,6 @@ def _field_docs() -> dict[str, str]:
         "effects": records.Effects,
         "simulation": records.Simulation,
         "compare": records.Compare,
-        "keep": records.Scenario,
+        "framework, execution, keep": records.Scenario,
     }
     return {name: (record.__doc__ or "").strip() for name, record in sections.items()}

@@ -381,7 +381,7 @@ def test_the_engine_splits_experts_in_its_own_way() -> None:
         ({"expert_parallel": 3}, "must divide the 128 experts"),
         ({"expert_tensor_parallel": 5, "tensor_parallel": 2}, "must divide the width 768 of an expert"),
         ({"expert_parallel": 8, "zero_stage": 3}, "zero_stage 3 shards all experts over all ranks"),
-        ({"expert_parallel": 64, "zero_stage": 1}, "16 ranks do not divide into places of 64"),
+        ({"expert_parallel": 64, "zero_stage": 1}, "16 ranks, which do not divide into sets of experts on 64 ranks"),
         ({"spec": "llama-7b", "expert_parallel": 2}, "llama-7b has no experts"),
     ],
 )

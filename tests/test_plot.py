@@ -49,7 +49,7 @@ PHASES = {
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were drawn, laid out as they were saved."""
     figures: list[Any] = []
-    original = plot._figure
+    original = plot.drawing
 
     @contextmanager
     def keep(*args: Any, **options: Any) -> Iterator[Any]:
@@ -57,7 +57,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             figures.append(figure)
             yield figure
 
-    monkeypatch.setattr(plot, "_figure", keep)
+    monkeypatch.setattr(plot, "drawing", keep)
     return figures
 
 

@@ -126,14 +126,14 @@ def test_ranking_counts_pairs_of_a_group_that_differ_by_more_than_their_spread()
         result("fitted", 9.0, 0.1, role="calibration"),
     ]
     # pairs: ab wrong, ac right, bc right, ad undecided, bd right (0.1 < 0.9), cd right
-    assert summary(results)["ranking"] == pytest.approx(4 / 5)
+    assert summary(results)["ranking"]["share"] == pytest.approx(4 / 5)
     assert summary(results)["groups"] == 2
 
 
 def test_coverage_and_bias() -> None:
     results = [result("a", 1.1, 1.0, low=0.9, high=1.2), result("b", 0.9, 1.0, low=0.8, high=0.95)]
     found = summary(results)
-    assert found["coverage"] == 0.5
+    assert found["coverage"]["share"] == 0.5
     assert found["bias"] == pytest.approx(0.0)
     assert found["mean_abs_error"] == pytest.approx(0.1)
 
