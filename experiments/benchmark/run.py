@@ -125,7 +125,7 @@ def event_skipping() -> dict[str, float]:
         return float(StepSeconds(costs, model, ENGINE).of(runs).sum())
 
     def by_steps() -> float:
-        steps, *_ = twin(prompts.tolist(), responses.tolist(), 64, budget, block, blocks)
+        steps, *_ = twin(prompts.tolist(), responses.tolist(), 64, budget, block, blocks, whole=False, padded=False)
         host = StepSeconds(costs, model, ENGINE)
         overheads = host.floor_seconds, host.step_seconds, host.sequence_seconds
         return sum(twin_seconds(step, costs, model, *overheads) for step in steps)
