@@ -50,7 +50,7 @@ from .simulate import (
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
-from .uncertainty import intervals, residual_of
+from .uncertainty import extrapolation, intervals, residual_of
 from .validate import Result
 
 if TYPE_CHECKING:
@@ -212,6 +212,11 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
             "step_seconds": seconds,
             "periodic_seconds": periodic_seconds(setup),
             "stage_seconds": stage_seconds(timeline),
+            "extrapolated": [
+                words
+                for part in scenario.cluster.all_parts
+                if (words := extrapolation(scenario.framework, part.gpu.name, scenario.cluster.gpus))
+            ],
             "intervals": intervals(scenario.framework, stage_seconds(timeline) | {STEP: seconds}),
             "samples_per_second": scenario.workload.samples / seconds,
             "tokens_per_second": tokens_per_iteration(scenario) / seconds,
@@ -371,9 +376,12 @@ def _interval_line(scenario: Scenario) -> str:
     profile = scenario.framework
     if profile is None:
         return "No interval: it takes the framework's profile (framework: verl_fsdp; rlhfsim show frameworks)."
-    if residual := residual_of(profile, "step"):
-        return f"Intervals: {residual.count} published steps that the profile {profile.name} was not fitted on."
-    return f"No interval: no published step was measured for the profile {profile.name}."
+    residual = residual_of(profile, "step")
+    text = f"No interval: no published step of {profile.name} was left out of a fit."
+    if residual:
+        text = f"Intervals: {residual.count} published steps, each left out of the fit of the profile {profile.name}."
+    far = [extrapolation(profile, part.gpu.name, scenario.cluster.gpus) for part in scenario.cluster.all_parts]
+    return text + "".join(f" Extrapolated: {words}." for words in dict.fromkeys(filter(None, far)))
 
 
 def tokens_per_iteration(scenario: Scenario) -> float:

@@ -71,3 +71,17 @@ def intervals(framework: Framework | None, seconds: Mapping[str, float]) -> dict
     """90 % of what was measured lay within, for stages and the step; nothing of a phase that nobody has measured."""
     residuals = {name: residual_of(framework, phase_of(name, [])) for name in seconds}
     return {name: widened(seconds[name], seconds[name], r) for name, r in residuals.items() if r and seconds[name]}
+
+
+def extrapolation(framework: Framework | None, gpu: str, gpus: int) -> str | None:
+    """How far a scenario is from the published runs of its framework; None where they lie on both sides of it."""
+    if framework is None:
+        return None
+    own = [run for run in framework.validated if run.gpu == gpu]
+    if not own:
+        there = ", ".join(sorted({run.gpu for run in framework.validated})) or "none at all"
+        return f"no published run of {framework.name} on {gpu} was compared (there are: {there})"
+    if min(run.gpus for run in own) <= gpus <= max(run.gpus for run in own):
+        return None
+    nearest = min(own, key=lambda run: abs(log(run.gpus / gpus)))
+    return f"{gpus} GPUs; the nearest published run of {framework.name} has {nearest.gpus} (quality {nearest.quality})"

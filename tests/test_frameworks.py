@@ -22,7 +22,7 @@ from rlhfsim.spec.framework import Framework, Residual
 from rlhfsim.spec.loader import load_cluster, scenario_from_dict
 from rlhfsim.spec.scenario import Scenario
 from rlhfsim.spec.yaml_file import read_yaml
-from rlhfsim.uncertainty import intervals, share_limits, t_quantile, widened
+from rlhfsim.uncertainty import extrapolation, intervals, share_limits, t_quantile, widened
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted((ROOT / "hw_specs" / "frameworks").glob("*.yaml"))
@@ -237,3 +237,23 @@ def test_a_stage_has_the_interval_of_its_phase(tmp_path: Path) -> None:
     wide = {name: log(high / low) for name, (low, high) in ranges.items()}
     assert wide["ref"] == pytest.approx(2 * wide[STEP])
     assert intervals(None, {STEP: 100.0}) == {}
+
+
+RUNS = [("a", "h100-80g-sxm", 8, "A"), ("b", "h100-80g-sxm", 512, "B"), ("c", "h20-96g", 16, "A")]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "words"),
+    [
+        ("h100-80g-sxm", 64, None),
+        ("h100-80g-sxm", 1024, "1024 GPUs; the nearest published run of x has 512 (quality B)"),
+        ("h100-80g-sxm", 4, "4 GPUs; the nearest published run of x has 8 (quality A)"),
+        ("a100-80g-sxm", 8, "on a100-80g-sxm was compared (there are: h100-80g-sxm, h20-96g)"),
+    ],
+)
+def test_what_is_far_from_every_published_run_is_said(gpu: str, gpus: int, words: str | None) -> None:
+    fields = ("case", "gpu", "gpus", "quality")
+    found = Framework.model_validate({"name": "x", "validated": [dict(zip(fields, run, strict=True)) for run in RUNS]})
+    told = extrapolation(found, gpu, gpus)
+    assert told is None if words is None else words in (told or "")
+    assert extrapolation(None, gpu, gpus) is None

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from rlhfsim.plot_errors import errors_by_framework
-from rlhfsim.published import run_file
+from rlhfsim.published import cases_of, run_file, scenarios_of
 from rlhfsim.spec.framework import Framework
 from rlhfsim.spec.problems import validate
 from rlhfsim.spec.yaml_file import read_yaml
@@ -157,12 +159,41 @@ def predict() -> dict[str, Any]:
     return {"cases": [r.as_json() for r in results], "summary": summary(results, gaps)}
 
 
+def write_ranges(found: dict[str, Any]) -> None:
+    """Into each profile: on what its framework's runs were."""
+    seen = {r["id"] for r in found["cases"] if r["role"] != "unscored"}
+    runs: dict[str, list[dict[str, Any]]] = {path.stem: [] for path in PROFILES.glob("*.yaml")}
+    for path in find_cases([RESULTS.parent]):
+        document = read_yaml(path)
+        for number, case in enumerate(cases_of(document).cases):
+            if case.id in seen:
+                scenario = next(scenarios_of(case, document, number))
+                cluster = scenario.cluster
+                run = {"case": case.id, "gpu": cluster.gpu.name, "gpus": cluster.gpus, "quality": case.quality}
+                assert scenario.framework is not None, case.id
+                runs[scenario.framework.name].append(run)
+    yaml = YAML()
+    yaml.width = 120
+    for name, validated in runs.items():
+        path = PROFILES / f"{name}.yaml"
+        data = yaml.load(path)
+        data["validated"] = CommentedSeq(map(_on_one_line, validated))
+        yaml.dump(data, path)
+
+
+def _on_one_line(values: dict[str, Any]) -> CommentedMap:
+    line = CommentedMap(values)
+    line.fa.set_flow_style()
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables-only", action="store_true", help="from the committed results.json")
     if not parser.parse_args().tables_only:
         RESULTS.write_text(json.dumps(predict(), indent=1) + "\n")
     found = json.loads(RESULTS.read_text())
+    write_ranges(found)
     PAGE.write_text(page(PAGE.read_text(), found))
     errors_by_framework(found["cases"], FIGURE)
 

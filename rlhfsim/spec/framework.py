@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Record, Sourced
+from .base import Count, Record, Sourced
 from .hardware import Sources
 from .overheads import Overheads, Unexplained
 
@@ -24,6 +24,15 @@ class Residual(Record):
     count: Annotated[int, Field(ge=1)]
 
 
+class Validated(Record):
+    """A published run that the simulator was held against: its GPUs, and how much of it is known (A, B or C)."""
+
+    case: str
+    gpu: str
+    gpus: Count
+    quality: Literal["A", "B", "C"]
+
+
 class Framework(Sources):
     """A framework's profile, by which a scenario says with what it runs (`framework: verl_fsdp`).
 
@@ -31,7 +40,7 @@ class Framework(Sources):
     scenarios and clusters that do not say their own. fused_kernels: what `models.<role>.fused_kernels` is where it is
     not given. fitted_on: groups of published cases (framework, model, hardware) that its fitted numbers come from; no
     case of them is a prediction. residuals: by phase, how far predictions with this profile were off: it widens
-    intervals.
+    intervals. validated: the published runs of this framework; beyond them a prediction says that it extrapolates.
     """
 
     name: str
@@ -43,6 +52,7 @@ class Framework(Sources):
     unexplained: dict[str, Sourced] = Field(default_factory=dict)
     fitted_on: list[str] = Field(default_factory=list)
     residuals: dict[str, Residual] = Field(default_factory=dict)
+    validated: list[Validated] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _names_exist(self) -> Framework:
