@@ -159,6 +159,8 @@ def settings(setup: Setup) -> dict[str, Any]:
     """What a row used, as overrides that can be pasted."""
     scenario, graph = setup.scenario, setup.graph
     used: dict[str, Any] = {"generation.tensor_parallel": scenario.generation.tensor_parallel}
+    if (stages := scenario.generation.pipeline_parallel) > 1:
+        used["generation.pipeline_parallel"] = stages
     if scenario.generation.batch_samples is not None:
         used["generation.batch_samples"] = scenario.generation.batch_samples
     for role in ("actor", "critic"):
