@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,13 +29,29 @@ from rlhfsim.firing import Firing
 from rlhfsim.graph import Message, Stage, StageGraph
 from rlhfsim.records import Clock, Record, RecordFile
 from rlhfsim.schedule import Scheduler
+from rlhfsim.watch import Watch, describe
 
 from .groups import Fields, Groups, Shapes, pack, packed_bytes, shapes_of, unpack
-from .watch import Watch, describe
 
 FOREVER = timedelta(days=365)  # reading the log waits for other ranks' work; whether they live is for the watch to say
 
 Inbox = dict[tuple[Firing, int], Fields]
+
+
+class Paused(Exception):
+    """Raised by work that has stopped before its end, on all ranks of the place; it is called again to go on."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A firing that starts or goes on: what its work can learn while it runs.
+
+    asked_to_stop: whether another firing waits for this one to stop. count: add to a counter, which is 0 at first, by
+    name; gives the sum over the firing's ranks.
+    """
+
+    asked_to_stop: Callable[[], bool]
+    count: Callable[[str, int], int]
 
 
 class Work(Protocol):
@@ -45,7 +61,7 @@ class Work(Protocol):
     Returns, by lane at home on this rank, the fields that the stage produced (None: nothing).
     """
 
-    def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None: ...
+    def __call__(self, f: Firing, stage: Stage, inbox: Inbox, turn: Turn) -> dict[int, Fields] | None: ...
 
 
 def base_name(stage: str) -> str:
@@ -101,6 +117,7 @@ class Executor:
         self._leaving: list[tuple[Any, Tensor]] = []  # sends and their buffers, which must live until they are done
         self._numbers: dict[tuple[int, int], int] = defaultdict(int)  # messages so far from rank to rank
         self._mine: dict[int, Fields] = {}  # results of the firing that has just ended here
+        self._parts: Counter[Firing] = Counter()  # how often a firing was stopped
         edges = list(self.graph.edges(data=True))
         self._longest_lag = max((edge["lag"] for *_, edge in edges), default=0)
         self._sending = {u for u, _, edge in edges if edge["carries"]}
@@ -143,15 +160,22 @@ class Executor:
             if len(ranks) > 1:
                 self.groups.meet(ranks)  # all start together, so that waiting for data is no communication
         start = self.clock.read()
-        made = self.work(f, stage, inbox) if stage.works_in(f.iteration) else None
+        part, stopped, counter = self._parts[f], False, self._key("count", f)
+        turn = Turn(partial(self._asked_to_stop, f), lambda name, more: self.store.add(f"{counter}/{name}", more))
+        try:
+            made = self.work(f, stage, inbox, turn) if stage.works_in(f.iteration) else None
+            self._mine = made or {}
+        except Paused:
+            stopped = True
+            if self.rank == ranks[0]:
+                meter.counts["interrupts"] = 1.0
         meter.synchronize()
         end = self.clock.read()
         measured = meter.end()
-        self._mine = made or {}
-        self._report(f, stage, ranks)
+        self._report(f, stage, ranks, stopped)
         if self.watch:
             self.watch.leave()
-        self.records.append(Record(f, self.rank, begin, data, start, end, measured))
+        self.records.append(Record(f, self.rank, begin, data, start, end, measured, part))
         if self.file:
             self.file.add(self.records[-1])
 
@@ -165,32 +189,48 @@ class Executor:
                 self.results.put(g, lane, found[g, lane])
         return found
 
-    def _report(self, f: Firing, stage: Stage, ranks: tuple[int, ...]) -> None:
-        """Say that f has ended here; the last rank of its place writes it into the log, with its results' shapes."""
+    def _report(self, f: Firing, stage: Stage, ranks: tuple[int, ...], stopped: bool) -> None:
+        """Say that f has ended here, or stopped; the last rank of its place logs it, with its results' shapes."""
         shapes: dict[int, Shapes] = {}
-        if f.stage in self._sending:
+        sends = f.stage in self._sending and not stopped
+        if sends:
             lanes = [lane for lane in stage.lanes_of(f.place) if stage.home(lane, f.place) == self.rank]
             if missing := [lane for lane in lanes if lane not in self._mine]:
                 raise RuntimeError(f"{describe(f)} gave nothing for its lanes {missing} on rank {self.rank}")
             shapes = {lane: shapes_of(self._mine[lane]) for lane in lanes}
-        name = f"ended/{f.iteration}/{f.stage}/{f.chunk}/{f.place}"
+        name = self._key("ended", f)
+        self._parts[f] += stopped
         if len(ranks) > 1:
             if shapes:
                 self.store.set(f"{name}/{self.rank}", json.dumps(shapes))
             if self.store.add(name, 1) < len(ranks):
                 return
-            if f.stage in self._sending:
+            if sends:
                 homes = {stage.home(lane, f.place) for lane in stage.lanes_of(f.place)}
                 for text in self.store.multi_get([f"{name}/{home}" for home in homes]):
                     shapes |= json.loads(text)
         number = self.store.add("log", 1) - 1
-        self.store.set(f"log/{number}", json.dumps([f, shapes]))
+        self.store.set(f"log/{number}", json.dumps([f, shapes, stopped]))
+
+    def _key(self, what: str, f: Firing) -> str:
+        """In the store, of a firing or of one part of it."""
+        return f"{what}/{f.iteration}/{f.stage}/{f.chunk}/{f.place}/{self._parts[f]}"
+
+    def _asked_to_stop(self, f: Firing) -> bool:
+        """Read what the log has got while f runs here. (What it lets start is not on this rank, which is busy.)"""
+        while self.store.check([f"log/{self._read}"]):
+            self._replay()
+            self.scheduler.step()
+        return f in self.scheduler.pauses
 
     def _replay(self) -> None:
-        """Read the next entry: f has ended, and its results move under the name that the scheduler gives it."""
-        entry, shapes = json.loads(self.store.get(f"log/{self._read}"))
+        """Read the next entry: f has stopped, or ended and its results move under the name that the scheduler gives."""
+        entry, shapes, stopped = json.loads(self.store.get(f"log/{self._read}"))
         self._read += 1
         f = Firing(*entry)
+        if stopped:
+            self.scheduler.paused(f)
+            return
         name, here = self.scheduler.done(f), self.rank in self.graph.ranks(f)
         if here:
             for lane, made in self._mine.items():

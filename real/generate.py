@@ -8,43 +8,17 @@ and in whatever batch a sample is generated.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhfsim.rollouts import NOISE_TABLE, Request
+
 from .models import Decoder
-
-PROMPT_TOKENS, NOISE, VALIDATION = 10, 11, 12  # streams of random numbers, apart from those of the lengths
-NOISE_TABLE = 1 << 20  # draws of noise, read from an offset per token: far cheaper than as many draws per token
-
-
-@dataclass
-class Request:
-    """One response to be generated: its prompt, where it ends at the latest, its noise, and what there is of it yet."""
-
-    sample: int
-    prompt: np.ndarray
-    limit: int
-    noise: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-
-def request(key: Sequence[int], sample: int, prompt: int, prompt_tokens: int, limit: int, vocabulary: int) -> Request:
-    """The request of a sample; `key` is seed and iteration (and whatever tells one use of a sample from another)."""
-    text = np.random.default_rng((*key, PROMPT_TOKENS, prompt)).integers(vocabulary, size=prompt_tokens)
-    noise = np.random.default_rng((*key, NOISE, sample)).integers(NOISE_TABLE, size=limit)
-    return Request(sample, text, limit, noise)
 
 
 class Cache:
@@ -90,9 +64,11 @@ def _gumbel(device: torch.device, vocabulary: int) -> Tensor:
 class Generation:
     """Responses to `requests` by a decoder, with hooks or without.
 
-    rows: sequences at a time. continuous: finished ones leave and waiting ones come in, at most `prefill_tokens` of
-        prompts (or one prompt) per step; else a batch of `rows` runs until its longest has ended, and then the next.
+    rows: sequences at a time; columns: tokens that each has room for (None: what `requests` need).
+    continuous: finished ones leave and waiting ones come in, at most `prefill_tokens` of prompts (or one prompt) per
+        step; else a batch of `rows` runs until its longest has ended, and then the next.
     end: the token that ends a response early, None where lengths are forced. log_probs: keep those of drawn tokens.
+    version: of the decoder's weights. recomputed: tokens whose keys and values were computed once more.
     """
 
     def __init__(
@@ -101,6 +77,7 @@ class Generation:
         requests: Sequence[Request],
         *,
         rows: int,
+        columns: int | None = None,
         continuous: bool,
         prefill_tokens: int = 1 << 30,
         end: int | None = None,
@@ -109,9 +86,12 @@ class Generation:
     ) -> None:
         self.decoder, self.end, self.continuous, self.prefill_tokens = decoder, end, continuous, prefill_tokens
         self.log_probs, self.device = log_probs, torch.device(device)
-        self.rows = max(1, min(rows, len(requests)))
         self.waiting, self.running = deque(requests), list[Request]()
-        columns = max((len(r.prompt) for r in requests), default=1) + max((r.limit for r in requests), default=1)
+        self.version = self.recomputed = 0
+        if columns is None:
+            rows = min(rows, len(requests))
+            columns = max((len(r.prompt) for r in requests), default=1) + max((r.limit for r in requests), default=1)
+        self.rows = max(1, rows)
         dtype = next(decoder.parameters()).dtype
         self.cache = Cache(decoder.body.config, self.rows, columns, dtype, self.device)
 
@@ -125,9 +105,25 @@ class Generation:
         left = list(self.waiting)
         return sum(max(r.limit for r in left[i : i + self.rows]) for i in range(0, len(left), self.rows))
 
+    def submit(self, requests: Sequence[Request]) -> None:
+        """More work for a continuous batch; where tokens are drawn already they are read like a prompt."""
+        self.waiting += requests
+        self.recomputed += sum(r.length for r in requests if r.tokens)
+
+    def restart(self) -> None:
+        """All that run leave their rows, and come in again before the others."""
+        self.recomputed += sum(r.length - 1 for r in self.running)
+        self.waiting.extendleft(reversed(self.running))
+        self.running.clear()
+
+    def remove(self, samples: Collection[int]) -> None:
+        """Take these out of a continuous batch, whatever they do."""
+        self.waiting = deque(r for r in self.waiting if r.sample not in samples)
+        self._leave(lambda r: r.sample in samples)
+
     @torch.no_grad()
-    def step(self) -> None:
-        """One pass: the prompts of whoever comes in, or else one more token for all that run.
+    def step(self) -> list[Request]:
+        """One pass: the prompts of whoever comes in, or else one more token for all that run. Gives what has ended.
 
         Without work a pass of no sample: where weights are gathered from all ranks, every rank must make every pass.
         """
@@ -139,22 +135,22 @@ class Generation:
             self._prefill(admitted)
         else:
             self._decode()
-        self._retire()
+        return self._retire()
 
     def _admitted(self) -> list[Request]:
         admitted, tokens = list[Request](), 0
         if self.running and not self.continuous:
             return admitted
         while self.waiting and len(self.running) + len(admitted) < self.rows:
-            tokens += len(self.waiting[0].prompt)
+            tokens += self.waiting[0].length
             if admitted and self.continuous and tokens > self.prefill_tokens:
                 break
             admitted.append(self.waiting.popleft())
         return admitted
 
     def _prefill(self, admitted: list[Request]) -> None:
-        rows, lengths = slice(len(self.running) - len(admitted), len(self.running)), [len(r.prompt) for r in admitted]
-        tokens = pad_sequence([torch.from_numpy(r.prompt) for r in admitted], batch_first=True)
+        rows, lengths = slice(len(self.running) - len(admitted), len(self.running)), [r.length for r in admitted]
+        tokens = pad_sequence([torch.from_numpy(r.text) for r in admitted], batch_first=True)
         positions = torch.arange(max(lengths), device=self.device).expand(len(admitted), -1)
         last = torch.tensor(lengths, device=self.device) - 1
         found = self.decoder(tokens.to(self.device), positions, last=last, cache=self.cache.use(rows))
@@ -180,25 +176,34 @@ class Generation:
                 r.log_probs.append(value)
         for r, token in zip(requests, drawn.squeeze(-1).tolist(), strict=True):
             r.tokens.append(token)
+            r.versions.append(self.version)
 
     def _ended(self, r: Request) -> bool:
         return len(r.tokens) >= r.limit or (self.end is not None and self.end in r.tokens)
 
-    def _retire(self) -> None:
-        """Finished sequences leave one by one, the last row filling the gap; a static batch leaves as a whole."""
-        if not self.continuous:
-            if all(map(self._ended, self.running)):
-                for r in self.running:  # what was drawn beyond the end only kept the batch in step
-                    end = r.tokens.index(self.end) + 1 if self.end in r.tokens else r.limit
-                    del r.tokens[min(r.limit, end) :], r.log_probs[min(r.limit, end) :]
-                self.running.clear()
-            return
+    def _retire(self) -> list[Request]:
+        """A static batch leaves as a whole."""
+        if self.continuous:
+            return self._leave(self._ended)
+        if not all(map(self._ended, self.running)):
+            return []
+        done, self.running = self.running, []
+        for r in done:  # what was drawn beyond the end only kept the batch in step
+            end = min(r.limit, r.tokens.index(self.end) + 1 if self.end in r.tokens else r.limit)
+            del r.tokens[end:], r.log_probs[end:], r.versions[end:]
+        return done
+
+    def _leave(self, leaves: Callable[[Request], bool]) -> list[Request]:
+        """Out of their rows one by one, the last row filling the gap."""
+        gone = []
         for row in reversed(range(len(self.running))):
-            if self._ended(self.running[row]):
+            if leaves(self.running[row]):
+                gone.append(self.running[row])
                 last = self.running.pop()
                 if row < len(self.running):
                     self.running[row] = last
                     self.cache.move(len(self.running), row, last.length - 1)
+        return gone
 
 
 def run(generation: Generation, any_busy: Callable[[bool], bool] | None = None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from .meter import Meter
 Fields = dict[str, Tensor]
 Shapes = dict[str, list[Any]]  # field -> [type, *shape]
 Samples = dict[int, Fields]
+T = TypeVar("T")
 
 _NUMBERS = 10**7  # more than the parameters and modules of all engines of one group
 
@@ -80,13 +81,18 @@ class Groups:
             dist.broadcast(tensor, src=source, group=group)
         return tensor
 
-    def exchange(self, samples: Samples, ranks: Iterable[int]) -> Samples:
+    def exchange(self, samples: Samples, ranks: Sequence[int]) -> Samples:
         """Everyone's samples, on the host: they are small beside weights."""
         own = {s: {name: x.cpu().clone() for name, x in fields.items()} for s, fields in samples.items()}
-        found: list[Samples] = [{} for _ in ranks]
-        with self._counted("all_gather", ranks, *(x for fields in own.values() for x in fields.values())) as group:
-            dist.all_gather_object(found, own, group=group)
+        found = self.gather(own, ranks, *(x for fields in own.values() for x in fields.values()))
         return {s: fields for part in found for s, fields in part.items()}
+
+    def gather(self, own: T, ranks: Sequence[int], *moved: Tensor) -> list[T]:
+        """Everyone's objects, in the order of the group's ranks. moved: the tensors in it, for the count of bytes."""
+        found = [own for _ in ranks]
+        with self._counted("all_gather", ranks, *moved) as group:
+            dist.all_gather_object(found, own, group=group)
+        return found
 
     def meet(self, ranks: Iterable[int]) -> None:
         """Wait until all have come. Not counted: it belongs to no firing's work."""

@@ -30,6 +30,7 @@ class Meter:
         self._calls: dict[tuple[int, ...], list[tuple[Any, Any, Any]]] = defaultdict(list)
         self._sections: list[tuple[str, Any, Any]] = []
         self.sent_bytes: dict[str, list[int]] = defaultdict(list)  # of each collective, by name
+        self.counts: dict[str, float] = {}  # what a firing says of itself: see `Measured`
         self.synchronize()
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -53,7 +54,7 @@ class Meter:
         for name, start, stop in self._sections:
             detail[name] += (self._at(stop) - self._at(start)) / 1e9
         peak = torch.cuda.max_memory_allocated(self.device) if self._cuda else _peak()
-        return Measured(calls, sum(map(sum, self.sent_bytes.values())), dict(detail), peak)
+        return Measured(calls, sum(map(sum, self.sent_bytes.values())), dict(detail), peak, self.counts)
 
     def stamp(self) -> Any:
         """This instant: of the host, or of the stream."""

@@ -31,6 +31,7 @@ from transformers.models.llama import modeling_llama as llama
 from rlhfsim import bench as bench_file
 from rlhfsim.bench import Row
 from rlhfsim.layout import Holding
+from rlhfsim.rollouts import request
 from rlhfsim.spec.model_spec import ModelSpec, load_model
 from rlhfsim.spec.scenario import Algorithm, ModelUse, WeightSync
 from rlhfsim.spec.yaml_file import read_yaml
@@ -248,7 +249,7 @@ class Bench:
         """Steps of the generation loop, with equally long sequences: each after the first adds a token to all."""
         module = models.build("actor", self._use(shape), 0, lm=True, value=False, train=False).to(self.device)
         for count in rows:
-            requests = [generate.request((0, 0), s, s, prompt, steps, shape.vocabulary) for s in range(count)]
+            requests = [request((0, 0), s, s, prompt, steps, shape.vocabulary) for s in range(count)]
             options = {"rows": count, "continuous": False, "log_probs": True, "device": self.device}
             loop = generate.Generation(module, requests, **options)
             found = []

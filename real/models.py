@@ -189,9 +189,13 @@ def fill(module: nn.Module, role: str, seed: int) -> None:
 
 
 def _adapt(module: Decoder, use: ModelUse, role: str) -> None:
-    """LoRA at every linear module of the layers."""
-    layers = layers_of(module)
+    """LoRA at the linear modules of the layers that are named."""
+    layers, targets = layers_of(module), use.lora_target_modules
     linear = {name: child for name, child in layers.named_modules() if isinstance(child, nn.Linear)}
+    if targets == "attention":
+        linear = {name: child for name, child in linear.items() if "attn" in name or "attention" in name}
+    elif targets != "all-linear":
+        linear = {name: child for name, child in linear.items() if name.rpartition(".")[2] in targets}
     if not linear:
         message = f"{use.shape.family} has no linear modules that LoRA could adapt"
         raise InputError(message, field=f"models.{role}.lora_rank")

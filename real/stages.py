@@ -10,10 +10,11 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import islice
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,17 @@ from torch import Tensor, nn
 from rlhfsim.batch import Split, kept_together
 from rlhfsim.graph import Firing, Stage, StageGraph
 from rlhfsim.layout import Holding, algorithm_of
+from rlhfsim.rollouts import VALIDATION, Held, Request, ages, request, to_begin
 from rlhfsim.spec.lengths import draw_lengths
 from rlhfsim.spec.loader import length_dir
 from rlhfsim.spec.scenario import Scenario
 
 from . import generate, models, ppo
 from .engines import Engine, WholeCopy, fill, flat
-from .executor import Inbox, LaneStore, base_name
+from .executor import Inbox, LaneStore, Paused, Turn, base_name
 from .groups import Fields, Groups
 from .ppo import Sample
+from .rollout import Rollout
 
 Holdings = dict[str, Holding]
 Samples = dict[int, Sample]
@@ -65,10 +68,25 @@ class Stages:
         self.engines = {n: self._engine(h) for n, h in holdings.items() if rank in h.ranks}
         self._copy = cache(lambda name: WholeCopy(self.engines[name], scenario.weight_sync.bucket_bytes))
         self._lengths = cache(lambda iteration: draw_lengths(scenario.workload, self.seed, iteration, length_dir()))
+        self.versions: dict[str, int] = defaultdict(int)  # of the weights of each copy: updates behind them
+        self.rollouts: dict[str, Rollout] = {}  # by stage
 
-    def __call__(self, f: Firing, stage: Stage, inbox: Inbox) -> dict[int, Fields] | None:
+    def __call__(self, f: Firing, stage: Stage, inbox: Inbox, turn: Turn) -> dict[int, Fields] | None:
         """(What the inbox holds lies in the store as well.) A swap has no work."""
-        return None if stage.kind == "swap" else getattr(self, f"_{stage.kind}")(f, stage)
+        if stage.kind == "swap":
+            return None
+        if stage.unfinished != "wait":
+            return self._roll_out(f, stage, turn)
+        made: dict[int, Fields] | None = getattr(self, f"_{stage.kind}")(f, stage)
+        if stage.kind in ("train", "sync") and f.chunk == stage.firings - 1:
+            self._enter(stage.target or stage.model, f.iteration + 1)
+        return made
+
+    def _enter(self, model: str, version: int) -> None:
+        self.versions[model] = version
+        for name, rollout in self.rollouts.items():
+            if self.graph.at(name).model == model:
+                rollout.enter(version, self.graph.at(name).recompute)
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -120,6 +138,9 @@ class Stages:
         """Results by lane, on the ranks where the lanes are at home."""
         if not self.split.at_home(f):
             results = self.groups.exchange(results, stage.ranks_of(f.place))
+        return self._by_lane(f, stage, results, names)
+
+    def _by_lane(self, f: Firing, stage: Stage, results: Samples, names: Sequence[str]) -> dict[int, Fields]:
         return {
             lane: ppo.packed([results[s] for s in self.split.of_lane(f, lane)], names)
             for lane in stage.lanes_of(f.place)
@@ -130,49 +151,107 @@ class Stages:
         """The fields that some stage wants of this one as messages."""
         return {name for *_, carries in self.graph.out_edges(stage.name, data="carries") for name in carries}
 
+    def _drawn(self, stage: Stage) -> tuple[str, ...]:
+        """The fields of a response that is handed over."""
+        return ("tokens", "mask", *({"log_probs"} & self._carried(stage)))
+
     def _generate(self, f: Firing, stage: Stage) -> dict[int, Fields] | None:
-        chosen, validation = self.scenario.generation, stage.name == "testing"
+        validation = stage.name == "testing"
         samples = self.scenario.periodic.validation_prompts if validation else self.samples
         share = replace(self.split, samples=samples).share(f, self.rank)
         requests = [self._request(f.iteration, s, validation, samples) for s in share]
-        sampled = self.scenario.workload.responses == "sampled"
-        fields = ("tokens", "mask", *({"log_probs"} & self._carried(stage)))
-        engine = self.engines[stage.model]
-        together = engine.sharded and chosen.engine == "zero3_per_token"
-        with ExitStack() as stack, self.groups.meter.section("generate"):
-            module = stack.enter_context(self._decoder(engine, together))
-            if not together:
-                stack.enter_context(models.merged(module))
-            work = generate.Generation(
-                module,
-                requests,
-                continuous=chosen.continuous,
-                rows=chosen.max_sequences if chosen.continuous else chosen.batch_samples or len(requests),
-                prefill_tokens=chosen.prefill_tokens,
-                end=END_OF_SEQUENCE if sampled else None,
-                log_probs="log_probs" in fields,
-                device=self.groups.device,
-            )
-            generate.run(work, self._in_step(work, stage.ranks_of(f.place), sampled) if together else None)
+        together = self.engines[stage.model].sharded and self.scenario.generation.engine == "zero3_per_token"
+        with self._decoding(stage, together) as module:
+            work = self._generation(stage, module, requests)
+            generate.run(work, self._in_step(work, stage.ranks_of(f.place)) if together else None)
         if validation:
             return None
-        return self._home(f, stage, {r.sample: _sample(r) for r in requests}, fields)
+        if self.graph.off_policy:
+            self.groups.meter.counts |= ages(requests, f.iteration)
+        return self._home(f, stage, {r.sample: _sample(r) for r in requests}, self._drawn(stage))
 
-    def _request(self, iteration: int, sample: int, validation: bool, samples: int) -> generate.Request:
+    def _roll_out(self, f: Firing, stage: Stage, turn: Turn) -> dict[int, Fields]:
+        """A chunk of responses, of those that earlier firings began or this one; what has not ended stays unfinished.
+
+        Raises Paused where the engines were stopped before the chunk was full.
+        """
+        ids = sorted(s for share in self.split.shares(f).values() for s in share)
+        with self._decoding(stage, False) as module:
+            rollout = self._rollout(stage, module)
+            held, lost = rollout.held, 0.0
+            if stage.max_age is not None:
+                lost += rollout.throw_away(f.iteration - stage.max_age)
+            begun = to_begin(self.graph, stage, self.samples, len(ids), held.version, held.begun, held.handed_over)
+            rollout.begin([self._numbered(n) for n in held.numbers(begun)])
+            done = rollout.run(len(ids), turn)
+        if done is not None and stage.unfinished == "drop":
+            lost += rollout.throw_away()
+        counts = {"recomputed_tokens": float(rollout.engine.recomputed)}
+        rollout.engine.recomputed = 0
+        if self.rank == stage.ranks[0]:  # what all ranks know counts once
+            counts |= {"thrown_away_tokens": lost} | (ages(done, f.iteration) if done is not None else {})
+        self.groups.meter.counts |= counts
+        if done is None:
+            raise Paused
+        return self._by_lane(f, stage, dict(zip(ids, map(_sample, done), strict=True)), self._drawn(stage))
+
+    def _rollout(self, stage: Stage, module: nn.Module) -> Rollout:
+        if stage.name not in self.rollouts:
+            engine, workload = self._generation(stage, module), self.scenario.workload
+            held, keeps = Held(workload.responses_per_prompt), stage.unfinished == "keep"
+            self.rollouts[stage.name] = Rollout(engine, held, stage.ranks, self.groups, keeps)
+        return self.rollouts[stage.name]
+
+    def _numbered(self, number: int) -> Request:
+        """Of all responses, in the order in which iterations have them."""
+        return replace(self._request(*divmod(number, self.samples)), sample=number)
+
+    @contextmanager
+    def _decoding(self, stage: Stage, together: bool) -> Iterator[nn.Module]:
+        """The module that decodes: the engine's own, or under ZeRO-3 a whole copy for this call; LoRA's factors in."""
+        engine = self.engines[stage.model]
+        decoder = engine if together or not engine.sharded else self._copy(engine.holding.name)
+        with ExitStack() as stack, self.groups.meter.section("generate"):
+            module = stack.enter_context(decoder.session())
+            if not together:
+                stack.enter_context(models.merged(module))
+            yield module
+
+    def _generation(
+        self, stage: Stage, module: nn.Module, requests: Sequence[Request] | None = None
+    ) -> generate.Generation:
+        """Of these requests, or (None) an engine that will be given others."""
+        chosen, workload, columns = self.scenario.generation, self.scenario.workload, None
+        rows = chosen.max_sequences if chosen.continuous else chosen.batch_samples or len(requests or ())
+        if requests is None:
+            most = ceil(self.graph.at_work(stage.name) * self.samples / stage.chunks) + workload.responses_per_prompt
+            rows, columns = min(rows, most), workload.longest_sample
+        work = generate.Generation(
+            module,
+            requests or (),
+            rows=rows,
+            columns=columns,
+            continuous=chosen.continuous,
+            prefill_tokens=chosen.prefill_tokens,
+            end=END_OF_SEQUENCE if workload.responses == "sampled" else None,
+            log_probs="log_probs" in self._drawn(stage),
+            device=self.groups.device,
+        )
+        work.version = self.versions[stage.model]
+        return work
+
+    def _request(self, iteration: int, sample: int, validation: bool = False, samples: int = 0) -> Request:
+        samples = samples or self.samples
         workload = self.scenario.workload
         prompts, responses = (np.resize(tokens, samples) for tokens in self._lengths(iteration))
         limit = workload.response_tokens.longest if workload.responses == "sampled" else int(responses[sample])
-        key = (self.seed, iteration, *([generate.VALIDATION] if validation else []))
+        key = (self.seed, iteration, *([VALIDATION] if validation else []))
         prompt, vocabulary = sample // workload.responses_per_prompt, self.scenario.models.actor.shape.vocabulary
-        return generate.request(key, sample, prompt, int(prompts[sample]), limit, vocabulary)
+        return request(key, sample, prompt, int(prompts[sample]), limit, vocabulary)
 
-    def _decoder(self, engine: Engine, together: bool) -> AbstractContextManager[nn.Module]:
-        """The module that decodes: the engine's own, or under ZeRO-3 a whole copy for this call."""
-        return engine.session() if together or not engine.sharded else self._copy(engine.holding.name).session()
-
-    def _in_step(self, work: generate.Generation, place: Sequence[int], sampled: bool) -> Callable[[bool], bool]:
+    def _in_step(self, work: generate.Generation, place: Sequence[int]) -> Callable[[bool], bool]:
         """Every rank makes as many passes as the slowest: agreed on beforehand where lengths are forced."""
-        if not sampled and not work.continuous:
+        if work.end is None and not work.continuous:
             passes = torch.tensor([work.forward_passes], device=self.groups.device)
             return generate.counted(int(self.groups.all_reduce(passes, place, dist.ReduceOp.MAX)))
 
@@ -317,7 +396,7 @@ class Stages:
                     engine.write(Path(folder))
 
 
-def _sample(r: generate.Request) -> Sample:
+def _sample(r: Request) -> Sample:
     mask = torch.tensor([ppo.PROMPT] * len(r.prompt) + [ppo.RESPONSE] * len(r.tokens))
     found = {"tokens": torch.tensor([*r.prompt.tolist(), *r.tokens]), "mask": mask}
     return found | ({"log_probs": torch.tensor(r.log_probs)} if r.log_probs else {})

@@ -200,47 +200,59 @@ def plot(timelines: tuple[str, ...], out: str, iteration: int | None) -> None:
 
 @cli.command("validate")
 @click.argument("paths", nargs=-1, required=True)
+@click.option("--gpu", type=str, help="The GPU of a file that names none, or a cluster's file; see `show gpus`.")
+@click.option("--scenario", type=str, help="What ran, for a training log whose options do not say all of it.")
+@click.option(
+    "--tolerance", type=click.FloatRange(0, 100, min_open=True), help="Largest error of these files that passes."
+)
 @as_json
-def validate(paths: tuple[str, ...], json_output: bool) -> None:
-    """Predicted against measured: recorded runs (*.case.yaml) and published cases (*.cases.yaml), files or folders.
+def validate(
+    paths: tuple[str, ...], gpu: str | None, scenario: str | None, tolerance: float | None, json_output: bool
+) -> None:
+    """Predicted against measured: recorded runs (*.case.yaml) and published cases (*.cases.yaml), files or folders, and
+    files of other projects as they are: docs/formats.md lists them.
 
     Exit code 1 where a prediction is beyond its tolerance, or a run that there was is said not to fit.
     """
-    from .published import run_file
-    from .render import print_validation, progress
-    from .validate import find_cases, summary
+    from .checks import check
+    from .render import progress
+    from .render_checks import print_checks
+    from .validate import find_cases
 
-    files, results, gaps = find_cases(paths), [], []
+    files = find_cases(paths)
     with progress(len(files)) as advance:
-        for file in files:
-            advance(file.name)
-            found_here, gaps_here = run_file(file)
-            results += found_here
-            gaps += gaps_here
-    found = summary(results, gaps)
+        found = check(files, gpu=gpu, scenario=scenario, tolerance=tolerance, progress=advance)
     if json_output:
-        _print_json({"cases": [r.as_json() for r in results], "summary": found})
+        _print_json(found.as_json())
     else:
-        print_validation(results, found)
-    sys.exit(FAILED if found["failed"] else 0)
+        print_checks(found)
+    sys.exit(FAILED if found.failed else 0)
 
 
 @cli.command("calibrate")
 @click.argument("measurements", nargs=-1, required=True)
-@click.option("--name", required=True, help="What the machine is called.")
+@click.option("--name", help="What the machine is called.")
 @click.option("--out", required=True, help="The cluster file (.yaml); its kernel curves are written beside it.")
+@click.option("--gpu", type=str, help="For tables of other projects: the GPU whose spec is started from.")
 @click.option("--force", is_flag=True, help="Overwrite files of an earlier calibration.")
 @as_json
-def calibrate(measurements: tuple[str, ...], name: str, out: str, force: bool, json_output: bool) -> None:
+def calibrate(
+    measurements: tuple[str, ...], name: str | None, out: str, gpu: str | None, force: bool, json_output: bool
+) -> None:
     """A hardware spec of this machine from files of real.microbench (.json), and from real runs, each a timeline
-    (.jsonl) followed by its scenario (.yaml)."""
-    from .calibrate import calibrate as fit
-    from .calibrate import split_arguments, write
+    (.jsonl) followed by its scenario (.yaml); or from operator and collective tables and served runs of other projects
+    (docs/formats.md). From a training log: its workload, for a scenario."""
+    from .calibrate import write
+    from .calibrate_tables import calibrate_any, write_workload
     from .render import print_calibration
 
     _writable(out)
-    benches, runs = split_arguments(measurements)
-    found = write(fit(benches, runs, name=name), out, force=force)
+    found = calibrate_any(measurements, name=name, gpu=gpu)
+    if isinstance(found, dict):
+        write_workload(found, out, force=force)
+        _print_json(found)
+        return
+    found = write(found, out, force=force)
     if json_output:
         _print_json(found.as_json())
     else:

@@ -7,7 +7,7 @@ beside the training states when it wakes up.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,15 +17,19 @@ import numpy as np
 
 from .costs.model import head_of
 from .graph import Stage, StageGraph
-from .layout import Holding, shares_with_training
+from .layout import Holding, shares_with_training, users
 from .memory import (
     Bytes,
+    Doing,
     cache_bytes_per_token,
     engine_bytes,
     engine_weight_bytes,
     profile_bytes,
     reserved_bytes,
+    rounding_bytes,
     scoring_bytes,
+    sequence_state_bytes,
+    state_blocks,
     static_bytes,
     training_bytes,
 )
@@ -33,9 +37,11 @@ from .spec.scenario import ModelUse, Scenario
 
 # What to turn when a component is the largest one of the worst instant.
 KNOBS = {
-    "weights": "a higher zero_stage, tensor_parallel, or offload_parameters for frozen models",
-    "gradients": "zero_stage 2 or 3, offload_gradients, or lora_rank",
-    "optimizer": "zero_stage 1 or higher, offload_optimizer, lora_rank, or more GPUs for the trained models",
+    "weights": "a higher zero_stage, tensor_parallel, offload_parameters for frozen models, or offload_states: all for "
+    "trained ones",
+    "gradients": "zero_stage 2 or 3, offload_gradients, offload_states (but for updates), or lora_rank",
+    "optimizer": "zero_stage 1 or higher, offload_states (but for updates), offload_optimizer, lora_rank, or more "
+    "GPUs for the trained models",
     "kv_cache": "generation.batch_samples (static) or max_sequences (continuous), or tensor_parallel of the engine",
     "activations": "a smaller micro_batch_samples (or _tokens), recompute: full, flash_attention, context_parallel, or "
     "offload_activations",
@@ -69,7 +75,8 @@ class Fit:
 
     worst: the instant with the least room at maximum lengths; p99_bytes: the same at the 99th percentile of lengths.
     by_phase: the rank with the least room in each phase. kv_capacity_tokens: of the engine with the smallest cache.
-    host_bytes, host_capacity_bytes: of the node with the least room. reason: empty if it fits, else one sentence with
+    host: bytes of host memory on the node with the least room, by what they are for; host_capacity_bytes: what may be
+    used there. reason: empty if it fits, else one sentence with
     the knob that helps.
     micro_batches: largest micro_batch_samples and score_micro_batch_samples that fit (or tokens, where these are
         limited), by model; 0: none does.
@@ -79,12 +86,17 @@ class Fit:
     worst: Instant
     p99_bytes: float
     by_phase: dict[str, Instant]
-    host_bytes: float
+    host: dict[str, float]
     host_capacity_bytes: float
     kv_capacity_tokens: float | None
     memory_fraction: float | None
     micro_batches: dict[str, int]
     reason: str
+
+    @property
+    def host_bytes(self) -> float:
+        """Of host memory, in all."""
+        return sum(self.host.values())
 
     @property
     def capacity_bytes(self) -> float:
@@ -106,7 +118,8 @@ class Memory:
         self._kinds, self._parts = scenario.cluster.rank_kinds, scenario.cluster.all_parts
         workload = scenario.workload
         self.longest = workload.prompt_tokens.longest, workload.longest_response
-        self._resting: dict[tuple[int, str], Bytes] = {}
+        self._resting: dict[tuple[int, str | None], Bytes] = {}
+        self._order = [stage.name for stage in graph.stages()]
 
     # -- ranks --------------------------------------------------------------------------------------------
 
@@ -142,13 +155,14 @@ class Memory:
             return self._stage_of(holding, rank)
         return holding.ranks.index(rank) % generation.ranks_per_engine // generation.tensor_parallel
 
-    def resting(self, rank: int, running: str = "") -> Bytes:
-        """What lies on a rank whatever runs; `running`: the copy whose offloaded weights are on the device."""
-        if (rank, running) not in self._resting:
-            self._resting[rank, running] = self._rest(rank, running)
-        return self._resting[rank, running]
+    def resting(self, rank: int, running: Stage | None = None) -> Bytes:
+        """What lies on a rank between stages, or while a stage is running, without what that adds."""
+        key = rank, running.name if running else None
+        if key not in self._resting:
+            self._resting[key] = self._rest(rank, running)
+        return self._resting[key]
 
-    def _rest(self, rank: int, running: str) -> Bytes:
+    def _rest(self, rank: int, running: Stage | None) -> Bytes:
         found = reserved_bytes(self.scenario.overheads_of(self._parts[self._kinds[rank]]))
         for name, held in self.holdings.items():
             if rank in held.ranks and name != "shadow_actor":
@@ -158,17 +172,36 @@ class Memory:
                     held.data_parallel,
                     head=head_of(name),
                     stage=self._stage_of(held, rank),
-                    running=name == running,
+                    doing=self._doing(held, running),
                 )
         engine = self.holdings.get("shadow_actor")
         if engine is not None and rank in engine.ranks:
-            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes)
+            found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes + self._second_process(rank))
             weights = engine_weight_bytes(engine.use, self.scenario.generation, self._decode_stage(engine, rank))
             if not self._sleeps(engine):
                 found += Bytes(engine=weights)
             elif self.scenario.generation.sleep == "level_1":
                 found += Bytes(host=weights)
         return found
+
+    def _second_process(self, rank: int) -> float:
+        """Device memory that an engine's process keeps on a rank where another one trains or scores."""
+        if not any(rank in held.ranks for name, held in self.holdings.items() if name != "shadow_actor"):
+            return 0.0
+        return self.scenario.overheads_of(self._parts[self._kinds[rank]]).engine_process_bytes
+
+    def _doing(self, held: Holding, running: Stage | None) -> Doing:
+        """What a copy of a model does while a stage runs; what leaves is there from its first stage to its last."""
+        if running is None:
+            return "rests"
+        if running.model == held.name:
+            if held.use.offload_parameters and running.kind == "sync":
+                return "rests"
+            return "updates" if running.kind == "train" else "passes"
+        if held.purpose != "train" or held.use.offload_states is None:
+            return "rests"
+        own = [self._order.index(stage.name) for stage in users(self.graph, held.name)]
+        return "passes" if own[0] < self._order.index(running.name) < own[-1] else "rests"
 
     def _sleeps(self, engine: Holding) -> bool:
         """An engine that shares its ranks with training frees its memory there; one on ranks of its own keeps it."""
@@ -183,7 +216,7 @@ class Memory:
             return self.resting(rank)
         if stage.kind == "sync":
             return self._while_syncing(stage, rank)
-        resting = self.resting(rank, running=stage.model)
+        resting = self.resting(rank, running=stage)
         if stage.kind == "generate":
             return resting + self._generating(stage, rank, prompt, response)
         sequence = prompt + response
@@ -230,7 +263,7 @@ class Memory:
     def _while_syncing(self, stage: Stage, rank: int) -> Bytes:
         bucket = Bytes(buffers=self.scenario.weight_sync.bucket_bytes)
         target = self.holdings[stage.target or ""]
-        found = self.resting(rank) + bucket
+        found = self.resting(rank, running=stage) + bucket
         if rank in target.ranks and target.name == "shadow_actor" and self._sleeps(target):
             # It wakes up beside the training states.
             part = self._decode_stage(target, rank)
@@ -238,17 +271,17 @@ class Memory:
         return found
 
     def _generating(self, stage: Stage, rank: int, prompt: int, response: int) -> Bytes:
-        """A cache is as large as that of the engine's rank with the least room."""
-        found, tokens = (
-            self._decoding(stage, rank, prompt, response),
-            float(self._sequences(stage) * (prompt + response)),
-        )
-        if self.scenario.generation.continuous:
-            stages = [r for r in self.rank_kinds if r in stage.ranks and self._kinds[r] == self._kinds[rank]]
-            alike = stages if self.scenario.generation.pipeline_parallel > 1 else [rank]
-            room = min(self._kv_room(stage, r, self._decoding(stage, r, prompt, response)) for r in alike)
-            tokens = min(self._kv_need(stage, prompt, response), room)
-        return found + Bytes(kv_cache=self._kv_bytes(self.holdings[stage.model].use, prompt + response) * tokens)
+        """The cache is as large as that of the engine's rank with the least room."""
+        generation, use = self.scenario.generation, self.holdings[stage.model].use
+        found, per_token = self._decoding(stage, rank, prompt, response), self._kv_bytes(use, prompt + response)
+        if not generation.continuous:
+            whole = per_token * (prompt + response) + sequence_state_bytes(use, generation)
+            return found + Bytes(kv_cache=self._sequences(stage) * whole)
+        of_stages = [rank]
+        if generation.pipeline_parallel > 1:
+            of_stages = [r for r in self.rank_kinds if r in stage.ranks and self._kinds[r] == self._kinds[rank]]
+        room = min(self._kv_room(stage, r, self._decoding(stage, r, prompt, response)) for r in of_stages)
+        return found + Bytes(kv_cache=per_token * min(self._kv_need(stage, prompt, response), room))
 
     def _decoding(self, stage: Stage, rank: int, prompt: int, response: int) -> Bytes:
         """What generating adds but for the KV cache; one micro-batch at a time is on a pipeline stage."""
@@ -307,14 +340,18 @@ class Memory:
 
     def _kv_need(self, stage: Stage, prompt: int, response: int) -> float:
         """At most: as if no two sequences shared a prompt."""
-        return float(self._sequences(stage) * (prompt + response + self._draft_slots))
+        states = self._state_blocks(stage) * self.scenario.generation.block_tokens
+        return float(self._sequences(stage) * (prompt + response + self._draft_slots + states))
+
+    def _state_blocks(self, stage: Stage) -> int:
+        return state_blocks(self.holdings[stage.model].use, self.scenario.generation)
 
     def _kv_room(self, stage: Stage, rank: int, engine: Bytes) -> float:
         """Tokens for which a paged cache has room: as given, within the engine's fraction, or in what is left."""
         generation = self.scenario.generation
         if generation.kv_cache_tokens is not None:
             return float(generation.kv_cache_tokens)
-        free = self.capacity_of(rank) - self.resting(rank, running=stage.model).total - engine.total
+        free = self.capacity_of(rank) - self.resting(rank, running=stage).total - engine.total
         if generation.memory_fraction is not None:
             whole, taken = self._shared_by_fraction(stage, rank)
             free = min(free, generation.memory_fraction * whole - taken)
@@ -326,7 +363,7 @@ class Memory:
         part = self._decode_stage(held, rank)
         weights = engine_weight_bytes(held.use, generation, part)
         if generation.memory_fraction_covers == "static":
-            there = self.resting(rank, running=stage.model)
+            there = self.resting(rank, running=stage)
             before = there.total - there.engine - generation.cuda_graph_bytes
             return self.capacity_of(rank) - before, weights
         graphs = generation.cuda_graph_bytes if generation.memory_fraction_covers == "profile_and_graphs" else 0.0
@@ -385,7 +422,7 @@ class Memory:
             if phase not in by_phase or instant.missing_bytes > by_phase[phase].missing_bytes:
                 by_phase[phase] = instant
         p99 = max(self.instants(p99_tokens), key=lambda i: i.missing_bytes) if p99_tokens else worst
-        host, host_capacity = self._host_bytes()
+        host, host_capacity = self._host()
         reason = self._reason(worst, host, host_capacity) if self.scenario.effects.memory else ""
         kv = self.kv_capacity_tokens
         return Fit(
@@ -401,7 +438,7 @@ class Memory:
             reason,
         )
 
-    def _reason(self, worst: Instant, host: float, host_capacity: float) -> str:
+    def _reason(self, worst: Instant, host: dict[str, float], host_capacity: float) -> str:
         if worst.missing_bytes > 0:
             components = worst.bytes.components
             largest = max(components, key=lambda name: components[name])
@@ -411,41 +448,62 @@ class Memory:
                 f"{worst.capacity_bytes / 2**30:.3g} ({over:.3g} too many); the largest part is {largest} "
                 f"({components[largest] / 2**30:.3g} GiB): try {KNOBS[largest]}"
             )
-        if host > host_capacity:
+        if (needed := sum(host.values())) > host_capacity:
+            parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in host.items() if size)
             return (
-                f"offloaded states need {host / 2**30:.3g} GiB of host memory per node, there are "
+                f"offloaded states need {needed / 2**30:.3g} GiB of host memory per node ({parts}), there are "
                 f"{host_capacity / 2**30:.3g}: try more nodes or less offload"
             )
         kv, sequence, block = self.kv_capacity_tokens, sum(self.longest), self.scenario.generation.block_tokens
         # The last token is drawn and never computed, so it needs no room; the cache has whole blocks.
-        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block):
+        states = max(map(self._state_blocks, self._generating_stages()), default=0)
+        if kv is not None and kv // block < ceil((sequence - 1 + self._draft_slots) / block) + states:
             return (
                 f"the engine cannot start: its KV cache holds {kv:.3g} tokens, one sequence needs up to {sequence}: "
                 "try tensor_parallel of the engine, a larger memory_fraction, or shorter maximum lengths"
             )
         return ""
 
-    def _host_bytes(self) -> tuple[float, float]:
-        """Host memory that is used and that there is, on the node with the least room."""
-        there = [part.node.host_memory_bytes.value for part in self._parts]
-        if not any(self._host_of(rank) for rank in self.rank_kinds):
-            return 0.0, min(there)
-        used: dict[tuple[int, float], float] = {}
+    def _host(self) -> tuple[dict[str, float], float]:
+        """Host memory that is used, by component, and that there is, on the node with the least room."""
+        there = [
+            part.node.host_memory_bytes.value * self.scenario.overheads_of(part).host_memory_share
+            for part in self._parts
+        ]
+        if not any(sum(self._host_of(rank).values()) for rank in self.rank_kinds):
+            return {}, min(there)
+        used: dict[tuple[int, float], Counter[str]] = defaultdict(Counter)
         nodes = self.scenario.cluster.rank_nodes
         for rank in sorted({r for s in self.graph.stages() for r in s.ranks}):
-            node = nodes[rank], there[self._kinds[rank]]
-            used[node] = used.get(node, 0.0) + self._host_of(rank)
-        fullest = max(used, key=lambda node: used[node] - node[1])
-        return used[fullest], fullest[1]
+            used[nodes[rank], there[self._kinds[rank]]].update(self._host_of(rank))
+        fullest = max(used, key=lambda node: used[node].total() - node[1])
+        return dict(used[fullest]), fullest[1]
 
-    def _host_of(self, rank: int) -> float:
-        """Host memory of one rank: what rests there, and the activations of the stage that leaves most."""
+    def _host_of(self, rank: int) -> dict[str, float]:
+        """Host memory of one rank: what rests there, and the activations of the stage that leaves most (states); what
+        pinned tensors lose to rounding; and what its processes take, one for training and one for an engine."""
+        here = {name: held for name, held in self.holdings.items() if rank in held.ranks}
+        rounding = sum(
+            rounding_bytes(
+                held.use,
+                "train" if held.purpose == "train" else "frozen",
+                held.data_parallel,
+                head=head_of(name),
+                stage=self._stage_of(held, rank),
+            )
+            for name, held in here.items()
+            if name != "shadow_actor"
+        )
+        engine = "shadow_actor" in here and self.scenario.generation.engine == "engine"
+        processes = engine + any(name != "shadow_actor" for name in here)
+        each = self.scenario.overheads_of(self._parts[self._kinds[rank]]).process_host_bytes
         leaving = [
             self.during(stage, rank).host
             for stage in self.graph.stages()
             if stage.kind == "train" and rank in stage.ranks and self.holdings[stage.model].use.offload_activations
         ]
-        return max([self.resting(rank).host, *leaving])
+        states = max([self.resting(rank).host, *leaving])
+        return {"states": states, "rounding": rounding, "processes": processes * each}
 
     def _fraction(self) -> float | None:
         """The engine's share of the device: what was given, or what it can have."""
@@ -481,7 +539,7 @@ class Memory:
     def _largest(self, stage: Stage) -> int:
         """Largest micro-batch of a stage, by bisection over what a replica has at all (bytes grow with it)."""
         free = {
-            rank: self.capacity_of(rank) - self.resting(rank, running=stage.model).total
+            rank: self.capacity_of(rank) - self.resting(rank, running=stage).total
             for rank in self.rank_kinds
             if rank in stage.ranks
         }

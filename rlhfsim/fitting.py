@@ -321,19 +321,24 @@ def _longest_fixed(data: Data) -> float:
 
 
 def write_kernels(record: dict[str, Any], path: Path, comment: str) -> None:
-    """One curve per block; its provenance on one line."""
+    """One curve per block; its provenance on one line, and a grid of ratios by rows."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.comments import CommentedMap
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
     Kernels.model_validate(record)
     yaml = YAML()
     yaml.width = 4096
 
     def styled(node: Any, key: str = "") -> Any:
+        if isinstance(node, list | tuple):
+            rows = CommentedSeq(styled(item) for item in node)
+            if key not in ("axes", "ratios"):  # of these a line a row
+                rows.fa.set_flow_style()
+            return rows
         if not isinstance(node, dict):
             return number(node)
         mapping = CommentedMap((k, styled(v, str(k))) for k, v in node.items())
-        leaf = not any(isinstance(v, dict) for v in node.values())
+        leaf = not any(isinstance(v, dict) for v in node.values()) and key != "residuals"
         if leaf and key not in ("sources", "reference") and key:
             mapping.fa.set_flow_style()
         return mapping

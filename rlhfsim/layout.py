@@ -55,6 +55,12 @@ def shares_with_training(holdings: dict[str, Holding], engine: Holding) -> bool:
     return bool(set(engine.ranks) & set(holdings["actor"].ranks))
 
 
+def users(graph: StageGraph, model: str) -> list[Stage]:
+    """The stages of every iteration that need the weights of a copy of a model, in the graph's order."""
+    own = (s for s in graph.stages() if s.model == model and s.every == 1)
+    return [stage for stage in own if stage.kind not in ("swap", "store")]
+
+
 def strategy_names() -> list[str]:
     return _names("rlhfsim.strategies")
 
@@ -98,9 +104,12 @@ def devices_of(scenario: Scenario) -> Devices:
         "critic": models.critic.ranks_together,
         "shadow_critic": models.critic.ranks_together,
         "reference": models.reference.ranks_together,
-        "reward": together.get("reward", 1),
+        "reward": together.get("reward", models.reward.tensor_parallel if scenario.algorithm.reward == "model" else 1),
     }
-    return Devices(tuple(range(cluster.gpus)), cluster.node.gpus_per_node, together, replica, own_engine)
+    guests = () if scenario.algorithm.reward == "model" else ("reward",)
+    controller = scenario.execution == "controller"
+    ranks = tuple(range(cluster.gpus))
+    return Devices(ranks, cluster.node.gpus_per_node, together, replica, own_engine, controller, guests)
 
 
 def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
@@ -114,7 +123,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
     notes: list[str] = []
     devices = devices_of(scenario)
     if (slots := options.pop("slots", None)) is not None:
-        judges = {"reference", "reward"} & set(algorithm_of(scenario).models)
+        judges = {"reference", "reward"} & set(algorithm_of(scenario).models) - (set(devices.guests) - set(slots))
         options, notes = _with_slots(name, slots, options, devices, sorted(judges))
     allowed = [p for p in inspect.signature(module.build).parameters if p not in ("algorithm", "devices")]
     for option in options:
@@ -133,6 +142,7 @@ def graph_of(scenario: Scenario) -> tuple[StageGraph, list[str]]:
         raise InputError(f"{error}", field=f"strategy ({name})") from error
     _check_engine(graph, scenario)
     _check_sleep(graph, scenario)
+    _check_states(graph, scenario)
     return graph, notes
 
 
@@ -140,41 +150,41 @@ def _check_engine(graph: StageGraph, scenario: Scenario) -> None:
     """Whether the engine can do what the strategy asks of it."""
     name, generation = scenario.strategy.name, scenario.generation
     generating = [s for s in graph.stages() if s.kind == "generate"]
+    if any(s.unfinished != "wait" for s in generating):
+        _check_continuous(generation, f"strategy {name} stops engines while responses are unfinished")
     if generation.engine == "zero3_per_token" and any(s.model == "shadow_actor" for s in generating):
         raise InputError(
             f"zero3_per_token gathers the training weights; a {name} strategy generates from a full copy "
             "(allowed: hybrid for plain batches, engine)",
             field="generation.engine",
         )
-    if scenario.workload.turns is not None:
-        _check_turns(generation)
-    if not generation.continuous and any(s.unfinished != "wait" for s in generating):
-        raise InputError(
-            f"strategy {name} stops engines while responses are unfinished, which static batches cannot "
-            "(allowed: continuous, the default of generation.engine: engine)",
-            field="generation.batching",
-        )
+    _check_turns(scenario)
 
 
-def _check_turns(generation: Generation) -> None:
+def _check_continuous(generation: Generation, why: str) -> None:
+    """Raises InputError that names what makes batches static: the engine, unless it was told to."""
+    if generation.continuous:
+        return
+    field, allowed = "generation.engine", "engine"
+    if generation.engine == "engine":
+        field, allowed = "generation.batching", "continuous"
+    elif generation.engine == "hybrid":
+        allowed += "; or hybrid with generation.batching: continuous"
+    given = generation.batching if field == "generation.batching" else generation.engine
+    raise InputError(f"is {given}: {why}, which static batches cannot (allowed: {allowed})", field=field)
+
+
+def _check_turns(scenario: Scenario) -> None:
     """Whether an engine can take responses in turns."""
-    if not generation.continuous:
+    generation, turns = scenario.generation, scenario.workload.turns
+    if turns is None:
+        return
+    _check_continuous(generation, "a response of several turns (workload.turns) leaves its batch and comes back")
+    if generation.prefix_caching and not turns.keep_prefix:
         raise InputError(
-            "are taken by continuous engines only: a static batch ends with its longest turn (allowed: generation."
-            "batching continuous, the default of generation.engine: engine)",
-            field="workload.turns",
-        )
-    if generation.prefix_caching:
-        raise InputError(
-            "is true; with workload.turns what an engine keeps of a context is found by its own sample only (allowed: "
-            "false; workload.turns.keep_prefix says whether turns keep theirs)",
-            field="generation.prefix_caching",
-        )
-    if generation.speculative is not None:
-        raise InputError(
-            f"verifies {generation.speculative.tokens} drafts a step, which is not modelled with workload.turns "
-            "(allowed: none)",
-            field="generation.speculative",
+            "is false, but with generation.prefix_caching an engine finds the context of a turn that has ended "
+            "(allowed: true)",
+            field="workload.turns.keep_prefix",
         )
 
 
@@ -188,6 +198,18 @@ def _check_sleep(graph: StageGraph, scenario: Scenario) -> None:
                 f"is level_2, which forgets the weights, but {scenario.strategy.name} generates {stage.firings} times "
                 "for each sync (allowed: level_1)",
                 field="generation.sleep",
+            )
+
+
+def _check_states(graph: StageGraph, scenario: Scenario) -> None:
+    """Weights that generate cannot be away."""
+    for role in scenario.roles:
+        chosen = getattr(scenario.models, role).offload_states
+        if chosen in ("all", "image") and any(stage.kind == "generate" for stage in users(graph, role)):
+            raise InputError(
+                f"is {chosen}, but {scenario.strategy.name} generates from these weights (allowed: optimizer; or "
+                "generation.engine engine)",
+                field=f"models.{role}.offload_states",
             )
 
 
@@ -446,9 +468,12 @@ def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
             field=f"{owner}.{split}_parallel",
         )
-    if (shard := held.use.shard_ranks) and (len(held.ranks) % shard or stage.size % shard):
+    copies = held.use.ranks_per_copy
+    if (shard := held.use.shard_ranks) and (held.data_parallel % shard or stage.size // copies % shard):
+        split = f" in {copies} tensor-parallel parts" if copies > 1 else ""
         raise InputError(
-            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})",
+            f"is {shard}, which does not divide the {len(held.ranks)} ranks of {stage.model} (groups of {stage.size})"
+            + split,
             field=f"models.{stage.model.removeprefix('shadow_')}.shard_ranks",
         )
     if not generates and stage.size % held.use.ranks_together:

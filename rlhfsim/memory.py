@@ -7,9 +7,12 @@ for; what a stage holds differs, so look at the first and the last one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import Literal
 
+from . import linear_attention
 from .model import (
     Head,
     activation_bytes_per_token,
@@ -17,14 +20,13 @@ from .model import (
     head_parameters,
     kv_bytes_per_token,
     kv_heads_per_rank,
+    layer_gemms,
     layer_parameters,
     layers_parameters,
     layers_routed_parameters,
     logits_bytes,
-    lora_parameters,
     matmul_parameters,
     output_activation_bytes_per_token,
-    parameters,
     rank_parameters,
     stage_layers,
 )
@@ -32,6 +34,9 @@ from .spec.model_spec import LayerKind
 from .spec.scenario import Generation, ModelUse, Overheads
 
 Held = Literal["train", "frozen"]
+
+# What a copy of a model does at a time, on which depends what of it is on the device: nothing, a pass, or updates.
+Doing = Literal["rests", "passes", "updates"]
 
 # Adam in mixed precision: fp32 master weights and two fp32 moments, Rajbhandari et al., "ZeRO: Memory Optimizations
 # Toward Training Trillion Parameter Models", 2020, section 3.1. In fp32 the weights are the master.
@@ -49,6 +54,10 @@ LOGITS_COPIES = 2.77
 # stage3_max_live_parameters, stage3_prefetch_bucket_size and reduce_bucket_size, deepspeed/runtime/zero/config.py at
 # 1b88ac36.
 LIVE_PARAMETERS, PREFETCH_PARAMETERS, REDUCE_BUCKET_PARAMETERS = 1e9, 5e7, 5e8
+
+# Of FSDP, the unit that computes and the one that is gathered beside it: PyTorch, torch/distributed/fsdp/_fully_shard/
+# _fsdp_param_group.py, implicit prefetch of one group (and a reduction ends before the next one begins).
+UNITS_AT_ONCE = 2
 
 # One bucket fills while the other is reduced (overlap_comm; deepspeed/runtime/zero/stage_1_and_2.py, ipg buffers);
 # without overlap there is one.
@@ -106,28 +115,87 @@ def static_bytes(
     head: Head = "lm",
     stage: int = 0,
     stepped: bool = True,
-    running: bool = True,
+    doing: Doing = "updates",
 ) -> Bytes:
     """Weights, gradients and optimizer states of one model, sharded over `data_parallel` ranks by its ZeRO stage.
 
-    stepped: False before the first optimizer step, when Adam has no moments yet. running: False while offloaded weights
-    rest on the host (under ZeRO-3 they stay there, and only what is gathered is on the device).
+    stepped: False before the first optimizer step, when Adam has no moments yet. doing: while it rests, offloaded
+    weights are on the host (under ZeRO-3 they stay there, and only what is gathered is on the device), and states leave
+    as `ModelUse.offload_states` says; their room on the host is kept.
     """
-    width = use.bytes_per_parameter
     shards = Shards.of(use, data_parallel)
+    width = MASTER_BYTES if held == "train" and use.shards_master else use.bytes_per_parameter
     weights = shards.largest(_weights(use, head, stage), _routed(use, use.stage_layers(stage)), 3) * width
-    on_device = not use.offload_parameters or (running and use.zero_stage < 3)
-    resting = Bytes(weights=weights if on_device else 0.0, host=weights if use.offload_parameters else 0.0)
+    if use.offload_parameters:
+        there = doing != "rests" and use.zero_stage < 3
+        resting = Bytes(weights=weights if there else 0.0, host=weights)
+    else:
+        resting = Bytes(weights=weights)
     if held == "frozen":
         return resting
     trained, routed = trained_parameters(use, head, stage), trained_routed_parameters(use, stage)
-    gradients = shards.largest(trained, routed, 2) * width
-    per_parameter = MOMENT_BYTES * stepped + (0 if use.precision == "fp32" else MASTER_BYTES)
+    gradients = shards.largest(trained, routed, 2) * use.gradient_bytes
+    has_master = use.precision != "fp32" and not use.shards_master
+    per_parameter = MOMENT_BYTES * stepped + MASTER_BYTES * has_master
     share = shards.largest(trained, routed, 1)
-    if use.offload_optimizer:
-        gradients = 0.0 if use.offload_gradients else gradients
-        return resting + Bytes(gradients=gradients, host=share * (per_parameter + HOST_GRADIENT_BYTES))
-    return resting + Bytes(gradients=gradients, optimizer=share * per_parameter)
+    away = use.offload_optimizer_fraction if use.offload_optimizer else 0.0
+    states = Bytes(
+        gradients=0.0 if use.offload_gradients else gradients,
+        optimizer=(1 - away) * share * per_parameter,
+        host=away * share * (per_parameter + HOST_GRADIENT_BYTES),
+    )
+    return _moved(use, resting + states, doing)
+
+
+def _moved(use: ModelUse, held: Bytes, doing: Doing) -> Bytes:
+    """What is on the device of a trained model's states, and the room for the others that is kept on the host."""
+    if use.offload_states is None:
+        return held
+    leaving = leaving_bytes(use, held)
+    there = replace(held, host=held.host + leaving.total)
+    if doing != "updates":
+        there = replace(there, optimizer=0.0, gradients=0.0)
+    return replace(there, weights=held.weights - leaving.weights) if doing == "rests" else there
+
+
+def leaving_bytes(use: ModelUse, held: Bytes) -> Bytes:
+    """Of a trained model's states, those that are copied to the host while they are not needed."""
+    if use.offload_states is None:
+        return Bytes()
+    return Bytes(
+        weights=0.0 if use.offload_states == "optimizer" else held.weights,
+        gradients=held.gradients if use.offload_states == "image" else 0.0,
+        optimizer=held.optimizer,
+    )
+
+
+def rounding_bytes(use: ModelUse, held: Held, data_parallel: int, *, head: Head = "lm", stage: int = 0) -> float:
+    """Host memory lost on one rank because PyTorch pins memory in powers of two.
+
+    ATen/core/CachingHostAllocator.h, `allocate`, rounds by PowerOf2Ceil. Pinned are weights that rest on the host, and
+    of an optimizer there the master weights and gradients (pin_cpu_params and pin_cpu_grads of Megatron-LM's
+    HybridDeviceOptimizer), tensor by tensor; moments are not, nor does another library's copy round.
+    """
+    lost = 0.0
+    if use.offload_parameters:
+        weights = static_bytes(use, held, data_parallel, head=head, stage=stage, doing="passes")
+        lost += (_rounded(use, use.bytes_per_parameter) - 1) * (weights.host if held == "frozen" else 0.0)
+    if held == "train" and use.offload_optimizer:
+        trained, routed = trained_parameters(use, head, stage), trained_routed_parameters(use, stage)
+        share = Shards.of(use, data_parallel).largest(trained, routed, 1) * use.offload_optimizer_fraction
+        lost += (_rounded(use, 4) - 1) * share * (MASTER_BYTES + HOST_GRADIENT_BYTES)
+    return lost
+
+
+def _rounded(use: ModelUse, width: int) -> float:
+    """Bytes of all matrices, each rounded up to a power of two, over their bytes."""
+    spec, t = use.shape, use.tensor_parallel
+    sizes: Counter[int] = Counter({width * embedding_parameters(spec, t): 1 if spec.tied_embeddings else 2})
+    for kind, layers in spec.layer_kinds().items():
+        for gemm in layer_gemms(spec, t, kind, use.expert_split()):
+            sizes[width * gemm.n * gemm.k] += layers * gemm.copies
+    rounded = sum(n * (1 << (size - 1).bit_length()) for size, n in sizes.items())
+    return rounded / sum(n * size for size, n in sizes.items())
 
 
 @dataclass(frozen=True)
@@ -158,7 +226,7 @@ def trained_parameters(use: ModelUse, head: Head, stage: int = 0) -> float:
     spec, t, p = use.shape, use.tensor_parallel, use.pipeline_parallel
     layers = _trained_layers(use, stage)
     if use.lora_rank:
-        return lora_parameters(spec, use.lora_rank, len(layers)) / t
+        return use.lora_parameters(len(layers)) / t
     if use.trainable_layers is None or use.trainable_layers == spec.layers:
         return held_parameters(use, head, stage)
     at_top = head_parameters(spec, head, t) if stage == p - 1 else 0
@@ -210,6 +278,28 @@ def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens
     )
 
 
+def sequence_state_bytes(use: ModelUse, generation: Generation) -> float:
+    """What linear attention keeps of one sequence on one rank of an engine (of the pipeline stage with most of it),
+    besides the cache of its tokens."""
+    spec, stages = use.shape, generation.pipeline_parallel
+    layers = max(
+        sum(n for kind, n in spec.layer_kinds(stage_layers(spec, stages, stage)).items() if kind.linear)
+        for stage in range(stages)
+    )
+    if not layers:
+        return 0.0
+    drafts = generation.speculative.tokens if generation.speculative else 0
+    degree = generation.tensor_parallel
+    return layers * linear_attention.state_bytes(spec, use.bytes_per_parameter, degree, drafts=drafts)
+
+
+def state_blocks(use: ModelUse, generation: Generation) -> int:
+    """Blocks of the paged cache that these take, as in vLLM, where they lie in pages of the same size as the tokens'
+    (vllm/v1/core/kv_cache_utils.py; it makes blocks so long that a page holds one layer's state)."""
+    state = sequence_state_bytes(use, generation)
+    return ceil(state / (cache_bytes_per_token(use, generation) * generation.block_tokens)) if state else 0
+
+
 def engine_weight_bytes(use: ModelUse, generation: Generation, stage: int = 0) -> float:
     """Weights of an engine on one rank of a pipeline stage, with `served` LoRA factors and what drafts; quantised: the
     layers' matrices in one byte each (not those of what drafts).
@@ -223,7 +313,7 @@ def engine_weight_bytes(use: ModelUse, generation: Generation, stage: int = 0) -
         matrices = sum(n * matmul_parameters(spec, t, kind) for kind, n in spec.layer_kinds(layers).items())
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
-        held += lora_parameters(spec, use.lora_rank, len(layers)) / t * width
+        held += use.lora_parameters(len(layers)) / t * width
     drafting, draft = generation.speculative, generation.draft_use(use)
     if drafting and draft:
         whole = drafting.draft is not None  # else layers without embedding and head of their own
@@ -256,7 +346,9 @@ def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> 
     """Alive at once in one layer of an engine, per token on one rank: the residual, and the input and output of the
     widest step (queries, keys and values; the activation of the MLP; of experts the rows of all that a token chose)."""
     spec, t = use.shape, generation.tensor_parallel
-    attention = spec.hidden + (spec.query_width + 2 * spec.kv_width) / t
+    attention = spec.hidden + ((1 + spec.attention_gate) * spec.query_width + 2 * spec.kv_width) / t
+    if kind.linear:
+        attention = spec.hidden + sum(outputs for _, outputs in linear_attention.projections(spec, t))
     up = 2 if spec.gated_mlp else 1
     mlp = (up + 1) * spec.ffn / t
     if kind.experts:
@@ -311,9 +403,7 @@ def training_bytes(
         )
         activations += micro_batch_tokens * output
         logits = _logits(use, micro_batch_tokens, head)
-    reduced = min(trained_parameters(use, head, stage), REDUCE_BUCKET_PARAMETERS)
-    buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS
-    buffers = buckets * reduced * use.bytes_per_parameter if data_parallel > 1 and use.zero_stage else 0.0
+    buffers = _reduced(use, head, stage) if data_parallel > 1 else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
     buffers += _exchanged(use, micro_batch_tokens, backward=True)
     return Bytes(activations=activations, logits=logits, gathered=gathered, buffers=buffers, host=host)
@@ -342,15 +432,32 @@ def scoring_bytes(
 def gathered_bytes(use: ModelUse, data_parallel: int, head: Head = "lm") -> float:
     """Weights that ZeRO-3 has gathered at a time: never more than the model, never less than its largest layer.
 
-    An upper limit: FSDP keeps about two layers.
+    An upper limit where FSDP is not known to be at work (`ModelUse.shards_master`).
     """
     if use.zero_stage != 3 or (use.shard_ranks or data_parallel) == 1:
         return 0.0
-    spec = use.shape
-    layer = max(layer_parameters(spec, kind=kind) for kind in spec.layer_kinds())
-    largest = max(layer, embedding_parameters(spec), head_parameters(spec, head))
-    live = max(largest, LIVE_PARAMETERS) + PREFETCH_PARAMETERS
-    return min(live, parameters(spec, head)) * use.bytes_per_parameter
+    largest = _largest_unit(use, head)
+    live = UNITS_AT_ONCE * largest if use.shards_master else max(largest, LIVE_PARAMETERS) + PREFETCH_PARAMETERS
+    return min(live, held_parameters(use, head)) * use.bytes_per_parameter
+
+
+def _largest_unit(use: ModelUse, head: Head) -> int:
+    """Parameters of the largest layer, embedding or head, the part of a tensor-parallel rank."""
+    spec, t = use.shape, use.tensor_parallel
+    layer = max(layer_parameters(spec, t, kind, use.expert_split()) for kind in spec.layer_kinds())
+    return max(layer, embedding_parameters(spec, t), head_parameters(spec, head, t))
+
+
+def _reduced(use: ModelUse, head: Head, stage: int) -> float:
+    """Gradients on their way to the other ranks: DeepSpeed's buckets. FSDP has a unit's, whole, and their fp32 copy;
+    a buffer of fp32 gradients is reduced where it lies (megatron/core/distributed/param_and_grad_buffer.py)."""
+    trained = trained_parameters(use, head, stage)
+    if use.shards_master:
+        return min(trained, _largest_unit(use, head)) * (use.bytes_per_parameter + use.gradient_bytes)
+    if use.zero_stage == 0 or use.gradient_precision:
+        return 0.0
+    buckets = 1 if use.overlap_grad_reduce is False else REDUCE_BUCKETS
+    return buckets * min(trained, REDUCE_BUCKET_PARAMETERS) * use.gradient_bytes
 
 
 def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
@@ -367,8 +474,7 @@ def chunks_in_flight(use: ModelUse, stage: int, micro_batches: int) -> int:
 
 
 def _weights(use: ModelUse, head: Head, stage: int) -> float:
-    spec, t = use.shape, use.tensor_parallel
-    adapters = lora_parameters(spec, use.lora_rank, len(use.stage_layers(stage))) / t if use.lora_rank else 0.0
+    adapters = use.lora_parameters(len(use.stage_layers(stage))) / use.tensor_parallel
     return held_parameters(use, head, stage) + adapters
 
 
@@ -400,7 +506,10 @@ def kept_activation_bytes(use: ModelUse, sequence_tokens: float, kind: LayerKind
 def _activation_bytes(
     use: ModelUse, sequence_tokens: float, recompute: Literal["none", "selective", "full"], kind: LayerKind
 ) -> float:
-    """Per token and layer; of experts on the busiest rank, whose rows may be `routing_imbalance` times the mean."""
+    """Per token and layer; of experts on the busiest rank, whose rows may be `routing_imbalance` times the mean.
+
+    Models of transformers train at zero_stage 3, experts below it are Megatron-LM's.
+    """
     return activation_bytes_per_token(
         use.shape,
         sequence_tokens,
@@ -412,6 +521,7 @@ def _activation_bytes(
         kind=kind,
         split=use.expert_split(),
         routing_imbalance=use.routing_imbalance if use.expert_parallel > 1 else 1.0,
+        expert_outputs=use.zero_stage == 3,
     )
 
 
@@ -435,4 +545,5 @@ def _logits(use: ModelUse, tokens: float, head: Head) -> float:
     if head != "lm":
         return 0.0
     at_once = min(tokens, use.logits_chunk_tokens or tokens)
-    return logits_bytes(use.shape, at_once, LOGITS_COPIES, tensor_parallel=use.tensor_parallel)
+    copies = 1 + use.bytes_per_parameter / 4 if use.logits_in_place else LOGITS_COPIES
+    return logits_bytes(use.shape, at_once, copies, tensor_parallel=use.tensor_parallel)

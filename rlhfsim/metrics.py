@@ -47,6 +47,9 @@ class Window(NamedTuple):
         return self.end_seconds - self.start_seconds
 
 
+STEP = "step_seconds"  # what a whole iteration takes, beside the names of stages
+
+
 def base_stage(name: str) -> str:
     """`ref.0` -> `ref`."""
     return name.partition(".")[0]
@@ -182,7 +185,7 @@ def generation_summary(timeline: Timeline) -> GenerationSummary | None:
     chosen = [
         s.counts
         for s in timeline.spans
-        if s.counts and base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations
+        if "replica_seconds" in s.counts and base_stage(s.firing.stage) == "gen" and s.firing.iteration in iterations
     ]
     if not chosen:
         return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
+from . import linear_attention
 from .errors import InputError
 from .spec.model_spec import DENSE, ExpertSplit, LayerKind, ModelSpec
 
@@ -107,6 +108,9 @@ def _tensor_parallel_problem(spec: ModelSpec, degree: int) -> str:
     for name, width in (widths | {"experts are": spec.expert_ffn}).items():
         if width % degree:
             return f"its {name} {width} wide"
+    for number, of_what in ((spec.linear_key_heads, "key"), (spec.linear_value_heads, "value")):
+        if number % degree:
+            return f"its linear attention has {number} {of_what} heads"
     if spec.kv_heads % degree and degree % spec.kv_heads:
         return f"it has {spec.kv_heads} KV heads, which must be split evenly or copied whole"
     return ""
@@ -134,20 +138,25 @@ def layer_gemms(
         if kind.experts
         else _mlp_gemms(spec, "mlp", spec.ffn, tensor_parallel)
     )
-    return attention_gemms(spec, tensor_parallel) + mlp
+    return attention_gemms(spec, tensor_parallel, kind) + mlp
 
 
-def attention_gemms(spec: ModelSpec, tensor_parallel: int = 1) -> list[Gemm]:
-    """Fused qkv and attention output.
+def attention_gemms(spec: ModelSpec, tensor_parallel: int = 1, kind: LayerKind = DENSE) -> list[Gemm]:
+    """Fused qkv (with the gate of the output) and attention output; likewise of linear attention.
 
     Latent attention: down to the latent vectors (whole on every rank) and up from them to this rank's heads. While
     decoding, engines apply the up-projection of keys and values to queries and outputs: as many FLOPs and bytes.
     """
     t = tensor_parallel
+    if kind.linear:
+        values = spec.linear_value_heads // t * spec.linear_value_head_dim
+        inputs = [Gemm(f"linear_{name}", n, spec.hidden) for name, n in linear_attention.projections(spec, t)]
+        return [*inputs, Gemm("linear_output", spec.hidden, values)]
     heads = spec.heads // t
     output = Gemm("attention_output", spec.hidden, heads * spec.value_head_dim)
     if not spec.latent_attention:
-        return [Gemm("qkv", (heads + 2 * kv_heads_per_rank(spec, t)) * spec.head_dim, spec.hidden), output]
+        columns = heads * (1 + spec.attention_gate) + 2 * kv_heads_per_rank(spec, t)
+        return [Gemm("qkv", columns * spec.head_dim, spec.hidden), output]
     q_from = spec.q_lora_rank or spec.hidden
     down = [Gemm("q_down", spec.q_lora_rank, spec.hidden)] if spec.q_lora_rank else []
     return [
@@ -213,10 +222,13 @@ def head_gemms(spec: ModelSpec, head: Head = "lm", tensor_parallel: int = 1) -> 
     return gemms
 
 
-def attention_parameters(spec: ModelSpec, tensor_parallel: int = 1) -> int:
+def attention_parameters(spec: ModelSpec, tensor_parallel: int = 1, kind: LayerKind = DENSE) -> int:
     """Projections of one layer with their biases, norms inside attention, and sinks."""
     check_layout(spec, tensor_parallel)
-    gemms = {gemm.name: gemm for gemm in attention_gemms(spec, tensor_parallel)}
+    gemms = {gemm.name: gemm for gemm in attention_gemms(spec, tensor_parallel, kind)}
+    if kind.linear:
+        inner = linear_attention.inner_parameters(spec, tensor_parallel)
+        return sum(gemm.parameters for gemm in gemms.values()) + inner
     biased = [gemms[name].n for name in ("qkv", "q_down", "kv_down") if name in gemms]
     biases = sum(biased) * spec.qkv_bias + spec.hidden * spec.attention_output_bias
     norms = 2 * spec.head_dim * spec.qk_norm + spec.q_lora_rank + spec.kv_lora_rank
@@ -260,7 +272,7 @@ def layer_parameters(
 ) -> int:
     """Everything in one layer."""
     mlp = mlp_parameters(spec, tensor_parallel, kind, split)
-    return attention_parameters(spec, tensor_parallel) + mlp + norm_parameters(spec)
+    return attention_parameters(spec, tensor_parallel, kind) + mlp + norm_parameters(spec)
 
 
 def layers_parameters(
@@ -337,36 +349,6 @@ def rank_parameters(
         if head == "lm" and spec.tied_embeddings and stage > 0:
             held += _ceil_div(spec.vocabulary, tensor_parallel) * spec.embedding_width
     return held
-
-
-def lora_parameters(spec: ModelSpec, rank: int, layers: int | None = None) -> int:
-    """Two factors, rank x inputs and outputs x rank, at each linear module of every layer: 6 or 7 without experts.
-
-    Routed experts, whose matrices are one tensor for all, and the router have none. `layers`: only so many layers have
-    them (the mean, where layers differ).
-    """
-    widths = sum(
-        count * (inputs + outputs)
-        for kind, count in spec.layer_kinds().items()
-        for _, inputs, outputs in lora_modules(spec, kind)
-    )
-    return rank * widths if layers is None else rank * widths * layers // spec.layers
-
-
-def lora_modules(spec: ModelSpec, kind: LayerKind = DENSE) -> list[tuple[str, int, int]]:
-    """(name, inputs, outputs) of the linear modules that LoRA adapts in one layer."""
-    h, q, kv, output = spec.hidden, spec.query_width, spec.kv_width, spec.heads * spec.value_head_dim
-    if spec.latent_attention:
-        down = [("q_down", h, spec.q_lora_rank)] if spec.q_lora_rank else []
-        up = spec.heads * (spec.qk_nope_head_dim + spec.value_head_dim)
-        modules = [*down, ("q", spec.q_lora_rank or h, q), ("kv_down", h, spec.kv_lora_rank + spec.qk_rope_head_dim)]
-        modules += [("kv", spec.kv_lora_rank, up), ("output", output, h)]
-    else:
-        modules = [("q", h, q), ("k", h, kv), ("v", h, kv), ("output", output, h)]
-    f = spec.shared_expert_ffn if kind.experts else spec.ffn
-    if not f:
-        return modules
-    return modules + [("down", f, h)] + [(name, h, f) for name in (("gate", "up") if spec.gated_mlp else ("up",))]
 
 
 # --- experts over ranks ----------------------------------------------------------------------------------------------
@@ -467,7 +449,9 @@ def _layers_forward_flops(spec: ModelSpec, sequences: float, tokens_per_sequence
 def _attention_forward_flops(spec: ModelSpec, tokens: float, causal: bool) -> float:
     """Of all layers, for one sequence."""
     return sum(
-        count * attention_flops(spec, tokens, causal=causal, window=kind.window)
+        count * tokens * linear_attention.forward_work(spec).flops
+        if kind.linear
+        else count * attention_flops(spec, tokens, causal=causal, window=kind.window)
         for kind, count in spec.layer_kinds().items()
     )
 
@@ -493,7 +477,7 @@ def kv_bytes_per_token(
     pipeline_parallel: int = 1,
     sequence_tokens: float | None = None,
 ) -> float:
-    """Cache of one token in all layers of one rank, on the fullest pipeline stage.
+    """Cache of one token in all layers of one rank, on the fullest pipeline stage; linear attention has none.
 
     sequence_tokens: the mean over a sequence of so many, of which a layer with a window keeps the last ones only;
     absent: of a short one.
@@ -504,7 +488,9 @@ def kv_bytes_per_token(
         return min(1.0, window / sequence_tokens) if window and sequence_tokens else 1.0
 
     stages = (stage_layers(spec, pipeline_parallel, stage) for stage in range(pipeline_parallel))
-    layers = max(sum(n * kept_share(k.window) for k, n in spec.layer_kinds(stage).items()) for stage in stages)
+    layers = max(
+        sum(n * kept_share(k.window) for k, n in spec.layer_kinds(stage).items() if not k.linear) for stage in stages
+    )
     return layers * layer_kv_bytes(spec, element_bytes, tensor_parallel)
 
 
@@ -525,6 +511,7 @@ def activation_bytes_per_token(
     kind: LayerKind = DENSE,
     split: ExpertSplit | None = None,
     routing_imbalance: float = 1.0,
+    expert_outputs: bool = True,
 ) -> float:
     """What one layer keeps for the backward pass, per token of the replica, on one rank.
 
@@ -538,8 +525,11 @@ def activation_bytes_per_token(
         modules of transformers keep more: an fp32 input and the normalised values of each RMSNorm, the activated gate,
         fp32 scores and repeated keys and values (counted by autograd hooks on LlamaDecoderLayer of transformers 5.24,
         see tests/test_model.py).
-    kind, split: with experts, also what is routed to this rank: inputs, activations and outputs of its rows, of which
-        there are `routing_imbalance` times as many as on average (not compared with a framework).
+    kind, split: with experts, also what is routed to this rank: inputs and activations of its rows, of which there are
+        `routing_imbalance` times as many as on average.
+    expert_outputs: whether those of routed experts are kept, as where the router's weights come after the down
+        projection (transformers); Megatron-LM weights the activations before it (megatron/core/transformer/moe/
+        experts.py and fusions/fused_bias_swiglu.py, WeightedSwiGLUFunction).
     """
     check_layout(spec, tensor_parallel)
     serial_share = tensor_parallel if sequence_parallel else 1
@@ -549,14 +539,18 @@ def activation_bytes_per_token(
     serial = spec.norms_per_layer * _norm_bytes(spec, e, fused) + 2 * e * h  # inputs of qkv and of the up projection
     if dropout:
         serial += 2 * h  # one-byte masks after attention and after the MLP
-    inside = _attention_bytes(spec, tokens_per_sequence, recompute, flash_attention, tensor_parallel, e, dropout, fused)
+    inside = (
+        linear_attention.kept_bytes(spec, tensor_parallel, e)
+        if kind.linear
+        else _attention_bytes(spec, tokens_per_sequence, recompute, flash_attention, tensor_parallel, e, dropout, fused)
+    )
     widths = _mlp_widths_kept(spec, fused)
     if not kind.experts:
         return serial / serial_share + inside + e * widths * spec.ffn / tensor_parallel
     serial += 8 * spec.experts  # fp32 logits and probabilities of the router
     split = split or ExpertSplit(1, tensor_parallel)
     rows = spec.experts_per_token * split.tensor / tensor_parallel * routing_imbalance
-    routed = rows * (2 * h + widths * spec.expert_ffn / split.tensor)
+    routed = rows * ((1 + expert_outputs) * h + widths * spec.expert_ffn / split.tensor)
     shared = widths * spec.shared_expert_ffn / tensor_parallel
     return serial / serial_share + inside + e * (routed + shared)
 
@@ -583,6 +577,8 @@ def _attention_bytes(
     kept = element_bytes * (heads + kv_heads) * (spec.head_dim + spec.value_head_dim)
     if spec.latent_attention:  # latent vectors before and after their norms
         kept += element_bytes * (2 * spec.q_lora_rank + 2 * spec.kv_lora_rank + spec.qk_rope_head_dim)
+    if spec.attention_gate:  # the gate, and the output before it
+        kept += 2 * element_bytes * heads * spec.value_head_dim
     if spec.qk_norm:
         kept += element_bytes * (heads + kv_heads) * spec.head_dim
     if flash_attention:

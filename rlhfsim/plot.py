@@ -50,7 +50,7 @@ DPI = 150
 
 
 @contextmanager
-def _figure(path: str | Path, height_inches: float, width_inches: float = WIDTH_INCHES) -> Iterator[Figure]:
+def drawing(path: str | Path, height_inches: float, width_inches: float = WIDTH_INCHES) -> Iterator[Figure]:
     """A figure that is saved at the end. It belongs to no window and no global state."""
     path = Path(path)
     kind = path.suffix.lower()
@@ -115,7 +115,7 @@ def gantt(
     limits = window or (0.0, longest * 1.01)
     stages = _stages(timelines.values())
     colours = _stage_colours(stages)
-    with _figure(path, height) as figure:
+    with drawing(path, height) as figure:
         panels = figure.subplots(
             len(timelines), 1, sharex=True, squeeze=False, height_ratios=[len(rows) for rows, _ in rows_of.values()]
         )[:, 0]
@@ -317,7 +317,7 @@ def speedup_figure(
     numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     values = sorted(values) if numeric else values
     place = {v: v if numeric else i for i, v in enumerate(values)}
-    with _figure(path, 5.2, 8.5) as figure:
+    with drawing(path, 5.2, 8.5) as figure:
         axes = figure.subplots()
         for number, (strategy, rows) in enumerate(curves.items()):
             rows = curves[strategy] = sorted(rows, key=lambda row: place[row[x]])
@@ -410,7 +410,7 @@ def speedup_bars(table: Sequence[Mapping[str, Any]], baseline: str, path: str | 
     A row may hold `step_seconds`, which is written beside the bar.
     """
     _require_columns(table, ("strategy", "speedup"))
-    with _figure(path, 1.3 + 0.42 * len(table), 8.5) as figure:
+    with drawing(path, 1.3 + 0.42 * len(table), 8.5) as figure:
         axes = figure.subplots()
         ends = []
         for y, row in enumerate(table):
@@ -485,7 +485,7 @@ def memory_figure(
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
     held = capacity_bytes if isinstance(capacity_bytes, Mapping) else dict.fromkeys(phases, capacity_bytes or 0.0)
     widest = max([*totals.values(), *held.values()]) / 2**30 or 1.0
-    with _figure(path, 1.7 + 0.42 * len(phases), 8.5) as figure:
+    with drawing(path, 1.7 + 0.42 * len(phases), 8.5) as figure:
         axes = figure.subplots()
         left = dict.fromkeys(phases, 0.0)
         for number, component in enumerate(components):

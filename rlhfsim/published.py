@@ -41,6 +41,7 @@ from . import metrics
 from .errors import DoesNotFit, InputError, NeverValid, nearest
 from .simulate import prepare, simulate
 from .spec.base import Record
+from .spec.framework import Framework
 from .spec.loader import scenario_from_dict
 from .spec.overrides import apply_override
 from .spec.problems import place_of
@@ -48,6 +49,7 @@ from .spec.problems import validate as validated
 from .spec.scenario import Scenario
 from .spec.yaml_file import Document, read_yaml
 from .timeline import Timeline
+from .uncertainty import phase_of, residual_of, widened
 from .validate import STEP, Gap, Measured, Result, Tolerance, check_role, run_case
 
 MAX_UNKNOWNS = 4  # of a case: each doubles what is simulated
@@ -181,6 +183,11 @@ def _unknowns(data: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[
                 yield from _unknowns(value, (*at, key))
 
 
+def predicted(file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path) -> list[Result]:
+    """The quantities of one case; none of a case that cannot be predicted."""
+    return _run(file, case, document, number, path)[0]
+
+
 def _run(
     file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path
 ) -> tuple[list[Result], tuple[str, str] | None]:
@@ -192,6 +199,7 @@ def _run(
     try:
         for scenario in scenarios_of(case, document, number):
             check_role(_role(case), scenario, [path])
+            _check_profile(case, scenario, place_of(document.where, f"cases.{number}.role"), number)
             setup = prepare(scenario)
             reasons.append(setup.fit().reason)
             seeds = range(scenario.simulation.seed, scenario.simulation.seed + scenario.simulation.draws)
@@ -205,8 +213,16 @@ def _run(
         if isinstance(error, NeverValid) or error.field.startswith(("cases.", "role")) or "unknown key" in str(error):
             raise
         return [], ("refused", str(error))
-    results = [_result(file, case, quantity, corners) for quantity, corners in seconds.items()]
+    results = [_result(file, case, quantity, corners, scenario.framework) for quantity, corners in seconds.items()]
     return results, ("does not fit", reasons[0]) if all(reasons) else None
+
+
+def _check_profile(case: PublishedCase, scenario: Scenario, place: str, number: int) -> None:
+    """Raises InputError for a prediction of what the framework's profile was fitted on."""
+    profile = scenario.framework
+    if profile and case.role == "prediction" and case.group in profile.fitted_on:
+        message = f"is 'prediction', but the profile {profile.name} was fitted on the group {case.group}"
+        raise InputError(message, field=f"cases.{number}.role", where=place)
 
 
 def seconds_of(run: Timeline, quantity: str, stages: list[str], place: str = "") -> float:
@@ -230,10 +246,16 @@ def seconds_of(run: Timeline, quantity: str, stages: list[str], place: str = "")
     return total / len(iterations)
 
 
-def _result(file: CaseFile, case: PublishedCase, quantity: str, corners: list[list[float]]) -> Result:
+def _result(
+    file: CaseFile, case: PublishedCase, quantity: str, corners: list[list[float]], profile: Framework | None
+) -> Result:
     value, tolerance = case.measured[quantity], file.tolerance[case.group]
+    phase = phase_of(quantity, value.stages)
     medians = [float(np.median(draws)) for draws in corners]
-    sure = len(corners) == 1 and len(corners[0]) == 1
+    residual = residual_of(profile, phase)
+    sure = len(corners) == 1 and len(corners[0]) == 1 and residual is None
+    inputs = min(np.quantile(draws, 0.05) for draws in corners), max(np.quantile(draws, 0.95) for draws in corners)
+    low, high = widened(float(inputs[0]), float(inputs[1]), residual)
     return Result(
         id=case.id,
         quantity=quantity,
@@ -243,25 +265,13 @@ def _result(file: CaseFile, case: PublishedCase, quantity: str, corners: list[li
         group=case.group,
         spread=value.spread,
         tolerance=tolerance.step_seconds if quantity == STEP else tolerance.stages,
-        low=None if sure else float(min(np.quantile(draws, 0.05) for draws in corners)),
-        high=None if sure else float(max(np.quantile(draws, 0.95) for draws in corners)),
+        low=None if sure else low,
+        high=None if sure else high,
         framework=file.framework,
         quality=case.quality,
-        phase=phase_of(quantity, value.stages),
+        phase=phase,
     )
 
 
 def _role(case: PublishedCase) -> str:
     return "unscored" if case.unscored else case.role
-
-
-def phase_of(quantity: str, stages: list[str]) -> str:
-    """step, generation (with whatever the source counts to it), training, weight sync or scoring."""
-    named = {metrics.base_stage(stage) for stage in stages or [quantity]}
-    if quantity == STEP:
-        return "step"
-    if "gen" in named:
-        return "generation"
-    if named == {"update_weights"}:
-        return "weight sync"
-    return "training" if named & {"update_actor", "update_critic"} else "scoring"

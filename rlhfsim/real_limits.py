@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import memory
 from .errors import InputError
-from .graph import StageGraph
+from .graph import Stage, StageGraph
 from .layout import Holding
 from .model import Head
 from .spec.model_spec import hf_config
@@ -60,6 +60,15 @@ def check_real(scenario: Scenario) -> None:
             if getattr(use, field):
                 message = "is true; real runs offload optimizers and weights only (allowed: false)"
                 raise InputError(message, field=f"models.{role}.{field}")
+        for field, usual in (
+            ("gradient_precision", None),
+            ("offload_optimizer_fraction", 1.0),
+            ("offload_states", None),
+            ("logits_in_place", False),
+        ):
+            if (value := getattr(use, field)) != usual:
+                message = f"is {value}, which real runs do not have yet (allowed: {usual or 'none'})"
+                raise InputError(message, field=f"models.{role}.{field}")
         for field in ("overlap_grad_reduce", "overlap_param_gather"):
             if getattr(use, field) is not None:
                 raise InputError(
@@ -87,12 +96,11 @@ def check_real(scenario: Scenario) -> None:
         raise InputError(message, field="generation.routing")
 
 
-def check_real_graph(graph: StageGraph, holdings: dict[str, Holding], started: int) -> None:
+def check_real_graph(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding], started: int) -> None:
     """Raises InputError for what a real run cannot do of a strategy, or where it has fewer ranks than the graph."""
     for stage in graph.stages():
-        if stage.kind == "generate" and stage.unfinished != "wait":
-            message = f"{stage.name} stops while responses are unfinished, which real runs cannot do yet"
-            raise InputError(message, field="strategy")
+        if stage.unfinished != "wait":
+            _check_rollout(stage, graph, scenario)
         if stage.kind == "sync":
             source, target = (set(holdings[str(name)].ranks) for name in (stage.model, stage.target))
             if source & target and source != target:
@@ -107,6 +115,27 @@ def check_real_graph(graph: StageGraph, holdings: dict[str, Holding], started: i
             f"(torchrun --nproc-per-node {needed} -m real.run ...)",
             field="cluster",
         )
+
+
+def _check_rollout(stage: Stage, graph: StageGraph, scenario: Scenario) -> None:
+    """Of a stage whose responses outlive its firings."""
+    if partners := [s.name for s in graph.stages() if s is not stage and s.unfinished != "wait"]:
+        message = (
+            f"{partners[0]} goes on with what {stage.name} leaves; in real runs every stage ends its own responses"
+        )
+        raise InputError(message, field="strategy")
+    if scenario.generation.engine == "zero3_per_token":
+        message = (
+            f"is zero3_per_token, which gathers weights for all ranks at once; engines of {stage.name} run freely "
+            "(allowed: hybrid, engine)"
+        )
+        raise InputError(message, field="generation.engine")
+    prompts = scenario.workload.prompts
+    if scenario.algorithm.name != "ppo" and prompts % stage.chunks:
+        message = (
+            f"is {stage.chunks}; real runs keep a prompt's responses in one chunk: it must divide {prompts} prompts"
+        )
+        raise InputError(message, field="strategy.chunks")
 
 
 def rank_bytes(holdings: dict[str, Holding], rank: int, on_cpu: bool) -> float:

@@ -35,19 +35,24 @@ Call = tuple[int, int, int]
 
 @dataclass
 class Measured:
-    """Of one firing on one rank: calls by group of ranks, bytes in collectives, seconds by section, peak bytes."""
+    """Of one firing on one rank: calls by group of ranks, bytes in collectives, seconds by section, peak bytes.
+
+    counts: what is to be added up over ranks for `Span.counts`.
+    """
 
     calls: dict[tuple[int, ...], list[Call]] = field(default_factory=dict)
     collective_bytes: int = 0
     detail: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One firing on one rank, in nanoseconds of that rank's clock.
+    """One firing on one rank, or a part of one that was stopped, in nanoseconds of that rank's clock.
 
-    begin: the rank came to it; data: its inputs had arrived; start to end: its work.
+    begin: the rank came to it; data: its inputs had arrived; start to end: its work. part: how often it was stopped
+    before.
     """
 
     firing: Firing
@@ -57,6 +62,7 @@ class Record:
     start: int
     end: int
     measured: Measured
+    part: int = 0
 
 
 def record_path(folder: Path, rank: int) -> Path:
@@ -75,11 +81,13 @@ class RecordFile:
         self._write(
             {
                 "firing": r.firing,
+                "part": r.part,
                 "times": [r.begin, r.data, r.start, r.end],
                 "calls": calls,
                 "bytes": r.measured.collective_bytes,
                 "detail": r.measured.detail,
                 "peak": r.measured.peak_bytes,
+                "counts": r.measured.counts,
             }
         )
 
@@ -94,9 +102,9 @@ class RecordFile:
 
 @dataclass
 class Recorded:
-    """What the files of all ranks hold, on rank 0's clock."""
+    """What the files of all ranks hold, on rank 0's clock: by firing and part, then by rank."""
 
-    records: dict[Firing, dict[int, Record]] = field(default_factory=lambda: defaultdict(dict))
+    records: dict[tuple[Firing, int], dict[int, Record]] = field(default_factory=lambda: defaultdict(dict))
     names: dict[Firing, Firing] = field(default_factory=dict)
     error_ns: int = 0
 
@@ -121,9 +129,10 @@ def read(folder: Path, ranks: int) -> Recorded:
                 tuple(ranks): [(a + offset, b + offset, c + offset) for a, b, c in times]
                 for ranks, times in line["calls"]
             }
-            measured = Measured(calls, line["bytes"], line["detail"], line["peak"])
+            measured = Measured(calls, line["bytes"], line["detail"], line["peak"], line["counts"])
             begin, data, start, end = (t + offset for t in line["times"])
-            found.records[f][rank] = Record(f, rank, begin, data, start, end, measured)
+            part = line["part"]
+            found.records[f, part][rank] = Record(f, rank, begin, data, start, end, measured, part)
     return found
 
 
@@ -136,21 +145,21 @@ def timeline(
     warmup: int = 0,
     info: dict[str, Any] | None = None,
 ) -> Timeline:
-    """The spans of all firings that ended on every rank of their place; time starts with the first that is kept.
+    """The spans of all firings that ended, or stopped, on every rank of their place; time starts with the first kept.
 
     The first `warmup` iterations are left out and the others count from 0.
     """
     whole = {
-        f: [by_rank[rank] for rank in graph.ranks(f)]
-        for f, by_rank in found.records.items()
+        (f, part): [by_rank[rank] for rank in graph.ranks(f)]
+        for (f, part), by_rank in sorted(found.records.items())
         if set(by_rank) == set(graph.ranks(f)) and f.iteration >= warmup
     }
     # By the name that consumers know: when it ended, and what ran.
-    ended = {found.names.get(f, f): (max(r.end for r in records), f) for f, records in whole.items()}
+    ended = {found.names.get(f, f): (max(r.end for r in records), f) for (f, _), records in whole.items()}
     zero = min((r.begin for records in whole.values() for r in records), default=0)
     last: dict[int, tuple[int, Firing]] = {}  # on each rank: when it became free, and of what
     spans, memory, moved = [], [], dict[str, int]()
-    for f, records in sorted(whole.items(), key=lambda item: (min(r.begin for r in item[1]), item[0])):
+    for (f, _), records in sorted(whole.items(), key=lambda item: (min(r.begin for r in item[1]), item[0])):
         # Clocks may be wrong by error_ns: a rank that was still busy by another rank's clock was not.
         free = max((last[r.rank][0] for r in records if r.rank in last), default=zero)
         earliest = max(zero, free - 2 * found.error_ns)
@@ -210,6 +219,7 @@ def _span(
         parts.append((done - start - held, held - in_calls, peers))
     compute, communication, peers_seconds = (tuple(x / 1e9 for x in column) for column in zip(*parts, strict=True))
     names = sorted({name for r in records for name in r.measured.detail})
+    counted = sorted({name for r in records for name in r.measured.counts})
     return Span(
         f,
         stage.kind,
@@ -223,6 +233,7 @@ def _span(
         data_seconds=(data - begin) / 1e9,
         detail={name: fmean(r.measured.detail.get(name, 0.0) for r in records) for name in names},
         released_by=cause,
+        counts={name: sum(r.measured.counts.get(name, 0.0) for r in records) for name in counted},
     )
 
 

@@ -21,6 +21,7 @@ from .fits import Fit
 from .format import gib, human_seconds, rank_text, three
 from .metrics import (
     BUSY_PARTS,
+    STEP,
     GenerationSummary,
     OffPolicySummary,
     base_stage,
@@ -36,10 +37,20 @@ from .metrics import (
     step_seconds,
     tool_summary,
 )
-from .simulate import Setup, kernels_of, model_flops_utilisation, periodic_seconds, rounds_of, slack, trained_lengths_of
+from .simulate import (
+    Setup,
+    kernels_of,
+    measured_of,
+    model_flops_utilisation,
+    periodic_seconds,
+    rounds_of,
+    slack,
+    trained_lengths_of,
+)
 from .spec.loader import scenario_sources
 from .spec.scenario import ROLES, Scenario
 from .timeline import Timeline
+from .uncertainty import intervals, residual_of
 from .validate import Result
 
 if TYPE_CHECKING:
@@ -96,6 +107,7 @@ def fit_json(fit: Fit) -> dict[str, Any]:
         "limiting": {"phase": phase, "component": component, "rank": fit.worst.rank},
         "largest_micro_batch": fit.micro_batches,
         "host_bytes_per_node": fit.host_bytes,
+        "host_by_component": fit.host,
         "host_capacity_bytes": fit.host_capacity_bytes,
         "kv_capacity_tokens": fit.kv_capacity_tokens,
         "memory_fraction": fit.memory_fraction,
@@ -121,7 +133,8 @@ def print_fit(setup: Setup, fit: Fit) -> None:
             f"{three(fit.memory_fraction or 0)}."
         )
     if fit.host_bytes:
-        out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)}.")
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in fit.host.items() if size)
+        out.print(f"Host memory per node: {gib(fit.host_bytes)} of {gib(fit.host_capacity_bytes)} ({parts}).")
     out.print("Largest micro-batches that fit: " + " ".join(f"{k}={v}" for k, v in fit.micro_batches.items()))
     _print_unverified(out, setup.scenario)
 
@@ -187,6 +200,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
         "peak_memory_bytes": fit.worst.bytes.total,
         "capacity_bytes": fit.capacity_bytes,
         "unverified": unverified(scenario),
+        **({"measured": measured} if (measured := measured_of(scenario)) else {}),
         "step_seconds": None,
         "stage_seconds": {},
         "samples_per_second": None,
@@ -198,6 +212,7 @@ def simulation_json(setup: Setup, fit: Fit, timeline: Timeline | None) -> dict[s
             "step_seconds": seconds,
             "periodic_seconds": periodic_seconds(setup),
             "stage_seconds": stage_seconds(timeline),
+            "intervals": intervals(scenario.framework, stage_seconds(timeline) | {STEP: seconds}),
             "samples_per_second": scenario.workload.samples / seconds,
             "tokens_per_second": tokens_per_iteration(scenario) / seconds,
             "model_flops_utilisation": model_flops_utilisation(setup, seconds),
@@ -303,10 +318,15 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
     table.add_column("stage")
     table.add_column("seconds", justify="right")
     table.add_column("share of step", justify="right")
-    for stage, value in stage_seconds(timeline).items():
-        table.add_row(f"timing_s/{stage}", three(value), f"{value / seconds:.0%}")
-    table.add_row("timing_s/step", three(seconds), "")
+    ranges = intervals(scenario.framework, stage_seconds(timeline) | {STEP: seconds})
+    if ranges:
+        table.add_column("90 % interval", justify="right")
+    for stage, value in (stage_seconds(timeline) | {STEP: seconds}).items():
+        name, share = ("step", "") if stage == STEP else (stage, f"{value / seconds:.0%}")
+        interval = [" to ".join(map(three, ranges[stage]))] if stage in ranges else []
+        table.add_row(f"timing_s/{name}", three(value), share, *interval)
     out.print(table)
+    out.print(_interval_line(scenario))
     tokens = tokens_per_iteration(scenario)
     out.print(
         f"{three(scenario.workload.samples / seconds)} samples/s, {three(tokens / seconds)} tokens/s, "
@@ -344,6 +364,16 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
             f"{peak.rank} from {human_seconds(peak.seconds)} on."
         )
     _print_unverified(out, scenario)
+
+
+def _interval_line(scenario: Scenario) -> str:
+    """What the intervals rest on, or how to get some."""
+    profile = scenario.framework
+    if profile is None:
+        return "No interval: it takes the framework's profile (framework: verl_fsdp; rlhfsim show frameworks)."
+    if residual := residual_of(profile, "step"):
+        return f"Intervals: {residual.count} published steps that the profile {profile.name} was not fitted on."
+    return f"No interval: no published step was measured for the profile {profile.name}."
 
 
 def tokens_per_iteration(scenario: Scenario) -> float:
@@ -519,7 +549,7 @@ def _is_used(name: str, scenario: Scenario) -> bool:
     if name.startswith("cluster.gpu.flops_per_second."):
         return name.rpartition(".")[2] in {use.precision for use in uses}
     if name.startswith("cluster.node.host_memory"):
-        return any(use.offload_optimizer or use.offload_parameters for use in uses)
+        return any(use.offload_optimizer or use.offload_parameters or use.offload_states for use in uses)
     if name.startswith("cluster.network."):
         return scenario.cluster.nodes > 1
     return True
@@ -583,9 +613,18 @@ def print_validation(results: list[Result], found: dict[str, Any]) -> None:
         f"bias {found['bias']:+.1%}, worst {worst['error']:+.1%} ({worst['id']}, {worst['quantity']})."
     )
     if found["ranking"] is not None:
-        out.print(f"Pairs that differ by more than their spread, in the right order: {found['ranking']:.0%}.")
+        words = "Pairs that differ by more than their spread, in the right order"
+        out.print(f"{words}: {_share_of(found['ranking'])}.")
+    if found["coverage"] is not None:
+        width = f"(in the middle a factor of {found['interval_factor']:.2f} each way)"
+        out.print(f"90 % intervals {width} hold the measurement: {_share_of(found['coverage'])}.")
     if found["failed"]:
         out.print("Beyond tolerance: " + ", ".join(found["failed"]) + ".")
+
+
+def _share_of(found: dict[str, Any]) -> str:
+    limits = f"{found['low']:.0%} to {found['high']:.0%}"
+    return f"{found['share']:.0%} of {found['count']} ({limits} with 90 % confidence)"
 
 
 def _print_frameworks(out: Console, rows: list[dict[str, Any]]) -> None:

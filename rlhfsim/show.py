@@ -7,7 +7,7 @@ from typing import Any
 from .errors import InputError, nearest
 from .spec.data import data_dir
 
-FOLDERS = ("models", "gpus", "nodes", "clusters", "kernels")  # of hw_specs, one file each
+FOLDERS = ("models", "gpus", "nodes", "clusters", "kernels", "frameworks")  # of hw_specs, one file each
 LISTINGS = (*FOLDERS, "strategies", "algorithms", "fields")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from .batch import even, first_kept
 from .cluster import ClusterTopology, Collectives, default_collectives
 from .costs.kernels import Kernels, load_kernels
+from .costs.measured import measured_kernels
 from .costs.model import CostModel, head_of
 from .costs.operators import Operators
 from .errors import InputError
@@ -58,7 +59,14 @@ def prepare(scenario: Scenario) -> Setup:
     graph, notes = graph_of(scenario)
     holdings = holdings_of(scenario, graph)
     notes += placement_notes(scenario, graph, holdings)
+    notes += measured_of(scenario)
     return Setup(scenario, graph, holdings, Memory(scenario, graph, holdings), (*scenario.cluster.doubts, *notes))
+
+
+def measured_of(scenario: Scenario) -> list[str]:
+    """Which numbers are measured tables' instead of the curves', and of which software; of each kind of GPU."""
+    tables = [measured_kernels(part.gpu, kernels_of(part.gpu.kernels)) for part in scenario.cluster.all_parts]
+    return list(dict.fromkeys(one.label for one in tables if one))
 
 
 def simulate(setup: Setup, *, seed: int | None = None) -> Timeline:
@@ -105,14 +113,16 @@ def _run(
 
 def topology_of(scenario: Scenario) -> ClusterTopology:
     """The links of the scenario's cluster, with what its kernels' files measured."""
-    collectives = [_collectives_of(part) for part in scenario.cluster.all_parts]
+    collectives = [collectives_of(part) for part in scenario.cluster.all_parts]
     return ClusterTopology(scenario.cluster, collectives, scenario.effects)
 
 
-def _collectives_of(part: Cluster) -> Collectives:
+def collectives_of(part: Cluster) -> Collectives:
     collectives = default_collectives(part)
     if part.node.gpu_link != "pcie" or part.gpu.fitted_on:  # shipped curves were measured over NVLink
-        collectives = collectives.updated(kernels_of(part.gpu.kernels))
+        kernels = kernels_of(part.gpu.kernels)
+        tables = measured_kernels(part.gpu, kernels)
+        collectives = collectives.updated(tables.with_collectives if tables else kernels)
     return collectives
 
 
@@ -148,6 +158,15 @@ def periodic_seconds(setup: Setup) -> float:
             spans = _run(setup, unfolded(alone), lengths_of(scenario, 0), 1, seed=0)
             total += max(s.end_seconds for s in spans) / stage.every
     return total
+
+
+def alone_seconds(setup: Setup, stage: str) -> float:
+    """Of one iteration of a stage that runs alone, whether the rest of the scenario fits or not."""
+    graph = StageGraph(lanes=setup.graph.lanes)
+    graph.add_node(stage, stage=replace(setup.graph.at(stage), order=0, loop=None))
+    alone, seed = replace(setup, graph=graph), setup.scenario.simulation.seed
+    lengths = lengths_of(setup.scenario, seed)
+    return max(s.end_seconds for s in _run(alone, folded_graph(alone, lengths), lengths, 1, seed))
 
 
 def model_flops_utilisation(setup: Setup, step_seconds: float) -> float:

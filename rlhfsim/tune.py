@@ -22,9 +22,7 @@ from .spec.scenario import ModelUse, Scenario, StrategyChoice
 
 # Shares tried for disaggregation, in eighths: generation, scoring (all its models), training (all its models).
 SPLITS = [(g, s, 8 - g - s) for g in (1, 2, 3, 4, 5) for s in (1, 2, 3) if 8 - g - s >= 1]
-# Strategies that part the ranks in two, and the shares tried for generation, in eighths.
-HALVED, HALVES = ("asynchronous", "one_step_off", "streaming"), range(1, 8)
-LEAST = 1e-3  # a share that comes to one unit of ranks
+HALVES = range(1, 8)  # shares tried for generation, in eighths, where a strategy parts the ranks in two
 BATCHES = (1, 2, 4, 8, 16)
 REPLICAS = (1, 2, 4)
 
@@ -136,8 +134,8 @@ def _engine_sizes(best: Scenario, given: Scenario) -> list[Scenario]:
 
 
 def _shares(best: Scenario, given: Scenario) -> list[Scenario]:
-    name, kept = given.strategy.name, "split" in given.strategy.options or _kept("strategy.split", given)
-    if name in HALVED and not kept:
+    kept = "split" in given.strategy.options or _kept("strategy.split", given)
+    if not kept and _halves(best):
         return [_with_options(best, split={"generation": float(g), "training": 8.0 - g}) for g in HALVES]
     if not _free(given, "split") or not _free(given, "ranks"):
         return [best]
@@ -148,19 +146,27 @@ def _shares(best: Scenario, given: Scenario) -> list[Scenario]:
         stages = []
     trained = list(dict.fromkeys(s.model for s in stages if s.kind == "train"))
     scoring = list(dict.fromkeys(s.model for s in stages if s.kind == "score" and s.model not in trained))
-    judges = [m for m in scoring if m.removeprefix("shadow_") in best.roles]  # a function needs no more than a rank
+    judges = [m for m in scoring if m.removeprefix("shadow_") in best.roles]  # a function has no ranks of its own
     if not trained:
         return [best]
     return [
         _with_options(
             best,
             split={"shadow_actor": float(generate)}
-            | dict.fromkeys(scoring, LEAST)
             | {m: score / len(judges) for m in judges}
             | {m: train / len(trained) for m in trained},
         )
         for generate, score, train in SPLITS
     ]
+
+
+def _halves(best: Scenario) -> bool:
+    """Whether the strategy has ranks for generation and ranks for training."""
+    try:
+        graph_of(_with_options(best, split={"generation": 1.0, "training": 1.0}))
+    except InputError:
+        return False
+    return True
 
 
 def _batches(best: Scenario, given: Scenario) -> Iterator[Scenario]:

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from pydantic import Field, model_validator
 
 from . import metrics, timeline
 from .errors import InputError
+from .metrics import STEP as STEP
 from .order import violations
 from .simulate import Setup, prepare, simulate
 from .spec.base import Record
@@ -37,10 +39,10 @@ from .spec.loader import load_scenario, scenario_from_dict
 from .spec.problems import validate as validated
 from .spec.scenario import Scenario
 from .spec.yaml_file import read_yaml
+from .uncertainty import share_limits
 
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
-STEP = "step_seconds"
 PATTERNS = ("*.case.yaml", "*.cases.yaml")  # one recorded run; the published ones of a source
 
 
@@ -171,11 +173,16 @@ class Gap:
         return asdict(self) | {"ok": self.ok}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one measurement (a served run) and not a collection of case files."""
+    return (folder / "requests.jsonl").exists()
+
+
 def find_cases(paths: Iterable[str | Path]) -> list[Path]:
     """Case files among paths: files as they are, folders searched for PATTERNS. Raises InputError if there are none."""
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if path.is_dir() and not is_run(path):
             found += sorted(file for pattern in PATTERNS for file in path.rglob(pattern))
         elif path.exists():
             found.append(path)
@@ -291,8 +298,9 @@ def summary(results: list[Result], gaps: Iterable[Gap] = ()) -> dict[str, Any]:
         "mean_abs_error": float(np.abs(errors).mean()) if len(errors) else None,
         "bias": float(errors.mean()) if len(errors) else None,
         "worst": {"id": worst.id, "quantity": worst.quantity, "error": worst.error} if worst else None,
-        "ranking": _ranking(steps),
-        "coverage": float(np.mean([r.low <= r.measured <= r.high for r in with_interval])) if with_interval else None,  # type: ignore[operator]
+        "ranking": _share(_ranking(steps)),
+        "coverage": _share([bool(r.low <= r.measured <= r.high) for r in with_interval]),  # type: ignore[operator]
+        "interval_factor": float(np.median([sqrt(r.high / r.low) for r in with_interval])) if with_interval else None,  # type: ignore[operator]
         "failed": [f"{r.id}: {r.quantity}" for r in results if not r.ok]
         + [f"{gap.id}: {gap.kind}" for gap in gaps if not gap.ok],
         "frameworks": _by_framework(predictions),
@@ -321,8 +329,16 @@ def _errors(cell: list[Result]) -> dict[str, Any]:
     }
 
 
-def _ranking(steps: list[Result]) -> float | None:
-    """Share of pairs of one group, measured further apart than their spread, that are predicted in the right order."""
+def _share(found: list[bool]) -> dict[str, Any] | None:
+    """Of those that are right, with its 90 % limits."""
+    if not found:
+        return None
+    low, high = share_limits(sum(found), len(found))
+    return {"share": sum(found) / len(found), "low": low, "high": high, "count": len(found)}
+
+
+def _ranking(steps: list[Result]) -> list[bool]:
+    """Whether each pair of one group, measured further apart than their spread, is predicted in the right order."""
     by_group: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for r in steps:
         by_group[r.group, r.quantity].append(r)
@@ -331,4 +347,4 @@ def _ranking(steps: list[Result]) -> float | None:
         for a, b in combinations(members, 2):
             if abs(a.measured - b.measured) > a.spread * a.measured + b.spread * b.measured:
                 right.append((a.measured < b.measured) == (a.predicted < b.predicted))
-    return float(np.mean(right)) if right else None
+    return right

@@ -33,6 +33,11 @@ class Response:
 
     decoding: bool = False  # everything but the token drawn last is in the cache
 
+    @property
+    def first_prompt(self) -> int:
+        """Without what turns have added."""
+        return self.prompt
+
     def lose_cache(self) -> None:
         self.cached, self.drawn, self.decoding = 0, floor(self.drawn), False
 
@@ -68,8 +73,8 @@ class TwinEngine:
                 response = computing.pop(0)
             else:
                 response = self.waiting.pop(0)
-                if any(other.group == response.group for other in self.running):
-                    response.cached = max(response.cached, self.shared(response.prompt))
+                if self.has_prompt(response):
+                    response.cached = max(response.cached, self.shared(response.first_prompt))
                 self.running.append(response)
             count = min(left, response.prompt + response.drawn - response.cached)
             pieces.append(((response.cached + count) ** 2 - response.cached**2) ** 0.5)
@@ -82,6 +87,10 @@ class TwinEngine:
         self.rows = len(decoding) * self.width + len(self.drawing)
         self.drawing += decoding
         self.end = now + self.seconds((len(decoding), context, budget - left, self.rows, len(self.running), pieces))
+
+    def has_prompt(self, response: Response) -> bool:
+        """Whether the cache holds its prompt, where responses share it."""
+        return any(other.group == response.group for other in self.running)
 
     def finish(self, version: int) -> list[Response]:
         """End the step in flight; the responses that are done with it."""
@@ -160,8 +169,8 @@ class TwinPool:
     def enter(self, version: int, recompute: bool) -> None:
         self.version = version
         for engine in self.engines if recompute else ():
-            groups = {r.group: self.shared(r.prompt) for r in engine.running}
-            twice = sum(self.shared(r.prompt) for r in engine.running) - sum(groups.values())
+            groups = {r.group: self.shared(r.first_prompt) for r in engine.running}
+            twice = sum(self.shared(r.first_prompt) for r in engine.running) - sum(groups.values())
             self.recomputed += sum(floor(r.cached) for r in engine.running) - twice
             for response in engine.running:
                 response.lose_cache()

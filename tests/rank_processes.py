@@ -24,12 +24,12 @@ from real.clock import align
 from real.executor import Executor, LaneStore
 from real.groups import Groups
 from real.meter import Meter
-from real.watch import Watch
 from rlhfsim.firing import Firing
 from rlhfsim.graph import StageGraph
 from rlhfsim.real_limits import rank_sets
 from rlhfsim.records import Clock, RecordFile, read, timeline
 from rlhfsim.timeline import write
+from rlhfsim.watch import Watch
 
 Seen = list[tuple[Firing, Firing, int, dict[str, list[int]]]]  # consumer, producer, lane, fields
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -86,7 +86,7 @@ class Tell:
     trouble: Trouble | None = None
     seen: Seen = field(default_factory=list)
 
-    def __call__(self, f: Firing, stage: Any, inbox: Any) -> dict[int, dict[str, torch.Tensor]]:
+    def __call__(self, f: Firing, stage: Any, inbox: Any, turn: Any) -> dict[int, dict[str, torch.Tensor]]:
         for (g, lane), fields in inbox.items():
             self.seen.append((f, g, lane, {name: x.tolist() for name, x in fields.items()}))
         if self.trouble:

@@ -11,17 +11,31 @@ from copy import deepcopy
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from real import generate, models
+from rlhfsim.rollouts import request
 from rlhfsim.spec.lengths import draw_lengths
 from rlhfsim.spec.loader import length_dir
 from rlhfsim.spec.scenario import Scenario
 
 MiniBatches = Callable[[int], Sequence[Sequence[int]]]  # of an iteration: the samples of every update, in order
+# Of every sample of every iteration: its number among all responses, its tokens, and the versions that drew them.
+Drawn = Sequence[Sequence[tuple[int, Sequence[int], Sequence[int]]]]
+TIE = 1e-4  # of noisy logits: closer than this fp32 may draw the one token and fp64 the other
 
 
 class Reference:
-    def __init__(self, scenario: Scenario) -> None:
+    """drawn: a schedule to repeat, where responses are not drawn by the weights of their own iteration. (Its tokens
+        are looked at to break ties: a schedule depends on time, so that one with a tie comes up some day.)
+
+    recompute: keys and values of earlier tokens are those of the version that draws the next one. (A schedule that is
+        repeated is read with a cache, which new weights empty.)
+    """
+
+    def __init__(self, scenario: Scenario, drawn: Drawn | None = None, *, recompute: bool = True) -> None:
+        self.drawn, self.recompute = drawn, recompute
+        self.behaviour: dict[tuple[int, ...], Tensor] = {}  # log-probs of responses by what drew them
         self.scenario, self.algorithm, self.seed = scenario, scenario.algorithm, scenario.simulation.seed
         chosen, shared = scenario.models, scenario.models.share_actor_critic
         self.actor = self._model("actor", chosen.actor, lm=True, value=shared, train=True)
@@ -59,11 +73,14 @@ class Reference:
     # -- what a model says of a sequence ------------------------------------------------------------------
 
     @staticmethod
-    def _hidden(model: models.Decoder, tokens: list[int]) -> Tensor:
-        ids = torch.tensor([tokens])
-        return model.body(
-            input_ids=ids, position_ids=torch.arange(len(tokens))[None], use_cache=False
-        ).last_hidden_state[0]
+    def _hidden(model: models.Decoder, tokens: list[int], cache: DynamicCache | None = None) -> Tensor:
+        """Of all tokens, or of those that the cache has not."""
+        first = cache.get_seq_length() if cache is not None else 0
+        ids, positions = torch.tensor([tokens[first:]]), torch.arange(first, len(tokens))[None]
+        kept = {"past_key_values": cache} if cache is not None else {}
+        return model.body(input_ids=ids, position_ids=positions, use_cache=cache is not None, **kept).last_hidden_state[
+            0
+        ]
 
     def _log_probs(self, model: models.Decoder, tokens: list[int], start: int) -> Tensor:
         logits = model.lm_head(self._hidden(model, tokens))  # type: ignore[misc]
@@ -76,11 +93,17 @@ class Reference:
 
     @torch.no_grad()
     def _response(self, iteration: int, sample: int) -> tuple[list[int], int]:
+        version = max(0, iteration - self.staleness)
+        said: Sequence[int] = []
+        versions: Sequence[int] = [version] * self.scenario.workload.longest_sample
+        if self.drawn is not None:
+            number, said, versions = self.drawn[iteration][sample]
+            iteration, sample = divmod(number, self.scenario.workload.samples)
         workload, vocabulary = self.scenario.workload, self.scenario.models.actor.shape.vocabulary
         prompts, lengths = draw_lengths(workload, self.seed, iteration, length_dir())
         sampled = workload.responses == "sampled"
         limit = workload.response_tokens.longest if sampled else int(lengths[sample])
-        r = generate.request(
+        r = request(
             (self.seed, iteration),
             sample,
             sample // workload.responses_per_prompt,
@@ -88,14 +111,22 @@ class Reference:
             limit,
             vocabulary,
         )
-        actor = self.versions[max(0, iteration - self.staleness)]
         noise = generate._gumbel(torch.device("cpu"), vocabulary)
-        tokens = r.prompt.tolist()
-        for offset in r.noise:
-            logits = actor.lm_head(self._hidden(actor, tokens)[-1])  # type: ignore[misc]
-            tokens.append(int((logits + noise[int(offset)]).argmax()))
+        said_of: list[Tensor] = []
+        tokens, cache, last = r.prompt.tolist(), DynamicCache() if said else None, -1
+        for offset, version in zip(r.noise, versions, strict=False):
+            if said and self.recompute and version != last:
+                cache, last = DynamicCache(), version
+            actor = self.versions[version]
+            logits = actor.lm_head(self._hidden(actor, tokens, cache)[-1])  # type: ignore[misc]
+            noisy = logits + noise[int(offset)]
+            said_of.append(logits.log_softmax(-1))
+            recorded = said[len(tokens) - len(r.prompt)] if said else int(noisy.argmax())
+            tokens.append(recorded if noisy[recorded] > noisy.max() - TIE else int(noisy.argmax()))
             if sampled and tokens[-1] == 0:
                 break
+        drawn = zip(said_of, tokens[len(r.prompt) :], strict=True)
+        self.behaviour[tuple(tokens)] = torch.stack([log_probs[token] for log_probs, token in drawn])
         return tokens, len(r.prompt)
 
     @torch.no_grad()
@@ -145,8 +176,8 @@ class Reference:
 class WithoutCritic(Reference):
     """GRPO and its kin: what a response earned, compared with the others to its prompt or in its mini-batch."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        super().__init__(scenario)
+    def __init__(self, scenario: Scenario, drawn: Drawn | None = None, *, recompute: bool = True) -> None:
+        super().__init__(scenario, drawn, recompute=recompute)
         self.critic, self.trained, self.optimizers = self.actor, [self.actor], self.optimizers[:1]
 
     def run(self, iterations: int, mini_batches: MiniBatches) -> list[list[list[int]]]:
@@ -164,6 +195,8 @@ class WithoutCritic(Reference):
     def _judged(self, tokens: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of actor and reference, and every token's reward."""
         old, ref = self._log_probs(self.actor, tokens, start), self._log_probs(self.reference, tokens, start)
+        if not self.scenario.strategy.options.get("recompute_log_probs", True):
+            old = self.behaviour[tuple(tokens)]
         rewards = torch.zeros(len(old), dtype=torch.float64)
         if self.algorithm.name in ("rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
             rewards = self.algorithm.kl_coefficient * (ref - old)

@@ -174,8 +174,8 @@ LINES = [
      "case.yaml:5: models.actor.precision: is 16, but must be one of bf16, fp16, fp32"),
     ("zero_stage: 2", "sequence_parallel: on",
      "case.yaml:5: models.actor.sequence_parallel: is 'on', but must be true or false"),
-    ("zero_stage: 2", "tensor_parallel: 2", "case.yaml:5: models.actor: zero_stage 3 shards weights over data-parallel "
-     "ranks; with tensor_parallel or pipeline_parallel above 1 use stage 0, 1 or 2"),
+    ("zero_stage: 2", "pipeline_parallel: 2", "case.yaml:5: models.actor: zero_stage 3 shards weights over "
+     "data-parallel ranks; with pipeline_parallel above 1 use stage 0, 1 or 2"),
     ("zero_stage: 2", "zero_stage: 2, tensor_parallel: 3", "case.yaml:5: models.actor.tensor_parallel: is 3, but must "
      "divide the 32 heads and the MLP width 8192 of opt-1.3b"),
     ("zero_stage: 2", "zero_stage: 2, tensor_parallel: 32", "case.yaml:5: models.actor.tensor_parallel: "

@@ -182,7 +182,7 @@ def test_many_experts_cost_little_more_than_one_mlp_of_their_active_width() -> N
     dense = QWEN.model_copy(update={"experts": 0, "experts_per_token": 0, "ffn": 8 * 768})
     ops = operators()
     many, one = (ops.layer_forward(use(shape), 65536, 1).flops for shape in (QWEN, dense))
-    assert 1.0 < many / one < 1.25
+    assert 0.9 < many / one < 1.25  # the long dense products run at lower clocks
 
 
 # --- unequal pipeline stages -----------------------------------------------------------------------------------------
@@ -289,7 +289,8 @@ def test_latent_attention_is_bound_by_whichever_is_slower() -> None:
 def test_one_byte_weights_are_read_in_half_the_time(precision: Any) -> None:
     u = use(load_model("llama-3.1-70b"))
     plain, quantised = (decode_seconds(u, 128, 4, tensor_parallel=8, weights_precision=w) for w in (None, precision))
-    assert 0.5 < quantised / plain < 0.75  # the head and what is not weights stay
+    # The head and what is not weights stay; on 8 ranks fp8 products are short, and their fixed time is longer.
+    assert 0.5 < quantised / plain < 0.85
     generation = Generation(engine="engine", tensor_parallel=8, weights_precision=precision)
     bf16, one_byte = (
         engine_bytes(u, g, 0).engine for g in (Generation(engine="engine", tensor_parallel=8), generation)

@@ -229,7 +229,7 @@ def test_offloaded_states_need_host_memory() -> None:
     states = 16 * (6_738_415_616 + 6_738_415_616 - 4096 * 32000 + 4096)  # LLaMA 7B; a critic has a value head
     for nodes in (2, 4):
         fit = fit_of("colocated", "hybrid", models__actor={"spec": "llama-7b"}, cluster__nodes=nodes, **offloaded)
-        assert fit.host_bytes == approx(states / nodes, rel=1e-9)
+        assert fit.host["states"] == approx(states / nodes, rel=1e-9)
     exact = {"value": fit.host_bytes, "source": "unverified"}
     less = {"value": fit.host_bytes - 1, "source": "unverified"}
     scene = {"models.actor.spec": "llama-7b", "cluster.nodes": 4, **offloaded}
@@ -412,7 +412,7 @@ def test_llama_3_8b_needs_offload_on_one_a100() -> None:
     assert 119.7 < plain.worst.bytes.total / GIB < 125
     offloaded = training_alone("llama-3-8b", gpus=1, tokens=128, zero_stage=2, offload_optimizer=True)
     assert offloaded.fits
-    assert offloaded.host_bytes == approx(16 * 8.03e9, rel=1e-3)
+    assert offloaded.host["states"] == approx(16 * 8.03e9, rel=1e-3)
 
 
 def test_14b_on_four_gpus_asks_for_gigabytes_of_logits() -> None:

@@ -388,7 +388,7 @@ def test_seconds_are_those_of_the_twin(workload: dict, floor_share: float, draft
     draft = model.model_copy(update={"shape": few}) if drafting and draft_layers else None
     by_step = [twin_seconds(step, ops, model, floor, 1e-4, 1e-6, drafts, draft) for step in steps]
     expected = np.add.reduceat(by_step, np.concatenate([[0], np.cumsum(runs.steps)[:-1]]))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)  # attention is nearly linear: a run takes its mean step's
 
 
 @given(
@@ -662,7 +662,7 @@ def test_hybrid_gathers_once_and_its_replicas_meet_at_the_end() -> None:
     assert seconds(result.segments) == pytest.approx(max(s.seconds for s in result.stats), rel=1e-9)
     own = sum(s.compute_seconds @ s.repeats for s in result.segments)
     assert own == pytest.approx([s.seconds for s in result.stats], rel=1e-9)
-    assert result.stats[0] is not result.stats[1] and own[0] == own[2]
+    assert result.stats[0] is not result.stats[1] and own[0] == pytest.approx(own[2], rel=1e-12)
     assert not any(s.transfers for s in program(operators(effects=Effects(sync=False))).segments)
     wider = program(operators(), domain=range(8)).segments[0]
     assert wider.transfers[0].groups == (tuple(range(8)),) and wider.compute_seconds.shape == (3, 1)

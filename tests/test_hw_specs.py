@@ -247,7 +247,8 @@ def test_precisions_follow_the_architecture(name: str) -> None:
     assert flops["fp32"] < flops["fp16"] == flops.get("bf16", flops["fp16"])
     if "fp8" in flops:
         assert flops["fp8"] == pytest.approx(2 * flops["fp16"], rel=0.015)
-    assert g.kernels == g.architecture
+    own = {"h200-141g-sxm": "h200", "gb200-186g": "gb200", "gb300-288g": "gb300"}  # measured themselves
+    assert g.kernels == own.get(name, g.architecture)
 
 
 @pytest.mark.parametrize("name", sorted(PROMISED_GPUS))

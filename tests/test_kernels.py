@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def assert_split(time: KernelTime) -> None:
 
 
 def test_the_files_are_complete():
-    assert set(KERNELS) == {"volta", "ampere", "ada", "hopper", "blackwell", "cdna3", "ascend"}
+    assert set(KERNELS) == {
+        "volta", "ampere", "ada", "hopper", "h200", "blackwell", "gb200", "gb300", "cdna3", "ascend"
+    }  # fmt: skip
     for name, kernels in KERNELS.items():
         assert kernels.name == name
         for curve, fit in kernels.fits().items():
@@ -75,10 +78,16 @@ def test_efficiencies_are_relative_to_the_datasheet_that_the_simulator_uses(name
 
 def test_a_wrong_file_is_refused(tmp_path):
     text = (ROOT / "hw_specs" / "kernels" / "ampere.yaml").read_text()
-    for old, new in (("compute_efficiency: 0.765", "compute_efficiency: 1.1"), ("source: vidur,", "source: vidor,")):
-        assert old in text
-        (tmp_path / "bad.yaml").write_text(text.replace(old, new))
-        with pytest.raises(InputError, match=r"less than or equal to 1|vidor"):
+    for old, new, message in (
+        (r"compute_efficiency: 0\.\d+", "compute_efficiency: 1.1", "less than or equal to 1"),
+        ("source: vidur,", "source: vidor,", "vidor"),
+        (r"- \[1\.0, 16\.0,", "- [16.0, 1.0,", "must rise"),
+        (r"- \[1\.0, 16\.0, 64\.0,", "- [1.0, 64.0,", "rows of"),
+    ):
+        wrong = re.sub(old, new, text, count=1)
+        assert wrong != text
+        (tmp_path / "bad.yaml").write_text(wrong)
+        with pytest.raises(InputError, match=message):
             load_kernels(tmp_path / "bad.yaml")
 
 
@@ -110,7 +119,7 @@ def test_attention_stays_below_the_datasheet(name, batch, heads, tokens, ideal):
     assert (
         2.5 * flops / backward.seconds <= r.flops_per_second * ROUNDING
     )  # flash-attention's count of the backward work
-    decode = attention_decode_time(kernels.decode, r, batch, kv, batch * tokens, 128, ideal=ideal)
+    decode = attention_decode_time(kernels.decode, r, batch, kv, batch * tokens, 128, query_heads=query, ideal=ideal)
     assert 2.0 * 2 * batch * tokens * kv * 128 / decode.seconds <= r.memory_bytes_per_second * ROUNDING
     for time in (prefill, backward, decode):
         assert_split(time)
@@ -137,13 +146,14 @@ def test_collectives_stay_below_the_link(name, payload, ideal):
             assert payload * bus_factor(op, ranks) / seconds <= link * limit * ROUNDING
 
 
-@given(ARCHITECTURES, st.integers(1, 8192), SIZE, SIZE)
+@given(ARCHITECTURES, st.integers(1, 8192), st.integers(512, 40_000), st.integers(512, 40_000))
 def test_gemm_grows_with_every_dimension(name, m, n, k):
+    """Inside the grid. Efficiency saturates, but long kernels run at lower clocks: the fit bounds the exponent
+    of time in size between knots to 1.1 (2^1.1 = 2.14), and the ratios have three digits."""
     curve, r = KERNELS[name].gemm["bf16"], rates(KERNELS[name])
     base = gemm_time(curve, r, m, n, k).seconds
     for larger in ((2 * m, n, k), (m, 2 * n, k), (m, n, 2 * k)):
-        grown = gemm_time(curve, r, *larger).seconds
-        assert base < grown < 2 * base  # twice the work never needs more than twice the time: efficiency saturates
+        assert 0.98 * base < gemm_time(curve, r, *larger).seconds < 2.2 * base
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
@@ -223,7 +233,9 @@ def predicted(kernels: Kernels, kind: str, row: dict[str, str]) -> tuple[float, 
     elif kind == "decode":
         curve = kernels.decode
         context = number["batch"] * number["tokens"]
-        time = attention_decode_time(curve, r, number["batch"], number["kv_heads"], context, 128).seconds
+        time = attention_decode_time(
+            curve, r, number["batch"], number["kv_heads"], context, 128, query_heads=number["heads"]
+        ).seconds
     elif kind == "memory":
         curve = kernels.memory[row["kernel"]]
         time = memory_time(curve, r, number["bytes"]).seconds
@@ -261,8 +273,13 @@ def changed(kernels: Kernels, path: str, factor: float) -> Kernels:
     nodes, (*parents, leaf) = [record], path.split(".")
     for key in parents:
         nodes = [child for node in nodes for child in (node.values() if key == "*" else [node[key]])]
-    for node in nodes:
-        node[leaf] *= factor
+    for node in filter(None, nodes):  # not every kernel has a grid
+        if leaf == "measured":
+            node[leaf] = [(wire, factor * seconds) for wire, seconds in node[leaf]]
+        elif leaf == "ratios":
+            node[leaf] = [[factor * ratio for ratio in row] for row in node[leaf]]
+        else:
+            node[leaf] *= factor
     return Kernels.model_validate(record)
 
 
@@ -276,7 +293,11 @@ def changed(kernels: Kernels, path: str, factor: float) -> Kernels:
         ("decode", "decode.memory_efficiency", 0.5),
         ("decode", "decode.kernel_seconds", 2.0),
         ("memory", "memory.*.memory_efficiency", 0.5),
-        ("collectives", "collectives.*.*.alpha_seconds", 2.0),
+        ("gemm", "gemm.bf16.residuals.ratios", 2.0),
+        ("prefill", "prefill.residuals.ratios", 2.0),
+        ("decode", "decode.residuals.ratios", 2.0),
+        ("memory", "memory.*.residuals.ratios", 2.0),
+        ("collectives", "collectives.*.*.measured", 2.0),
         ("collectives", "collectives.*.*.efficiency", 0.5),
     ],
 )
@@ -291,5 +312,5 @@ def test_an_efficiency_above_one_is_refused_except_for_in_network_reduction():
     for kernels in KERNELS.values():
         over = {op for op, curves in kernels.collectives.items() for c in curves.values() if c.efficiency > 1}
         assert over <= {"all_reduce", "custom_all_reduce"}
-        assert not over or kernels.name == "hopper"
+        assert not over or kernels.name in ("hopper", "h200")
     assert isinstance(KERNELS["hopper"].collectives["all_reduce"][8], CollectiveCurve)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,18 +18,6 @@ def test_there_are_scripts_of_every_framework() -> None:
     assert {path.name.split("_")[0] for path in FILES} >= {"verl", "openrlhf", "slime", "nemo", "areal", "trl"}
 
 
-# What our memory model says too much of, by script.
-TOO_LARGE = {
-    "verl_grpo_qwen3_30b_megatron": "the script says tested on a node of 96 GB GPUs; of our 106 GiB 15 are outputs of "
-    "experts, kept for the backward pass, which is not needed where weights come before the down projection"
-}
-
-
-def fitting(path: Path) -> Any:
-    wrong = TOO_LARGE.get(path.stem)
-    return pytest.param(path, id=path.stem, marks=[pytest.mark.xfail(strict=True, reason=wrong)] if wrong else [])
-
-
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_script_runs(path: Path) -> None:
     """It says where it comes from, and every model that it trains takes its time."""
@@ -44,7 +31,7 @@ def test_script_runs(path: Path) -> None:
     assert all(seconds[stage] > 0 for stage in {"gen", *trained})
 
 
-@pytest.mark.parametrize("path", [fitting(path) for path in FILES])
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_script_fits(path: Path) -> None:
     """On the GPUs that it was written for, or that are assumed."""
     fit = prepare(load_scenario(path)).fit()

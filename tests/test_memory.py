@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfsim.costs.pipeline import stage_order
+from rlhfsim.lora import lora_parameters
 from rlhfsim.memory import (
     LOGITS_COPIES,
     Bytes,
@@ -19,7 +20,7 @@ from rlhfsim.memory import (
     trained_parameters,
     training_bytes,
 )
-from rlhfsim.model import kv_bytes_per_token, layer_parameters, lora_parameters, parameters, rank_parameters
+from rlhfsim.model import kv_bytes_per_token, layer_parameters, parameters, rank_parameters
 from rlhfsim.spec.model_spec import ModelSpec, load_model
 from rlhfsim.spec.scenario import Generation, ModelUse, Overheads, Speculative
 
@@ -110,7 +111,7 @@ def test_what_is_offloaded_is_on_the_host(stage: int) -> None:
     assert there.host == pytest.approx(here.optimizer + 4 * share)  # and gradients in fp32
     assert there.weights == here.weights and there.gradients == here.gradients
     frozen = use(zero_stage=stage, offload_parameters=True)
-    resting, running = (static_bytes(frozen, "frozen", 8, running=running) for running in (False, True))
+    resting, running = (static_bytes(frozen, "frozen", 8, doing=doing) for doing in ("rests", "passes"))
     whole = 2 * parameters(LLAMA) / (8 if stage == 3 else 1)
     assert resting == Bytes(host=whole)
     assert running == Bytes(host=whole, weights=0 if stage == 3 else whole)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rlhfsim import model
 from rlhfsim.errors import InputError
+from rlhfsim.lora import lora_parameters
 from rlhfsim.spec import data
 from rlhfsim.spec.model_spec import (
     ExpertSplit,
@@ -105,6 +106,13 @@ EXPERTS: dict[str, Any] = {
 MLA: dict[str, Any] = EXPERTS | {
     "num_key_value_heads": 6, "kv_lora_rank": 24, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 16,
 }  # fmt: skip
+DELTA: dict[str, Any] = {
+    "num_hidden_layers": 5, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3, "pad_token_id": 0,
+}  # fmt: skip
+ROUTED: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56,
+}  # fmt: skip
 HF_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": GQA | {"attention_bias": True, "mlp_bias": True},
     "mistral": GQA | {"num_key_value_heads": 3, "head_dim": 24, "sliding_window": None},
@@ -136,6 +144,9 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": GQA | MLA | {"q_lora_rank": None, "topk_method": "greedy"},
     "deepseek_v3": GQA | MLA | {"q_lora_rank": 48, "attention_bias": True, "n_group": 2, "topk_group": 1},
     "glm4_moe": GQA | EXPERTS | {"head_dim": 32, "use_qk_norm": True, "attention_bias": True},
+    "qwen3_5_text": GQA | DELTA,
+    "qwen3_next": GQA | DELTA | ROUTED,
+    "qwen3_5_moe_text": {k: v for k, v in (GQA | DELTA | ROUTED).items() if k != "intermediate_size"},
     "bloom": {"hidden_size": 96, "n_layer": 3, "n_head": 6, "vocab_size": 211, "seq_length": 77},
     "gptj": {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 77, "vocab_size": 211, "rotary_dim": 8},
     "falcon": {
@@ -148,6 +159,20 @@ NOT_IN_TRANSFORMERS = {"internlm2": GQA, "baichuan": GQA, "kimi_k2": GQA | MLA |
 
 def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
     """The config.json that describes `spec`, written independently of the reader under test."""
+    if spec.linear:
+        names = {"linear": "linear_attention", "full": "full_attention"}
+        return _hf_config_of_attention(spec) | {
+            "layer_types": [names[spec.attention_pattern[k % 4]] for k in range(spec.layers)],
+            "linear_num_key_heads": spec.linear_key_heads,
+            "linear_num_value_heads": spec.linear_value_heads,
+            "linear_key_head_dim": spec.linear_key_head_dim,
+            "linear_value_head_dim": spec.linear_value_head_dim,
+            "linear_conv_kernel_dim": spec.linear_conv_kernel,
+        }
+    return _hf_config_of_attention(spec)
+
+
+def _hf_config_of_attention(spec: ModelSpec) -> dict[str, Any]:
     if spec.experts:
         return _hf_config_with_experts(spec)
     if spec.family == "gptj":
@@ -230,6 +255,9 @@ def _hf_config_with_experts(spec: ModelSpec) -> dict[str, Any]:
         "mixtral": set(llama) - {"num_experts", "n_routed_experts", "moe_intermediate_size"},
         "gpt_oss": set(llama) - {"num_experts", "n_routed_experts", "moe_intermediate_size"},
         "qwen3_moe": set(llama) - {"num_local_experts", "n_routed_experts"},
+        "qwen3_next": (set(llama) | {"shared_expert_intermediate_size"}) - {"num_local_experts", "n_routed_experts"},
+        "qwen3_5_moe_text": (set(llama) | {"shared_expert_intermediate_size"})
+        - {"num_local_experts", "n_routed_experts", "intermediate_size"},
         "qwen2_moe": (set(llama) | {"shared_expert_intermediate_size"}) - {"num_local_experts", "n_routed_experts"},
     }
     own = names.get(spec.family) or (set(llama | shared | latent) - {
@@ -259,7 +287,7 @@ def test_parameters_equal_those_of_transformers(model_type: str, tmp_path: Path)
     spec = read(config, tmp_path)
     assert model.parameters(spec, "lm") == count_in_transformers(config, "AutoModelForCausalLM")
     assert model.parameters(spec, "none") == count_in_transformers(config, "AutoModel")
-    if model_type == "glm4_moe":
+    if model_type in ("glm4_moe", "qwen3_5_moe_text"):
         return  # transformers has no such class
     value = count_in_transformers(config, "AutoModelForSequenceClassification", num_labels=1)
     assert model.parameters(spec, "value") == value
@@ -276,6 +304,17 @@ def test_variants_equal_those_of_transformers(model_type: str, tmp_path: Path) -
     old = {k: v for k, v in HF_CONFIGS["falcon"].items() if k not in ("num_kv_heads", "new_decoder_architecture")}
     config = {"model_type": "falcon"} | old | {"multi_query": model_type == "falcon", "parallel_attn": True}
     assert model.parameters(read(config, tmp_path)) == count_in_transformers(config, "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize("beside, inside, tied", [(True, None, True), (True, False, False), (None, None, False)])
+def test_tied_embeddings_may_be_said_beside_the_text_part(
+    beside: bool | None, inside: bool | None, tied: bool, tmp_path: Path
+) -> None:
+    text = HF_CONFIGS["qwen3_5_text"] | {"model_type": "qwen3_5_text", "tie_word_embeddings": inside}
+    config = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": beside}
+    if inside is None:
+        del text["tie_word_embeddings"]
+    assert read(config, tmp_path).tied_embeddings == tied
 
 
 @pytest.mark.parametrize(
@@ -300,6 +339,7 @@ def test_what_transformers_saves_can_be_read(model_type: str, tmp_path: Path) ->
     [
         "llama-33b", "llama-3-8b", "opt-125m", "opt-350m", "opt-66b", "qwen2.5-0.5b", "gemma-2-2b", "mistral-7b",
         "llama-3.1-405b", "qwen3-4b", "gemma-3-27b", "phi-4", "r1-distill-qwen-1.5b", "falcon-180b", "gpt-j-6b",
+        "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3-next-80b-a3b",
         "mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-120b", "deepseek-v2-lite", "deepseek-v3",
     ],
 )  # fmt: skip
@@ -323,7 +363,7 @@ def test_active_parameters_are_those_published(name: str, billions: float) -> No
 def test_a_config_of_a_shape_gives_that_shape(name: str, tmp_path: Path) -> None:
     """Or says why there can be none."""
     spec = load_model(name)
-    if spec.experts or spec.kv_lora_rank or spec.family not in REAL_FAMILIES:
+    if spec.experts or spec.kv_lora_rank or spec.linear or spec.family not in REAL_FAMILIES:
         with pytest.raises(InputError, match="real run"):
             hf_config(spec)
         return
@@ -392,16 +432,16 @@ def test_tensor_parallel_copies_only_what_is_not_split(spec: ModelSpec, draw: st
     "name, gigabytes", [("llama-7b", 0.64), ("llama-13b", 1.00), ("llama-33b", 1.95), ("llama-65b", 3.20)]
 )
 def test_lora_factors_of_rank_128_in_fp16(name: str, gigabytes: float) -> None:
-    assert 2 * model.lora_parameters(load_model(name), 128) / 1e9 == pytest.approx(gigabytes, abs=0.006)
+    assert 2 * lora_parameters(load_model(name), 128) / 1e9 == pytest.approx(gigabytes, abs=0.006)
 
 
 @pytest.mark.parametrize("name, modules", [("llama-3-8b", 7), ("opt-350m", 6)])
 def test_lora_of_some_layers_adds_two_factors_per_module(name: str, modules: int) -> None:
     spec = load_model(name)
-    per_layer = model.lora_parameters(spec, 1, layers=1)
+    per_layer = lora_parameters(spec, 1, layers=1)
     widths = 2 * spec.hidden + 2 * spec.query_width + 2 * (spec.hidden + spec.kv_width)
     assert per_layer == widths + (modules - 4) * (spec.hidden + spec.ffn)
-    assert model.lora_parameters(spec, 16) == 16 * spec.layers * per_layer
+    assert lora_parameters(spec, 16) == 16 * spec.layers * per_layer
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------

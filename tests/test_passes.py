@@ -21,7 +21,8 @@ from rlhfsim.costs.pipeline import PipelineSegment
 from rlhfsim.costs.segment import Elapsed, Route, Segment
 from rlhfsim.costs.sync import sync_program
 from rlhfsim.errors import InputError
-from rlhfsim.model import lora_parameters, parameters
+from rlhfsim.lora import lora_parameters
+from rlhfsim.model import parameters
 from rlhfsim.sim.links import LinkPool, lone_rate
 from rlhfsim.spec.base import Sourced
 from rlhfsim.spec.data import data_dir

@@ -102,7 +102,7 @@ def test_overrides_and_unknowns(tmp_path: Path) -> None:
     assert result.predicted == pytest.approx(sqrt(min(ends) * max(ends)))
     assert result.error == pytest.approx(sqrt(min(ends) / max(ends)) - 1)
     code, found = validate(str(path))
-    assert (code, found["summary"]["coverage"]) == (1, 1.0)
+    assert (code, found["summary"]["coverage"]["share"]) == (1, 1.0)
 
 
 def test_what_has_no_prediction_is_named(tmp_path: Path) -> None:

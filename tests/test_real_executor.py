@@ -179,12 +179,12 @@ def test_spans_tell_work_from_waiting(ranks: Ranks, tmp_path: Path) -> None:
     ranks.call(rank_processes.perform, Job(graph, 2, tmp_path, Sleeps(0.0, {"gen": 0.02})))
     found = records.read(tmp_path, 8)
     f = Firing(1, "update_actor", 0, 0)
-    for rank, record in found.records[f].items():  # as if rank 2 had come late
+    for rank, record in found.records[f, 0].items():  # as if rank 2 had come late
         ((key, [(called, entered, left)]),) = record.measured.calls.items()
         late = 50_000_000
         times = (called + late, entered + late, left + late) if rank == 2 else (called, entered, left + late)
         measured = replace(record.measured, calls={key: [times]})
-        found.records[f][rank] = replace(record, end=record.end + late, measured=measured)
+        found.records[f, 0][rank] = replace(record, end=record.end + late, measured=measured)
     timeline = records.timeline(graph, found, 8, 2)
     span = next(s for s in timeline.spans if s.firing == f)
     assert all(0.049 < span.peer_seconds[rank] < 0.08 for rank in (0, 1, 3))
@@ -409,7 +409,7 @@ class Stages:
         self.rank, self.groups = rank, groups
         if (rank, "setup") == (1, os.environ.get("RAISE_IN")):
             raise ValueError("there are no weights")
-    def __call__(self, f, stage, inbox):
+    def __call__(self, f, stage, inbox, turn):
         if (self.rank, f.iteration, f.stage) == (1, 1, os.environ.get("KILL_IN")):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.002)

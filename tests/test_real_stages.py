@@ -6,16 +6,11 @@ import gc
 import importlib.util
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +21,7 @@ if any(importlib.util.find_spec(name) is None for name in ("torch", "transformer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import real_runs
 import torch
 import torch.distributed as dist
 import transformers
@@ -38,6 +34,7 @@ from rlhfsim.firing import Firing
 from rlhfsim.layout import graph_of, holdings_of
 from rlhfsim.model import parameters
 from rlhfsim.real_limits import check_real, check_real_graph, rank_sets
+from rlhfsim.rollouts import request
 from rlhfsim.spec.model_spec import load_model
 from rlhfsim.spec.scenario import ModelUse, Scenario
 
@@ -147,8 +144,8 @@ OTHERS |= {
     "dapo": job("colocated", "engine", without_critic("dapo", ZERO_0, REWARD_FUNCTION)),
 }
 BROKEN = {
-    "stale_weights": job("disaggregated", "engine", ON_SIX) | {"broken": "stale_weights"},
-    "one_buffer": job("interleaved", "hybrid", PLAIN | {"strategy.calls": 2}) | {"broken": "one_buffer"},
+    "stale_weights": job("disaggregated", "engine", ON_SIX) | {"broken": ["stale_weights"]},
+    "one_buffer": job("interleaved", "hybrid", PLAIN | {"strategy.calls": 2}) | {"broken": ["one_buffer"]},
 }
 
 
@@ -171,21 +168,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of all jobs, by processes that stay for all of them."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
-    (folder / "jobs.json").write_text(json.dumps(SAME | OTHERS | BROKEN))
-    command = [sys.executable, str(Path(__file__).with_name("real_ranks.py")), str(folder)]
-    with (folder / "errors").open("w") as errors:
-        ranks = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
-        try:
-            code = ranks.wait(timeout=280)
-        finally:
-            if ranks.poll() is None:
-                os.killpg(ranks.pid, signal.SIGKILL)
-    assert code == 0, (folder / "errors").read_text()[-5000:]
-    return {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.pt")}
+    return real_runs.run(tmp_path_factory.mktemp("ranks"), 6, SAME | OTHERS | BROKEN, 280)
 
 
 @cache
@@ -268,6 +251,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+never: Any = None  # no stage here asks whether it should stop
+
+
 def in_program_order(changes: dict[str, Any], lost: str = "") -> stages.Stages:
     """Three iterations on one rank, one firing after the other; the results of stage `lost` are not kept."""
     found = made(changes)
@@ -277,7 +263,7 @@ def in_program_order(changes: dict[str, Any], lost: str = "") -> stages.Stages:
     work = stages.Stages(found, graph, holdings, 0, alone, store)
     for iteration in range(ITERATIONS):
         for f in (f._replace(iteration=iteration) for f in graph.program()):
-            for lane, fields in (work(f, graph.at(f.stage), {}) or {}).items():
+            for lane, fields in (work(f, graph.at(f.stage), {}, never) or {}).items():
                 if f.stage != lost:
                     store.put(f, lane, fields)
     return work
@@ -333,15 +319,12 @@ def test_what_real_runs_cannot_do_is_refused(field: str, value: Any) -> None:
     assert error.value.field == field
 
 
-@pytest.mark.parametrize(
-    ("strategy", "said"),
-    [("asynchronous", "unfinished"), ("partial_rollout", "unfinished"), ("reallocation", "overlap")],
-)
+@pytest.mark.parametrize(("strategy", "said"), [("stage_fusion", "goes on with what"), ("reallocation", "overlap")])
 def test_strategies_that_real_runs_cannot_do_are_refused(strategy: str, said: str) -> None:
     found = made(BASE | ZERO_0 | {"strategy": strategy, "engine": "engine"})
     graph, _ = graph_of(found)
     with pytest.raises(InputError, match=said):
-        check_real_graph(graph, holdings_of(found, graph), 4)
+        check_real_graph(found, graph, holdings_of(found, graph), 4)
 
 
 def test_without_reference_there_is_no_price_of_leaving_it(one_rank: None) -> None:
@@ -417,7 +400,7 @@ def test_responses_do_not_depend_on_the_batch() -> None:
     lengths = np.random.default_rng(0).integers(1, 30, size=(12, 2))
     found = []
     for rows, continuous in ((12, False), (5, False), (4, True)):
-        requests = [generate.request((0, 0), i, i, int(p), int(n), 1024) for i, (p, n) in enumerate(lengths)]
+        requests = [request((0, 0), i, i, int(p), int(n), 1024) for i, (p, n) in enumerate(lengths)]
         work = generate.Generation(
             decoder, requests, rows=rows, continuous=continuous, prefill_tokens=40, log_probs=True
         )
@@ -453,4 +436,4 @@ def test_noise_is_gumbel_and_keyed() -> None:
 
 
 def noise(iteration: int, sample: int) -> np.ndarray:
-    return generate.request((0, iteration), sample, 0, 1, 4000, 2).noise
+    return request((0, iteration), sample, 0, 1, 4000, 2).noise

@@ -51,7 +51,7 @@ def test_iterations_are_predicted(results: list[Result]) -> None:
     assert found["predictions"] >= 24 and sum(r.role == "calibration" for r in results if r.quantity == STEP) <= 4
     assert found["mean_abs_error"] < 0.07
     assert abs(found["worst"]["error"]) < 0.18
-    assert found["ranking"] >= 0.99
+    assert found["ranking"]["share"] >= 0.99
 
 
 def test_every_kind_is_there(results: list[Result]) -> None:

@@ -10,12 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pytest import approx
 from scenarios import scenario, timeline_of
-from test_generation import expanded
+from test_generation import expanded, operators, use
+from test_pool import DRAFTING
 from test_pool import Both as PlainBoth
-from test_pool import steps
 from turn_twin import BlockTwin, Conversation, TurnTwinPool
 
-from rlhfsim.costs.engine import continuous_runs
+from rlhfsim.costs.engine import Progress, continuous_runs
+from rlhfsim.costs.generation import StepSeconds
 from rlhfsim.costs.pool import Pool, Sample
 from rlhfsim.costs.turns import TurnEngine, turn_steps
 from rlhfsim.errors import DoesNotFit, InputError
@@ -24,20 +25,33 @@ from rlhfsim.real_limits import check_real
 from rlhfsim.simulate import lengths_of, prepare, turns_of
 from rlhfsim.spec.lengths import Turn, draw_turns
 from rlhfsim.spec.loader import length_dir
-from rlhfsim.spec.scenario import Generation, Latency, Lengths, Turns, Workload
+from rlhfsim.spec.scenario import Generation, Latency, Lengths, Speculative, Turns, Workload
+
+STEPS: dict[str, StepSeconds] = {}
 
 Talks = list[tuple[int, list[Turn]]]
 
 
 def engine(blocks: int | None = None, *, keep: bool = True, places: int | None = None, **options: Any) -> TurnEngine:
     turns = Turns(number=Lengths(tokens=1), keep_prefix=keep, tool_concurrency=places)
-    return TurnEngine(Generation(engine="engine", **options), blocks, turns, steps())
+    return TurnEngine(Generation(engine="engine", **options), blocks, turns, steps_of(options.get("speculative")))
 
 
-def worked(samples: Talks, blocks: int | None = None, **options: Any):
-    """What an engine does with these samples."""
-    prompts = np.array([prompt for prompt, _ in samples])
-    return turn_steps(engine(blocks, **options), prompts, [tuple(turns) for _, turns in samples], steps())
+def steps_of(drafting: Speculative | None) -> StepSeconds:
+    """Kept, with their tables."""
+    key = repr(drafting)
+    if key not in STEPS:
+        STEPS[key] = StepSeconds(operators(), use("opt-125m"), Generation(engine="engine", speculative=drafting))
+    return STEPS[key]
+
+
+def worked(samples: Talks, blocks: int | None = None, sharing: int = 0, **options: Any):
+    """What an engine does with these samples, `sharing` in a row of which have one prompt."""
+    prompts, groups = np.array([prompt for prompt, _ in samples]), None
+    if sharing:
+        groups = np.arange(len(samples)) // sharing
+    one = engine(blocks, prefix_caching=sharing > 0, **options)
+    return turn_steps(one, prompts, [tuple(turns) for _, turns in samples], one.seconds, groups)
 
 
 def total(prompt: int, turns: list[Turn]) -> int:
@@ -58,6 +72,8 @@ options = st.fixed_dictionaries(
         "padded": st.booleans(),
         "keep": st.booleans(),
         "places": st.sampled_from((None, 1, 2)),
+        "sharing": st.sampled_from((0, 0, 2, 3)),
+        "drafting": st.sampled_from((None, None, (1, 0.5), (2, 0.1), (3, 0.37), (4, 1.0))),
     }
 )
 CROWDED = {
@@ -68,16 +84,25 @@ LONG = [(9 + k, [Turn(12 + 3 * k, 5, 0.02 * k), Turn(20 - k, 3, 0.01), Turn(9)])
 
 def compared(samples: Talks, given: dict[str, Any]):
     """The steps of the engine, after comparing all it does with the twin."""
+    sharing, drafting = given.get("sharing", 0), None
     samples = [(prompt, [*turns[:-1], Turn(turns[-1].tokens)]) for prompt, turns in samples]
-    blocks = max(-(-(total(*s) - 1) // given["block"]) for s in samples) + given["spare"] // given["block"]
+    if sharing:
+        samples = [(samples[k // sharing * sharing][0], turns) for k, (_, turns) in enumerate(samples)]
+    if given.get("drafting"):
+        tokens, accepted = given["drafting"]
+        drafting = Speculative(tokens=tokens, acceptance_length=round(1 + accepted * tokens, 2))
+    slots, width = (drafting.slots, drafting.tokens + 1) if drafting else (0, 1)
+    blocks = max(-(-(total(*s) - 1 + slots) // given["block"]) for s in samples) + given["spare"] // given["block"]
+    keep = given["keep"] or sharing > 0
     found = worked(
-        samples, blocks, keep=given["keep"], places=given["places"], max_sequences=given["limit"],
+        samples, blocks, sharing, speculative=drafting, keep=keep, places=given["places"], max_sequences=given["limit"],
         prefill_tokens=given["budget"], block_tokens=given["block"], chunked_prefill=not given["whole"],
         kv_cache="preallocated" if given["padded"] else "paged",
     )  # fmt: skip
     twin = BlockTwin(
-        min(given["limit"], given["budget"]), given["budget"], given["block"], blocks, steps(),
-        whole=given["whole"], padded=given["padded"], keep=given["keep"], places=given["places"],
+        min(given["limit"], max(1, given["budget"] // width)), given["budget"], given["block"], blocks,
+        steps_of(drafting), whole=given["whole"], padded=given["padded"], keep=keep, places=given["places"],
+        sharing=sharing, drafting=drafting,
     ).run(samples)  # fmt: skip
     runs = found.runs
     assert expanded(runs) == twin.steps
@@ -86,11 +111,14 @@ def compared(samples: Talks, given: dict[str, Any]):
     np.testing.assert_allclose(idle, twin.idle, rtol=1e-6, atol=1e-12)
     ends = found.stats().completion_seconds
     np.testing.assert_allclose(ends, [twin.ends[k] for k in range(len(samples))], rtol=1e-9)
-    assert (runs.preemptions, runs.recomputed_tokens) == (twin.preemptions, twin.recomputed)
+    counts = runs.preemptions, runs.recomputed_tokens, runs.reused_tokens
+    assert counts == (twin.preemptions, twin.recomputed, twin.reused)
     assert (runs.tool_calls, runs.tool_seconds) == (twin.calls, approx(twin.tool_seconds, rel=1e-9))
+    if drafting or (sharing and runs.preemptions):
+        return found
     # No token is lost: all but each sample's last go through the layers, and again what was not kept.
     through = int((runs.steps * (runs.decodes + runs.prompt_tokens)).sum())
-    assert through == sum(total(*s) - 1 for s in samples) + runs.recomputed_tokens
+    assert through == sum(total(*s) - 1 for s in samples) + runs.recomputed_tokens - runs.reused_tokens
     assert int(runs.steps @ runs.sampled) == sum(t.tokens for _, turns in samples for t in turns)
     return found
 
@@ -98,6 +126,10 @@ def compared(samples: Talks, given: dict[str, Any]):
 @settings(max_examples=150, deadline=None)
 @example(LONG, CROWDED)
 @example(LONG, CROWDED | {"whole": True, "padded": True, "places": None})
+@example(LONG, CROWDED | {"sharing": 3})
+@example(LONG, CROWDED | {"sharing": 2, "whole": True, "places": None})
+@example(LONG, CROWDED | {"drafting": (3, 0.37)})
+@example(LONG, CROWDED | {"drafting": (2, 0.1), "sharing": 3, "spare": 60})
 @given(talks, options)
 def test_every_step_is_that_of_the_twin(samples: Talks, given: dict[str, Any]) -> None:
     compared(samples, given)
@@ -113,6 +145,60 @@ def test_the_crowded_example_has_everything() -> None:
 
 
 # ---------------------------------------------------------------- closed forms
+
+
+def test_a_prompt_is_computed_once_for_all_turns_of_all_responses() -> None:
+    """8 responses to a prompt of 161 tokens, of which 160 are in whole blocks; with and without their second turns."""
+    talks = [(161, [Turn(15, 16, 1.0), Turn(9)])] * 8
+    alone, together = worked(talks).runs, worked(talks, sharing=8).runs
+    assert together.reused_tokens == 7 * 160 and not alone.reused_tokens
+    assert alone.prompt_tokens.sum() - together.prompt_tokens.sum() == 7 * 160
+    # Everybody is at a tool at once: the prompt is found again all the same, but where others needed the room.
+    assert together.recomputed_tokens == alone.recomputed_tokens == 8 * ((161 + 14) % 16)
+    small = worked([*talks, (1000, [Turn(9)])], 66, sharing=8, max_sequences=8).runs
+    assert small.recomputed_tokens > together.recomputed_tokens
+
+
+def test_perfect_free_drafts_divide_the_steps_of_every_turn() -> None:
+    drafts = Speculative(tokens=3, acceptance_length=4, layers=0)
+    talk = [(32, [Turn(41, 8, 0.5), Turn(81)])]
+    plain, drafted = worked(talk).runs, worked(talk, speculative=drafts).runs
+    assert (plain.steps.sum(), drafted.steps.sum()) == (41 + 81, (1 + 10) + (1 + 20))
+
+
+def random_runs(drafting: Speculative | None, seed: int) -> tuple[Any, list[tuple[Any, list[float]]]]:
+    """An engine's runs, all at once and one by one."""
+    rng = np.random.default_rng(seed)
+    one = continuous_runs(
+        rng.integers(1, 300, 20),
+        rng.integers(1, 200, 20),
+        max_sequences=8,
+        step_tokens=256,
+        progress=Progress.of(drafting),
+    )
+    columns = (
+        one.steps,
+        one.decodes,
+        one.context_tokens * one.progress.unit,
+        one.prompt_tokens,
+        one.sampled,
+        one.running,
+    )
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return one, [(row, one.chunk_tokens[one.chunk_run == k].tolist()) for k, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("model", ["opt-125m", "gpt-oss-20b"])  # without and with windows
+@pytest.mark.parametrize("drafting", [None, DRAFTING, Speculative(tokens=4, acceptance_length=2.5, layers=0)])
+@pytest.mark.parametrize("floor", [0.0, 1e-5, 3e-5, 1e-3])
+def test_a_run_alone_takes_what_it_takes_among_others(model: str, drafting: Speculative | None, floor: float) -> None:
+    generation = Generation(engine="engine", cuda_graphs=False, speculative=drafting)
+    ops = operators(eager_layer_seconds=floor, decode_step_seconds=1e-4, decode_sequence_seconds=1e-6)
+    found = StepSeconds(ops, use(model), generation)
+    runs, rows = random_runs(drafting, 0)
+    np.testing.assert_allclose([found.single.of(*row) for row in rows], found.of(runs).sum(axis=0), rtol=1e-9)
+    found.single.expect([pieces[0] for _, pieces in rows if len(pieces) == 1])
+    np.testing.assert_allclose([found.single.of(*row) for row in rows], found.of(runs).sum(axis=0), rtol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,12 +273,18 @@ class Both(PlainBoth):
     def __init__(self, given: dict[str, Any]) -> None:
         sizes = given["engines"], given["limit"], given["budget"]
         super().__init__(*sizes, given["group_size"])
+        drafting, sharing = DRAFTING if given["drafts"] else None, given["sharing"]
+        keep = given["keep"] or sharing
         one = engine(
-            keep=given["keep"], places=given["places"], max_sequences=given["limit"], prefill_tokens=given["budget"]
-        )
-        self.pool = Pool(one, steps(), given["group_size"])
+            keep=keep, places=given["places"], max_sequences=given["limit"], prefill_tokens=given["budget"],
+            speculative=drafting, prefix_caching=sharing,
+        )  # fmt: skip
+        self.pool = Pool(one, one.seconds, given["group_size"])
         self.pool.set_engines(given["engines"])
-        self.twin = TurnTwinPool(*sizes, steps(), given["group_size"], given["keep"], given["places"])
+        self.twin = TurnTwinPool(
+            *sizes, one.seconds, given["group_size"], keep, given["places"], drafting, sharing
+        )  # fmt: skip
+        self.sharing = sharing
         self.talks, self.size = given["talks"], given["group_size"]
 
     def deal(self, groups: int, carried: list[Conversation] | None = None) -> None:
@@ -201,7 +293,11 @@ class Both(PlainBoth):
         self.number += len(numbers)
         # No two prompts are alike: engines that did the same would end at the same instant, but for rounding.
         talks = [self.talks[n % len(self.talks)] for n in numbers]
-        dealt = [(n, n + 1, [*turns[:-1], Turn(turns[-1].tokens)]) for n, turns in zip(numbers, talks, strict=True)]
+        same = self.size if self.sharing else 1
+        dealt = [
+            (n, n // same * same + 1 + 20 * self.sharing, [*turns[:-1], Turn(turns[-1].tokens)])
+            for n, turns in zip(numbers, talks, strict=True)
+        ]
         self.pool.submit([Sample(n, n // self.size, p, total(0, ts), tuple(ts)) for n, p, ts in dealt])
         self.twin.submit(carried or [])
         self.twin.submit([Conversation(n, n // self.size, p, ts[0].tokens, turns=list(ts)) for n, p, ts in dealt])
@@ -220,6 +316,8 @@ rollouts = st.fixed_dictionaries(
         "group_size": st.sampled_from((1, 1, 2)),
         "keep": st.booleans(),
         "places": st.sampled_from((None, 1, 2)),
+        "drafts": st.booleans(),
+        "sharing": st.booleans(),
         "talks": st.lists(st.lists(turn, min_size=1, max_size=3), min_size=6, max_size=20),
     }
 )
@@ -261,7 +359,7 @@ def test_partial_rollouts_go_on_as_the_twin(given: dict[str, Any], iterations: i
     both.check_counts()
     done = [s for group in both.pool.ended.values() for s in group] + both.pool.ready
     kept = sum(drawn for _, drawn in both.pool.outside) + sum(s.generated for s in done)
-    assert both.drawn == kept + given_tokens
+    assert given["drafts"] or both.drawn == kept + given_tokens  # drafts that are verified count as drawn
 
 
 def test_removed_samples_leave_their_tools_and_blocks() -> None:
@@ -398,10 +496,10 @@ def test_lengths_are_those_of_the_turns() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"generation.batching": "static", "workload.turns": 2}, "workload.turns.*continuous"),
-        ({"generation.prefix_caching": True, "workload.turns": 2}, "generation.prefix_caching.*keep_prefix"),
-        ({"generation.speculative": {"tokens": 3, "acceptance_length": 2}, "workload.turns": 2},
-         "generation.speculative.*not modelled with workload.turns"),
+        ({"generation.batching": "static", "workload.turns": 2}, "generation.batching.*workload.turns.*continuous"),
+        ({"generation.engine": "hybrid", "workload.turns": 2}, "generation.engine.*is hybrid.*allowed: engine"),
+        ({"generation.prefix_caching": True, "workload.turns": {"number": 2, "keep_prefix": False}},
+         "workload.turns.keep_prefix.*generation.prefix_caching"),
         ({"models.actor.micro_batch_tokens": 319, "workload.padded": False, "workload.turns": 2}, "have 320 tokens"),
         ({"workload.turns": {"observation_tokens": 3}}, "workload.turns.number"),
         ({"workload.turns": {"number": 0}}, "at least 1"),
@@ -415,7 +513,7 @@ def test_lengths_are_those_of_the_turns() -> None:
 )  # fmt: skip
 def test_impossible_turns(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        prepare(scenario(engine="engine", **changes))
+        prepare(scenario(**({"generation.engine": "engine"} | changes)))
 
 
 def test_real_runs_have_one_turn() -> None:

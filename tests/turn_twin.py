@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from math import ceil, floor
 
 from engine_twin import Response, TwinEngine, TwinPool, one_step
 
 from rlhfsim.costs.generation import StepSeconds
 from rlhfsim.spec.lengths import Turn
+from rlhfsim.spec.scenario import Speculative
 
-Label = tuple[int, int] | None  # sample and number of the block in it; None: nothing that is wanted
+# A block: sample and number of the block in it, or with its prompt's negative key (`common`); None: nothing wanted.
+Label = tuple[int, int] | None
 
 
 class Tools:
@@ -31,15 +37,25 @@ class Tools:
 
 @dataclass(eq=False)
 class Talk:
-    """A sample: its context so far, and what of it is drawn in this turn, computed and in blocks."""
+    """A sample: its context so far, and what of it is drawn in this turn, computed and in blocks.
+
+    shared: blocks that all responses to its prompt (group) have in common; claim: it had them before.
+    """
 
     number: int
     context: int
     turns: list[Turn]
-    drawn: int = 0
-    computed: int = 0
+    group: int = 0
+    shared: int = 0
+    claim: bool = False
+    drawn: int | Fraction = 0
+    computed: int | Fraction = 0
     blocks: int = 0
     ready: bool = False
+
+    @property
+    def common(self) -> int:
+        return -1 - self.group
 
 
 @dataclass
@@ -51,19 +67,26 @@ class Found:
     ends: dict[int, float] = field(default_factory=dict)
     preemptions: int = 0
     recomputed: int = 0
+    reused: int = 0
     calls: int = 0
     tool_seconds: float = 0.0
 
 
 class BlockTwin:
-    """One engine with a small cache."""
+    """One engine with a small cache. sharing: so many responses in a row share the blocks of one prompt (0: none).
+
+    A step verifies the drafts of every decoding sample, which gains a fraction of tokens.
+    """
 
     def __init__(
         self, limit: int, budget: int, block: int, blocks: int, seconds: StepSeconds,
-        *, whole: bool = False, padded: bool = False, keep: bool = True, places: int | None = None,
+        *, whole: bool = False, padded: bool = False, keep: bool = True, places: int | None = None, sharing: int = 0,
+        drafting: Speculative | None = None,
     ) -> None:  # fmt: skip
         self.limit, self.budget, self.block, self.seconds = limit, budget, block, seconds
-        self.whole, self.padded, self.keep = whole, padded, keep
+        self.whole, self.padded, self.keep, self.sharing, self.drafting = whole, padded, keep, sharing, drafting
+        self.width = drafting.tokens + 1 if drafting else 1
+        self.gain = Fraction(str(drafting.acceptance_length)) if drafting else Fraction(1)
         self.free: deque[Label] = deque([None] * blocks)
         self.tools, self.now = Tools(places), 0.0
         self.waiting: list[Talk] = []
@@ -72,7 +95,9 @@ class BlockTwin:
         self.found = Found()
 
     def run(self, samples: list[tuple[int, list[Turn]]]) -> Found:
-        self.waiting = [Talk(k, prompt, list(turns)) for k, (prompt, turns) in enumerate(samples)]
+        for k, (prompt, turns) in enumerate(samples):
+            shared = (prompt - 1) // self.block if self.sharing else 0
+            self.waiting.append(Talk(k, prompt, list(turns), k // max(self.sharing, 1), shared))
         while self.waiting or self.running or self.away:
             before = self.now
             self.take_back()
@@ -92,23 +117,43 @@ class BlockTwin:
     def take(self, count: int) -> None:
         for _ in range(count):
             label = self.free.popleft()
-            if label is not None:
+            if label is not None and label[0] >= 0:
                 self.found.recomputed += self.block
 
+    def labelled(self, key: int) -> int:
+        return sum(label is not None and label[0] == key for label in self.free)
+
+    def in_common(self, talk: Talk) -> int:
+        """Blocks of its prompt that running responses hold."""
+        return talk.shared if any(other.group == talk.group for other in self.running) else 0
+
     def cached_blocks(self, talk: Talk) -> int:
-        return sum(label is not None and label[0] == talk.number for label in self.free)
+        """That it would find, held by others or still there."""
+        return (self.in_common(talk) or self.labelled(talk.common)) + self.labelled(talk.number)
+
+    def fits(self, talk: Talk) -> bool:
+        return self.needed(talk) - self.in_common(talk) <= len(self.free)
 
     def admit(self, talk: Talk) -> int:
         """Blocks for its context, those included that are still there -> tokens that are cached."""
-        cached = self.cached_blocks(talk)
-        self.free = deque(label for label in self.free if label is None or label[0] != talk.number)
-        talk.blocks = self.needed(talk)
+        cached, mine = self.cached_blocks(talk), {talk.number, talk.common}
+        shared = cached - self.labelled(talk.number)
+        if talk.claim:
+            self.found.recomputed += (talk.shared - shared) * self.block
+        else:
+            self.found.reused += shared * self.block
+        self.free = deque(label for label in self.free if label is None or label[0] not in mine)
+        talk.blocks, talk.claim = self.needed(talk), False
         self.take(talk.blocks - cached)
         self.running.append(self.waiting.pop(0))
         return cached * self.block
 
     def needed(self, talk: Talk) -> int:
-        return -(-(talk.context + talk.drawn) // self.block)
+        return -(-(talk.context + talk.drawn + self.width - 1) // self.block)
+
+    def common_labels(self, talk: Talk) -> list[Label]:
+        """What it leaves of its prompt: its last running response gives that back."""
+        return [] if self.in_common(talk) else [(talk.common, k) for k in reversed(range(talk.shared))]
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -116,7 +161,7 @@ class BlockTwin:
         left, preempted, decoding, pieces, drawing = self.budget, [], [], [], []
 
         def compute(talk: Talk, most: int) -> int:
-            count = min(most, talk.context + talk.drawn - talk.computed)
+            count = max(0, min(most, talk.context + talk.drawn - talk.computed))
             if count:
                 pieces.append((talk, talk.computed, count))
             return count
@@ -124,7 +169,7 @@ class BlockTwin:
         while self.whole and self.waiting and len(self.running) < self.limit:
             talk = self.waiting[0]
             rest = talk.context + talk.drawn - self.cached_blocks(talk) * self.block
-            if self.needed(talk) > len(self.free) or (pieces and rest > left):
+            if not self.fits(talk) or (pieces and rest > left):
                 break
             talk.computed = self.admit(talk)
             left -= compute(talk, rest)
@@ -134,71 +179,87 @@ class BlockTwin:
             if not talk.ready:
                 left -= compute(talk, left)
                 continue
-            while talk.computed == talk.blocks * self.block and not self.free:
-                victim = self.running.pop()
-                self.free += [None] * victim.blocks
-                self.found.recomputed += victim.computed
-                victim.computed, victim.blocks, victim.ready = 0, 0, False
-                self.waiting.insert(0, victim)
+            while (more := self.more_blocks(talk)) > len(self.free):
+                victim = self.preempt()
                 preempted.append(victim)
                 if victim is talk:
                     break
             if talk in preempted:
                 continue
-            if talk.computed == talk.blocks * self.block:
-                self.take(1)
-                talk.blocks += 1
+            self.take(more)
+            talk.blocks += more
             decoding.append(talk)
-            left -= 1
-        while self.waiting and left and not preempted and not self.whole and len(self.running) < self.limit:
-            if self.needed(self.waiting[0]) > len(self.free):
+            left -= self.width
+        while self.waiting and left > 0 and not preempted and not self.whole and len(self.running) < self.limit:
+            if not self.fits(self.waiting[0]):
                 break
             talk = self.waiting[0]
             talk.computed = self.admit(talk)
             left -= compute(talk, left)
         self.found.preemptions += len(preempted)
-        contexts = [talk.computed + 1 for talk in decoding]
-        context = len(decoding) * max(contexts, default=0) if self.padded else sum(contexts)
+        contexts = [talk.computed + self.width for talk in decoding]
+        context = hundredths(len(decoding) * max(contexts, default=0) if self.padded else sum(contexts))
         for talk in decoding:
-            talk.computed += 1
-            drawing.append(talk)
+            talk.computed += self.gain
+            talk.drawn += self.gain
         for talk, start, count in pieces:
             talk.computed = start + count
             if talk.computed == talk.context + talk.drawn:
                 talk.ready = True
+                talk.drawn += 1
                 drawing.append(talk)
         lengths = [((start + count) ** 2 - start**2) ** 0.5 for _, start, count in pieces]
-        prompt = sum(count for *_, count in pieces)
-        self.found.steps.append((len(decoding), context, prompt, len(drawing), len(self.running), lengths))
-        self.now += one_step(self.seconds, self.found.steps[-1], None)
-        self.end([talk for talk in drawing if self.draw(talk)])
+        rows, prompt = len(decoding) * self.width + len(drawing), sum(count for *_, count in pieces)
+        self.found.steps.append((len(decoding), context, prompt, rows, len(self.running), lengths))
+        self.now += one_step(self.seconds, self.found.steps[-1], self.drafting)
+        self.end([talk for talk in (*decoding, *drawing) if talk.drawn >= talk.turns[0].tokens])
 
-    @staticmethod
-    def draw(talk: Talk) -> bool:
-        talk.drawn += 1
-        return talk.drawn == talk.turns[0].tokens
+    def more_blocks(self, talk: Talk) -> int:
+        """That it needs beyond those it has, in this step."""
+        return ceil((talk.computed + self.width - 1 + self.gain) / self.block) - talk.blocks
+
+    def preempt(self) -> Talk:
+        victim = self.running.pop()
+        common = self.common_labels(victim)
+        held = self.in_common(victim)
+        self.free += [*common, *[None] * (victim.blocks - victim.shared)]
+        self.found.recomputed += floor(victim.computed) - held * self.block
+        victim.computed, victim.drawn, victim.blocks, victim.ready = 0, floor(victim.drawn), 0, False
+        self.waiting.insert(0, victim)
+        return victim
 
     def end(self, ended: list[Talk]) -> None:
         """Of turns, in the order of the samples' numbers."""
-        unwanted = 0
+        unwanted, common = 0, dict[int, list[Label]]()
+        self.running = [talk for talk in self.running if talk not in ended]
         for talk in sorted(ended, key=lambda talk: talk.number):
-            self.running.remove(talk)
             turn = talk.turns.pop(0)
+            common.pop(talk.group, None)  # the last one counts
+            common[talk.group] = self.common_labels(talk)
             if not talk.turns:
                 self.found.ends[talk.number] = self.now
-                unwanted += talk.blocks
+                unwanted += talk.blocks - talk.shared
                 continue
-            kept = talk.computed // self.block if self.keep else 0
-            self.free += [(talk.number, k) for k in reversed(range(kept))]
-            unwanted += talk.blocks - kept
-            self.found.recomputed += talk.computed - kept * self.block
+            cached = talk.context + turn.tokens - 1
+            kept = cached // self.block if self.keep else 0
+            self.free += [(talk.number, k) for k in reversed(range(kept - talk.shared))]
+            unwanted += talk.blocks - max(kept, talk.shared)
+            self.found.recomputed += cached - kept * self.block
             done = self.tools.done(self.now, turn.tool_seconds)
             self.found.calls += 1
             self.found.tool_seconds += done - self.now
             heapq.heappush(self.away, (done, talk.number, talk))
             talk.context += turn.tokens + turn.observation_tokens
             talk.drawn, talk.computed, talk.blocks, talk.ready = 0, 0, 0, False
+            talk.claim = talk.shared > 0
+        for labels in common.values():
+            self.free += labels
         self.free += [None] * unwanted
+
+
+def hundredths(tokens: float | Fraction) -> float:
+    """Rounded to less than what fractions of tokens are counted in."""
+    return round(float(tokens), 6)
 
 
 # ---------------------------------------------------------------- pools, with unlimited caches
@@ -210,6 +271,12 @@ class Conversation(Response):
 
     turns: list[Turn] = field(default_factory=list)
     before: int = 0  # drawn in earlier turns
+
+    added: int = 0  # to its prompt, by turns
+
+    @property
+    def first_prompt(self) -> int:
+        return self.prompt - self.added
 
     @property
     def all_drawn(self) -> int:
@@ -225,16 +292,23 @@ class Conversation(Response):
     def call(self, keep: bool) -> Turn:
         """Its turn has ended."""
         turn = self.turns.pop(0)
-        self.cached = self.cached // 16 * 16 if keep else 0
-        self.prompt += self.drawn + turn.observation_tokens
-        self.before += self.drawn
+        self.cached = (self.prompt + self.length - 1) // 16 * 16 if keep else 0
+        self.prompt += self.length + turn.observation_tokens
+        self.added += self.length + turn.observation_tokens
+        self.before += self.length
         self.answer, self.drawn, self.length, self.decoding = turn.observation_tokens, 0, self.turns[0].tokens, False
         return turn
 
 
 class TurnTwinEngine(TwinEngine):
-    def __init__(self, limit: int, budget: int, steps: StepSeconds, keep: bool, places: int | None) -> None:
-        super().__init__(limit, budget, lambda step: one_step(steps, step, None), None, lambda prompt: 0)
+    """known: prompts that it has computed; with an unlimited cache they are found until new weights enter."""
+
+    def __init__(
+        self, limit: int, budget: int, steps: StepSeconds, keep: bool, places: int | None,
+        drafting: Speculative | None, shared: Callable[[int], int],
+    ) -> None:  # fmt: skip
+        super().__init__(limit, budget, lambda step: one_step(steps, step, drafting), drafting, shared)
+        self.known: set[int] = set()
         self.away: list[tuple[float, int, Conversation]] = []
         self.tools, self.keep, self.idle, self.recomputed = Tools(places), keep, False, 0
 
@@ -247,11 +321,15 @@ class TurnTwinEngine(TwinEngine):
         else:
             super().begin(now)
 
+    def has_prompt(self, response: Response) -> bool:
+        return response.group in self.known or super().has_prompt(response)
+
     def finish(self, version: int) -> list[Response]:
         now, ended = self.end or 0.0, super().finish(version)
+        self.known |= {response.group for response in ended}
         done = [r for r in ended if len(r.turns) == 1]
         for response in sorted((r for r in ended if r not in done), key=lambda r: r.number):
-            cached = response.cached
+            cached = response.prompt + response.length - 1
             turn = response.call(self.keep)
             self.recomputed += cached - response.cached
             heapq.heappush(self.away, (self.tools.done(now, turn.tool_seconds), response.number, response))
@@ -260,10 +338,12 @@ class TurnTwinEngine(TwinEngine):
 
 class TurnTwinPool(TwinPool):
     def __init__(
-        self, engines: int, limit: int, budget: int, steps: StepSeconds, group_size: int, keep: bool, places: int | None
-    ) -> None:
-        super().__init__(engines, limit, budget, steps, group_size)
-        self.engines = [TurnTwinEngine(limit, budget, steps, keep, places) for _ in range(engines)]
+        self, engines: int, limit: int, budget: int, steps: StepSeconds, group_size: int, keep: bool,
+        places: int | None, drafting: Speculative | None = None, sharing: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(engines, limit, budget, steps, group_size, drafting, sharing)
+        engine = partial(TurnTwinEngine, limit, budget, steps, keep, places, drafting, self.shared)
+        self.engines = [engine() for _ in range(engines)]
 
     def submit(self, responses: list[Conversation]) -> None:
         self._stop_waiting()  # an engine that is given work begins at once
@@ -291,6 +371,7 @@ class TurnTwinPool(TwinPool):
 
     def enter(self, version: int, recompute: bool) -> None:
         for engine in self.engines if recompute else ():
+            engine.known.clear()
             absent = [*engine.waiting, *(r for *_, r in engine.away)]
             self.recomputed += sum(r.cached for r in absent)
             for response in absent:
@@ -301,6 +382,7 @@ class TurnTwinPool(TwinPool):
         found = super().take_out() + [r for engine in self.engines for *_, r in engine.away]
         for engine in self.engines:
             engine.away, engine.tools = [], Tools(engine.tools.places)
+            engine.known.clear()
         for response in found:
             response.lose_cache()
         return sorted(found, key=lambda r: r.number)

@@ -15,19 +15,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from refined import CAMPAIGN, collective, decode, experts, gemm, memory, prefill, slower_than
+from tables import (
+    GPUS,
+    Gpu,
+    aic_attention,
+    aic_collective,
+    aic_experts,
+    aic_gemm,
+    training_gemm,
+    vidur_gemm,
+    vidur_link,
+    vidur_memory,
+)
 
 from rlhfsim.costs.kernels import GemmCurve, Kernels, Rates, gemm_time
-from rlhfsim.fitting import (
-    Data,
-    errors,
-    fit_collective,
-    fit_decode,
-    fit_gemm,
-    fit_memory,
-    fit_prefill,
-    split,
-    write_kernels,
-)
+from rlhfsim.costs.residuals import Residuals
+from rlhfsim.fitting import Data, errors, fit_collective, split, write_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMENT = (
@@ -38,136 +42,7 @@ AIC = "aiconfigurator-core 0.12.0 (PyPI, Apache-2.0, NVIDIA): systems/data"
 VIDUR = "microsoft/vidur, data/profiling (MIT, 2024)"
 
 
-class Gpu(NamedTuple):
-    """What one architecture is fitted on; `name` and datasheet rates as in hw_specs/gpus."""
-
-    name: str
-    bf16: float
-    fp8: float | None
-    memory: float
-    multiprocessors: int
-    link: float
-    system: str  # of aiconfigurator
-    version: str  # vLLM of its tables
-    nccl: str
-    vidur: tuple[str, ...]  # prefixes of Vidur's *_mlp.csv
-
-    def rates(self, precision: str = "bf16") -> Rates:
-        return Rates(self.fp8 if precision == "fp8" and self.fp8 else self.bf16, self.memory, self.multiprocessors)
-
-
-GPUS = {
-    "ampere": Gpu("a100-80g-sxm", 312e12, None, 2.039e12, 108, 300e9, "a100_sxm", "0.14.0", "2.27.3",
-                  ("a100_llama2_7b", "a100_llama3_70b")),
-    "hopper": Gpu("h100-80g-sxm", 989.4e12, 1979e12, 3.35e12, 132, 450e9, "h100_sxm", "0.24.0", "2.29.2",
-                  ("h100_llama2_70b",)),
-    "ada": Gpu("l40s-48g", 362.05e12, 733e12, 0.864e12, 142, 31.5e9, "l40s", "0.24.0", "2.27.3", ()),
-    "blackwell": Gpu("b200-180g-sxm", 2250e12, 4500e12, 7.672e12, 148, 900e9, "b200_sxm", "0.24.0", "2.29.2", ()),
-}  # fmt: skip
-
-
-# ---------------------------------------------------------------- tables
-
-
-def aic_table(root: Path, gpu: Gpu, family: str, table: str) -> pd.DataFrame:
-    framework, version = ("nccl", gpu.nccl) if table == "nccl" else ("vllm", gpu.version)
-    rows = pd.read_parquet(
-        root / "systems" / "data" / gpu.system / family / framework / version / f"{table}_perf.parquet"
-    )
-    return rows.assign(seconds=rows["latency"] * 1e-3)
-
-
-def aic_gemm(root: Path, gpu: Gpu, precision: str) -> pd.DataFrame:
-    rows = aic_table(root, gpu, "gemm", "gemm")
-    rows = rows[rows.gemm_dtype == {"bf16": "bfloat16"}.get(precision, precision)]
-    rows = rows[(rows[["n", "k"]].min(axis=1) >= 512) & (rows[["n", "k"]].min(axis=1) <= 32768)]
-    return rows.groupby(["m", "n", "k"], as_index=False)["seconds"].median()
-
-
-def vidur_tables(root: Path, gpu: Gpu) -> pd.DataFrame:
-    tables = [pd.read_csv(root / f"{name}_mlp.csv") for name in gpu.vidur]
-    return pd.concat(tables, ignore_index=True).rename(columns={"num_tensor_parallel_workers": "tp"})
-
-
-def vidur_gemm(root: Path, gpu: Gpu) -> pd.DataFrame:
-    t = vidur_tables(root, gpu)
-    width, ffn, tp = t.n_embd, t.n_expanded_embd, t.tp
-    qkv = width // t.n_head * (t.n_head + 2 * t.n_kv_head)
-    shapes = {
-        "attn_pre_proj": (qkv // tp, width),
-        "attn_post_proj": (width, width // tp),
-        "mlp_up_proj": (2 * ffn // tp, width),
-        "mlp_down_proj": (width, ffn // tp),
-    }
-    parts = [
-        pd.DataFrame({"m": t.num_tokens, "n": n, "k": k, "seconds": t[f"time_stats.{op}.median"] * 1e-3})
-        for op, (n, k) in shapes.items()
-    ]
-    return pd.concat(parts).groupby(["m", "n", "k"], as_index=False)["seconds"].median()
-
-
-def vidur_memory(root: Path, gpu: Gpu) -> dict[str, pd.DataFrame]:
-    """Bytes moved and seconds per memory-bound kernel."""
-    t = vidur_tables(root, gpu)
-    m, width, tp = t.num_tokens, t.n_embd, t.tp
-    heads = width // t.n_head * (t.n_head + t.n_kv_head) // tp
-    moved = {
-        "residual_add": {"add": 6 * m * width},
-        "rms_norm": {"input_layernorm": 4 * m * width, "post_attention_layernorm": 4 * m * width},
-        "rope": {"attn_rope": 4 * m * heads},
-        "gated_activation": {"mlp_act": 6 * m * t.n_expanded_embd // tp},
-        "embedding": {"emb": 4 * m * width},
-    }
-    return {
-        kernel: pd.concat(
-            pd.DataFrame({"bytes": size, "seconds": t[f"time_stats.{op}.median"] * 1e-3}) for op, size in ops.items()
-        ).groupby("bytes", as_index=False)["seconds"].median()
-        for kernel, ops in moved.items()
-    }  # fmt: skip
-
-
-def aic_attention(root: Path, gpu: Gpu, table: str) -> pd.DataFrame:
-    """Head dimension 128, bf16 cache, no sliding window; `tokens` is the context of one sequence."""
-    rows = aic_table(root, gpu, "attention", f"{table}_attention")
-    rows = rows[(rows.head_dim == 128) & (rows.kv_cache_dtype == "bfloat16")]
-    rows = rows[rows.window_size == 0] if "window_size" in rows else rows
-    rows = rows.rename(columns={"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads"})
-    tokens = rows.isl if table == "context" else rows.step + 1
-    rows = rows.assign(tokens=tokens)[tokens >= (64 if table == "context" else 16)]
-    return rows.groupby(["batch", "heads", "kv_heads", "tokens", "head_dim"], as_index=False)["seconds"].median()
-
-
-def aic_collective(root: Path, gpu: Gpu, op: str) -> pd.DataFrame:
-    """`message_size` counts elements of two bytes."""
-    if op == "custom_all_reduce":
-        rows = aic_table(root, gpu, "comm", "custom_allreduce")
-        rows = rows[rows.kernel_source == "vLLM_custom_graph"]
-    else:
-        rows = aic_table(root, gpu, "comm", "nccl")
-        rows = rows[(rows.nccl_dtype == "half") & (rows.op_name == {"all_to_all": "alltoall"}.get(op, op))]
-    rows = rows.assign(bytes=2 * rows.message_size).rename(columns={"num_gpus": "ranks"})
-    return rows.groupby(["ranks", "bytes"], as_index=False)["seconds"].median()
-
-
-def vidur_link(root: Path, op: str, nodes: int) -> pd.DataFrame:
-    rows = pd.read_csv(root / f"a100_dgx_{op}.csv")
-    rows = rows[(rows.num_workers == 2) & (rows.devices_per_node == 2 // nodes)]
-    rows = pd.DataFrame({"bytes": rows["size"], "seconds": rows[f"time_stats.{op}.median"] * 1e-3})
-    return rows.groupby("bytes", as_index=False)["seconds"].median()
-
-
 # ---------------------------------------------------------------- fits
-
-
-def training_gemm(path: Path) -> pd.DataFrame:
-    """SimuMax's training GEMMs on A100 PCIe; `layout` TN: forward, NN: data gradient, NT: weight gradient."""
-    system = json.loads(path.read_text())["accelerator"]["op"]["matmul"]
-    rows = []
-    for key, efficiency in system["accurate_efficient_factor"].items():
-        m, k, n, layout = re.match(r"b=1, m=(\d+), k=(\d+), n=(\d+), layout=(\w+)", key).groups()
-        m, n, k = int(m), int(n), int(k)
-        rows.append((m, n, k, layout, 2 * m * n * k / (system["tflops"] * 1e12 * efficiency)))
-    return pd.DataFrame(rows, columns=["m", "n", "k", "layout", "seconds"])
 
 
 def on_training(curve: GemmCurve, rows: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -177,6 +52,11 @@ def on_training(curve: GemmCurve, rows: pd.DataFrame) -> dict[str, dict[str, flo
     for layout, part in rows.groupby("layout"):
         found[layout] = errors(gemm_time(curve, rates, part.m, part.n, part.k).seconds, part.seconds.to_numpy())
     return found
+
+
+def evaluated(record: dict[str, Any]) -> GemmCurve:
+    """A curve without its provenance."""
+    return GemmCurve.model_construct(**(record | {"residuals": Residuals(**record["residuals"])}))
 
 
 def weight_gradient(ampere: GemmCurve, path: Path) -> dict[str, Any]:
@@ -214,6 +94,8 @@ def sources(arch: str, gpu: Gpu) -> dict[str, str]:
         "median over repeats",
         "vidur_network": f"{VIDUR}: a100_dgx_all_reduce.csv, a100_dgx_send_recv.csv",
         "aic_gemm": f"{tables}/gemm/vllm/{gpu.version}/gemm_perf.parquet; n, k >= 512",
+        "vidur_and_aic": "`vidur` and `aic_gemm` together, aic_gemm's seconds brought to the level of Vidur's",
+        "aic_moe": f"{tables}/moe/vllm/{gpu.version}/moe_perf.parquet; one rank's experts",
         "aic_attention": f"{tables}/attention/vllm/{gpu.version}/{{context,generation}}_attention_perf.parquet; "
         "head dimension 128, bf16, no window",
         "aic_nccl": f"{tables}/comm/nccl/{gpu.nccl}/nccl_perf.parquet; half, one node",
@@ -225,48 +107,94 @@ def sources(arch: str, gpu: Gpu) -> dict[str, str]:
     }  # fmt: skip
 
 
-def gemm_curves(args: argparse.Namespace, gpu: Gpu, keep: dict[str, Data]) -> dict[str, Any]:
-    curves = {}
-    ampere = split(vidur_gemm(args.vidur, GPUS["ampere"]), ["n", "k"])
-    ampere_curve = GemmCurve.model_construct(**fit_gemm(ampere, GPUS["ampere"].rates(), "vidur"))
-    gradient = weight_gradient(ampere_curve, args.simumax)
-    if gpu is not GPUS["ampere"]:
-        gradient["weight_gradient_fit"] = copied(gradient["weight_gradient_fit"], "ampere")
+def level(args: argparse.Namespace, gpu: Gpu) -> tuple[np.ndarray, Data]:
+    """Seconds of Vidur's products over those of aiconfigurator's curve, by m, and aiconfigurator's rows."""
+    rows = split(aic_gemm(args.aiconfigurator, gpu, "bf16"), ["n", "k"])
+    return slower_than(
+        gemm(rows, gpu.rates(), "aic_gemm"), split(vidur_gemm(args.vidur, gpu), ["n", "k"]), gpu.rates()
+    ), rows
+
+
+def at_level(rows: Data, ratios: np.ndarray) -> Data:
+    """Rows of one campaign with the seconds that another one would have measured."""
+    m = rows.column("m")
+    slower = np.exp(np.interp(np.log(m), np.log(CAMPAIGN), np.log(ratios)))
+    return Data(rows.columns | {"seconds": slower * rows.column("seconds")}, rows.held_out)
+
+
+def together(first: Data, second: Data) -> Data:
+    columns = {name: np.concatenate([first.column(name), second.column(name)]) for name in ("m", "n", "k", "seconds")}
+    return Data(columns, np.concatenate([first.held_out, second.held_out]))
+
+
+def bf16_gemm(args: argparse.Namespace, gpu: Gpu, keep: dict[str, Data]) -> dict[str, Any]:
+    """Of both campaigns where there are two; see README.md."""
+    rates = gpu.rates()
     if gpu.vidur:
-        data = keep["gemm"] = split(vidur_gemm(args.vidur, gpu), ["n", "k"])
-        curves["bf16"] = fit_gemm(data, gpu.rates(), "vidur")
-        other = aic_gemm(args.aiconfigurator, gpu, "bf16")
-        curve = GemmCurve.model_construct(**curves["bf16"])
-        across = errors(gemm_time(curve, gpu.rates(), other.m, other.n, other.k).seconds, other.seconds.to_numpy())
-        curves["bf16"]["fit"]["note"] = (
-            f"on aiconfigurator's {len(other)} shapes: mean {across['mean_error']}, weighted "
-            f"{across['weighted_error']}, bias {across['bias']:+}"
+        ratios, rows = level(args, gpu)
+        vidur = keep["gemm"] = split(vidur_gemm(args.vidur, gpu), ["n", "k"])
+        at = ", ".join(f"{m}: {ratio:g}" for m, ratio in zip(CAMPAIGN, ratios, strict=True))
+        curve = gemm(
+            together(vidur, at_level(rows, ratios)), rates, "vidur_and_aic", note=f"aic_gemm's seconds by m x {at}"
         )
-    else:
-        data = keep["gemm"] = split(aic_gemm(args.aiconfigurator, gpu, "bf16"), ["n", "k"])
-        note = "isolated kernels; on A100 and H100 this campaign is 10-20 % faster than Vidur's and training GEMMs"
-        curves["bf16"] = fit_gemm(data, gpu.rates(), "aic_gemm", note=note)
+        model = evaluated(curve)
+        scores = {"vidur": vidur, "aic_gemm": at_level(rows, ratios), "aic_gemm as measured": rows}
+        stated = []
+        for name, data in scores.items():
+            m, n, k, seconds = (data.column(column)[data.held_out] for column in ("m", "n", "k", "seconds"))
+            found = errors(np.asarray(gemm_time(model, rates, m, n, k).seconds), seconds)
+            stated.append(f"{name} {found['mean_error']}, weighted {found['weighted_error']}, bias {found['bias']:+}")
+        curve["fit"]["note"] += "; held out: " + "; ".join(stated)
+        return curve
+    rows = split(aic_gemm(args.aiconfigurator, gpu, "bf16"), ["n", "k"])
+    note = "isolated kernels; on A100 and H100 this campaign is 10-30 % faster from 128 rows on than Vidur's"
+    if gpu is GPUS["h200"]:  # the same processor as H100, whose two campaigns can be compared
+        ratios, _ = level(args, GPUS["hopper"])
+        rows, note = at_level(rows, ratios), "seconds by m as for H100, see hopper.yaml: Vidur's over this campaign's"
+    keep["gemm"] = rows
+    return gemm(rows, rates, "aic_gemm", note=note)
+
+
+def gemm_curves(args: argparse.Namespace, gpu: Gpu, keep: dict[str, Data], gradient: dict[str, Any]) -> dict[str, Any]:
+    curves = {"bf16": bf16_gemm(args, gpu, keep)}
     if gpu.fp8:
         data = split(aic_gemm(args.aiconfigurator, gpu, "fp8"), ["n", "k"])
-        curves["fp8"] = fit_gemm(data, gpu.rates("fp8"), "aic_gemm", input_bytes=1.0, note="per-tensor scales")
+        curves["fp8"] = gemm(data, gpu.rates("fp8"), "aic_gemm", input_bytes=1.0, note="per-tensor scales")
     return {precision: curve | gradient for precision, curve in curves.items()}
 
 
+def expert_curves(
+    args: argparse.Namespace, gpu: Gpu, memory: dict[str, Any], gradient: dict[str, Any]
+) -> dict[str, Any]:
+    curves = {}
+    for precision in ("bf16", *(["fp8"] if gpu.fp8 else [])):
+        data = split(aic_experts(args.aiconfigurator, gpu, precision), ["hidden_size", "width", "experts"])
+        curves[precision] = gradient | experts(
+            data, gpu.rates(precision), "aic_moe", memory, input_bytes=1.0 if precision == "fp8" else 2.0,
+            note="both products of all experts with routing and activation",
+        )  # fmt: skip
+    return curves
+
+
 def compare_campaigns(args: argparse.Namespace) -> None:
-    """Print why Vidur's campaign is shipped: training GEMMs of a third party against a fit of either."""
+    """Print what training GEMMs of a third party say of curves from either campaign, and from both."""
     gpu, rows = GPUS["ampere"], training_gemm(args.simumax)
-    for name, table in (("vidur", vidur_gemm(args.vidur, gpu)), ("aic", aic_gemm(args.aiconfigurator, gpu, "bf16"))):
-        curve = GemmCurve.model_construct(**fit_gemm(split(table, ["n", "k"]), gpu.rates(), name))
-        for layout, error in on_training(curve, rows).items():
+    curves = {
+        "vidur": gemm(split(vidur_gemm(args.vidur, gpu), ["n", "k"]), gpu.rates(), "vidur"),
+        "aic": gemm(split(aic_gemm(args.aiconfigurator, gpu, "bf16"), ["n", "k"]), gpu.rates(), "aic_gemm"),
+        "both": bf16_gemm(args, gpu, {}),
+    }
+    for name, curve in curves.items():
+        for layout, error in on_training(evaluated(curve), rows).items():
             print(f"campaign {name:6s} on SimuMax training GEMMs {layout}: {error}")
 
 
 def memory_curves(args: argparse.Namespace, arch: str, gpu: Gpu, keep: dict[str, Data]) -> dict[str, Any]:
-    base = arch if gpu.vidur else {"ada": "ampere", "blackwell": "hopper"}[arch]
+    base = arch if gpu.vidur else "ampere" if arch == "ada" else "hopper"
     curves = {}
     for kernel, rows in vidur_memory(args.vidur, GPUS[base]).items():
         data = split(rows, ["bytes"])
-        curves[kernel] = fit_memory(data, GPUS[base].rates(), "vidur")
+        curves[kernel] = memory(data, GPUS[base].rates(), "vidur")
         if gpu.vidur:
             keep[kernel] = data
     # SimuMax states an efficiency of 1600 GB/s; the A100 PCIe 80 GB's datasheet says 1935 GB/s.
@@ -296,7 +224,7 @@ def collective_curves(args: argparse.Namespace, gpu: Gpu, keep: dict[str, Data])
         curves[op] = {}
         for ranks, part in rows.groupby("ranks"):
             data = keep[f"{op}.{ranks}"] = split(part, ["bytes"])
-            curves[op][int(ranks)] = fit_collective(data, op, int(ranks), gpu.link, source, note)
+            curves[op][int(ranks)] = collective(data, op, int(ranks), gpu.link, source, note)
     a100 = GPUS["ampere"]
     send = split(vidur_link(args.vidur, "send_recv", 1), ["bytes"])
     curves["send"] = {2: fit_collective(send, "send", 2, a100.link, "vidur_network")}
@@ -327,6 +255,11 @@ def build(arch: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str
     ratio = backward_ratio(args.simumax)
     if arch != "ampere":
         ratio["backward_fit"] = copied(ratio["backward_fit"], "ampere")
+    curve = bf16_gemm(args, GPUS["ampere"], {})
+    gradient = weight_gradient(evaluated(curve), args.simumax)
+    if arch != "ampere":
+        gradient["weight_gradient_fit"] = copied(gradient["weight_gradient_fit"], "ampere")
+    streaming = memory_curves(args, arch, gpu, keep)
     peaks = {"bf16": gpu.bf16} | ({"fp8": gpu.fp8} if gpu.fp8 else {})
     record = {
         "name": arch,
@@ -340,10 +273,11 @@ def build(arch: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str
             "link_bytes_per_second": gpu.link,
         },
         "host_launch_seconds": {"value": 5.5e-6, "source": "superbench"},
-        "gemm": gemm_curves(args, gpu, keep),
-        "prefill": fit_prefill(keep["prefill"], rates, "aic_attention") | ratio,
-        "decode": fit_decode(keep["decode"], rates, "aic_attention"),
-        "memory": memory_curves(args, arch, gpu, keep),
+        "gemm": gemm_curves(args, gpu, keep, gradient),
+        "fused_experts": expert_curves(args, gpu, streaming, gradient),
+        "prefill": prefill(keep["prefill"], rates, "aic_attention") | ratio,
+        "decode": decode(keep["decode"], rates, "aic_attention"),
+        "memory": streaming,
         "collectives": collective_curves(args, gpu, keep),
         "inter_node": inter_node(args, arch == "ampere"),
     }
@@ -406,7 +340,7 @@ def unmeasured(name: str, base: dict[str, Any]) -> dict[str, Any]:
 
 
 SAMPLES = {  # rows per architecture; the collectives at one number of ranks each
-    "gemm": 12, "gemm_decode": 6, "prefill": 8, "decode": 8, "residual_add": 4, "rms_norm": 4, "gated_activation": 4,
+    "gemm": 24, "gemm_decode": 12, "prefill": 16, "decode": 32, "residual_add": 4, "rms_norm": 4, "gated_activation": 4,
     "all_reduce.8": 3, "all_gather.8": 3, "reduce_scatter.4": 3,
 }  # fmt: skip
 

@@ -146,7 +146,7 @@ def _summary(results: list[Result], found: dict[str, Any]) -> list[str]:
     steps = [r for r in results if r.quantity == STEP and r.role == "prediction"]
     stages = [r for r in results if r.quantity != STEP and r.role == "prediction"]
     beyond = [max(0.0, abs(r.error) - r.spread) for r in steps]
-    ranking = "none" if found["ranking"] is None else f"{found['ranking']:.0%}"
+    ranking = "none" if found["ranking"] is None else f"{found['ranking']['share']:.0%}"
     return [
         f"- iterations: {len(steps)} predictions, mean error {found['mean_abs_error']:.1%} (beyond the run-to-run "
         f"spread {fmean(beyond):.1%}), bias {found['bias']:+.1%}, worst {found['worst']['error']:+.1%} "

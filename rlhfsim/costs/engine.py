@@ -96,6 +96,34 @@ class Runs:
     tool_calls: int = 0
     tool_seconds: float = 0.0
 
+    def cut(self, breaks: np.ndarray) -> tuple[Runs, np.ndarray]:
+        """Cut where the context of the mean sequence passes one of `breaks` (rising, in tokens); and where in the
+        result each run begins."""
+        whole = np.arange(len(self.steps))
+        gain = self.progress.advance
+        context = self.context_tokens / np.maximum(self.decodes, 1)
+        if not (
+            (self.decodes > 0) & (_above(breaks, context) < _above(breaks, context + gain * (self.steps - 1)))
+        ).any():
+            return self, whole
+        before = np.clip(np.ceil((breaks[:, None] - context) / gain), 0, np.where(self.decodes > 0, self.steps, 0))
+        bounds = np.vstack([np.zeros(len(whole)), before, self.steps]).astype(int).T
+        lengths = np.diff(bounds)
+        owner, piece = np.nonzero((lengths > 0) | ((self.steps == 0)[:, None] & (np.arange(lengths.shape[1]) == 0)))
+        first = np.searchsorted(owner, whole)
+        passed = self.decodes[owner] * gain * bounds[owner, piece]
+        cut = replace(
+            self,
+            steps=lengths[owner, piece],
+            decodes=self.decodes[owner],
+            context_tokens=self.context_tokens[owner] + passed,
+            prompt_tokens=self.prompt_tokens[owner],
+            sampled=self.sampled[owner],
+            running=self.running[owner],
+            chunk_run=first[self.chunk_run],
+        )
+        return cut, first
+
     @property
     def mean_context_tokens(self) -> np.ndarray:
         """Attended KV tokens in the mean step of a run."""
@@ -105,6 +133,10 @@ class Runs:
     def computed(self) -> np.ndarray:
         """Tokens that go through the layers in a step."""
         return np.asarray(self.decodes * self.progress.width + self.prompt_tokens)
+
+
+def _above(breaks: np.ndarray, context: np.ndarray) -> np.ndarray:
+    return np.searchsorted(breaks, context, side="right")
 
 
 def static_runs(
@@ -151,13 +183,14 @@ def continuous_runs(
     padded: bool = False,
     groups: np.ndarray | None = None,
     progress: Progress = ONE_TOKEN,
+    state_blocks: int = 0,
 ) -> Runs:
     """Continuous batching with a paged KV cache of `kv_blocks` (None: unlimited), samples admitted in order.
 
     step_tokens: at most so many tokens in a step (without chunked prefill: of prompts, and one prompt always).
     padded: every decoding sequence attends to as many tokens as the longest (a cache of rows and columns).
     groups: with prefix caching, the prompt of each sample; samples of one group have the same. progress: of a sequence
-    in a decode step.
+    in a decode step. state_blocks: that a sequence needs besides those of its tokens.
     Raises DoesNotFit when a sequence alone exceeds the cache.
     """
     return _Scheduler(
@@ -171,7 +204,12 @@ def continuous_runs(
         padded,
         groups,
         progress,
+        state_blocks,
     ).run()
+
+
+# A run: steps, and of one step decodes, context, prompt tokens, sampled, running (see `Runs`); contexts are in ticks.
+Row = tuple[int, int, int, int, int, int]
 
 
 class _Builder:
@@ -179,7 +217,7 @@ class _Builder:
 
     def __init__(self, samples: int, progress: Progress = ONE_TOKEN) -> None:
         self.progress = progress
-        self.rows: list[tuple[int, int, int, int, int, int]] = []
+        self.rows: list[Row] = []
         self.chunk_run: list[int] = []
         self.chunk_tokens: list[float] = []
         self.completion_run = np.zeros(samples, dtype=int)
@@ -216,11 +254,9 @@ class _Builder:
             steps, decodes, context, prompt, sampled, running, none, none.astype(float), none, progress=self.progress
         )
 
-    def last_run(self) -> Runs:
-        """Without the wait before it."""
-        first, rows = bisect_left(self.chunk_run, len(self.rows) - 1), np.array(self.rows[-1:], dtype=np.int64).T
-        chunks = np.array(self.chunk_tokens[first:], dtype=float)
-        return replace(self.decoding(rows[0], rows), chunk_run=np.zeros(len(chunks), dtype=int), chunk_tokens=chunks)
+    def last_run(self) -> tuple[Row, list[float]]:
+        """With the pieces of prompts in it."""
+        return self.rows[-1], self.chunk_tokens[bisect_left(self.chunk_run, len(self.rows) - 1) :]
 
 
 class _Scheduler:
@@ -236,12 +272,12 @@ class _Scheduler:
     def __init__(
         self, prompt: np.ndarray, response: np.ndarray, max_sequences: int, step_tokens: int, block: int,
         blocks: int | None, chunked_prefill: bool, padded: bool, groups: np.ndarray | None = None,
-        progress: Progress = ONE_TOKEN,
+        progress: Progress = ONE_TOKEN, state_blocks: int = 0,
     ) -> None:  # fmt: skip
         self.prompt: list[int] = prompt.tolist()
         self.response: list[int] = response.tolist()
         self.block, self.chunked, self.padded = block, chunked_prefill, padded
-        self.progress, self.drafts = progress, progress.width - 1
+        self.progress, self.drafts, self.state_blocks = progress, progress.width - 1, state_blocks
         self.block_ticks = block * progress.unit
         self.caching = groups is not None
         self.group: list[int] = [0] * len(prompt) if groups is None else groups.tolist()
@@ -300,12 +336,12 @@ class _Scheduler:
         self._retire()
 
     def _blocks(self, tokens: int) -> int:
-        return -(-(tokens + self.drafts) // self.block)
+        return -(-(tokens + self.drafts) // self.block) + self.state_blocks
 
     def _held(self, sample: int) -> int:
         """Blocks of a decoding sequence."""
         ticks = self.base[sample] + self.clock + self.drafts * self.progress.unit
-        return -(-ticks // self.block_ticks)
+        return -(-ticks // self.block_ticks) + self.state_blocks
 
     def _cached(self, sample: int) -> int:
         """Whole tokens in the cache of a decoding sequence."""

@@ -4,8 +4,8 @@
 
     layers x (products for one token per sequence + attention over the KV cache) + logits and sampling + host
 
-where attention is linear in the cached tokens, so a run of steps with the same sequences has a closed form. A step that
-computes prompt tokens counts as prefill, also when other sequences decode in it.
+where attention is nearly linear in the cached tokens, so a run of steps with the same sequences takes what its mean
+step takes. A step that computes prompt tokens counts as prefill, also when other sequences decode in it.
 
 The host's time (scheduling, sampling, detokenising) is serial with the device's, as in vLLM before it scheduled ahead
 (vLLM blog, "vLLM v0.6.0", 2024-09: Llama-3-8B on H100 spent 29 % of the time in scheduling, 33 % in the API server).
@@ -27,11 +27,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from rlhfsim.errors import InputError
-from rlhfsim.memory import PREFETCH_PARAMETERS
+from rlhfsim.memory import PREFETCH_PARAMETERS, state_blocks
 from rlhfsim.model import parameters
 from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 
@@ -39,6 +40,7 @@ from .engine import Progress, Runs, continuous_runs, static_runs
 from .kernels import Numbers
 from .operators import EAGER_KERNELS_PER_LAYER, Operators, OperatorTime
 from .passes import Layout, weight_tensors
+from .run_seconds import RunSeconds
 from .segment import Op, Segment, Transfer
 from .stages import StageSteps, rounds
 
@@ -76,7 +78,9 @@ MAX_KINDS = 64  # of steps in a segment; more runs than that are averaged
 LOW_OCCUPANCY = 0.1
 
 BOUNDS = ("flops", "hbm", "launch", "host")
-WAITS = 4  # a fifth row with pipeline stages: see `rounds`
+HOST = BOUNDS.index("host")
+WAITS = HOST + 1  # a fifth row with pipeline stages: see `rounds`
+LONGEST_CONTEXT = 1e12  # tokens: beyond every one
 
 
 @dataclass(frozen=True)
@@ -296,28 +300,60 @@ class StepSeconds:
         if per_token and use.zero_stage == 3:
             added = operators.engine_launches(use, "forward", parameters(use.shape))
             self.step_seconds += float(added.seconds)
+        self.unexplained = overheads.unexplained.generation
         if ideal:
-            self.step_seconds = self.sequence_seconds = 0.0
+            self.step_seconds, self.sequence_seconds, self.unexplained = 0.0, 0.0, 1.0
         first, last = stage in (None, 0), stage in (None, count - 1)
 
         def body(tokens: np.ndarray) -> OperatorTime:
-            time = layers * operators.layer_forward(use, tokens, degree, adapters=generation.runs_adapters)
+            time = layers * operators.layer_forward(
+                use, tokens, degree, adapters=generation.runs_adapters, serving=generation.continuous
+            )
             return time + operators.embedding(use, tokens) if first else time
 
         self._body = _Table(body)
         self._head = _Table(lambda m: float(last) * operators.head_forward(use, m, degree, "lm"))
         kv_bytes = generation.kv_bytes(use)
 
-        def attention(batch: np.ndarray, context: np.ndarray) -> OperatorTime:
-            return layers * operators.attention_decode(use, batch, context, degree, kv_bytes=kv_bytes, queries=queries)
-
-        self._attention = _Table(lambda b: attention(b, np.zeros(len(b))))
-        self._per_token = _Table(lambda b: attention(b, np.ones(len(b))) + -1.0 * attention(b, np.zeros(len(b))))
+        self.state_blocks = state_blocks(use, generation)
+        self._kv_bytes, self._queries = kv_bytes, queries
         kinds = use.shape.layer_kinds()
-        self.windows = [(kind.window, n / use.shape.layers) for kind, n in kinds.items() if kind.window]
+        attending = sum(count for kind, count in kinds.items() if not kind.linear)
+        self.windows = [(kind.window, count / attending) for kind, count in kinds.items() if kind.window]
+        self.breaks = self._breaks()
+
+    def _breaks(self) -> np.ndarray:
+        """Contexts of a sequence between which the seconds of its steps are linear: windows, knots of the curve."""
+        windows = sorted({0.0, *(float(window) for window, _ in self.windows), float(LONGEST_CONTEXT)})
+        attended = [t - sum(share * max(t - window, 0.0) for window, share in self.windows) for t in windows]
+        knots = np.array(self.operators.decode_knots(self.use)) / self.cache_traffic
+        found = np.interp(knots[knots < attended[-1]], attended, windows)
+        return np.unique(np.concatenate([windows[1:-1], found]))
+
+    def attention(self, sequences: Numbers, context_tokens: Numbers) -> OperatorTime:
+        """Of all layers for one step, with so many cached tokens attended to in the mean layer."""
+        context = self.cache_traffic * np.asarray(context_tokens)
+        return self.layers * self.operators.attention_decode(
+            self.use, sequences, context, self.degree, kv_bytes=self._kv_bytes, queries=self._queries
+        )
+
+    @property
+    def tables(self) -> list[Callable[[np.ndarray], np.ndarray]]:
+        """Seconds of the layers by tokens, of the head by tokens drawn."""
+        return [table.seconds for table in (self._body, self._head)]
+
+    @cached_property
+    def single(self) -> RunSeconds:
+        """The same for one run at a time."""
+        return RunSeconds(self, Progress.of(self.generation.speculative))
 
     def of(self, runs: Runs) -> np.ndarray:
-        """Seconds of each run by what limits it: rows as in `BOUNDS`."""
+        """Seconds of each run by what limits it: rows as in `BOUNDS`; what nothing explains is the host's."""
+        seconds = self._with_drafts(runs)
+        seconds[HOST] += (self.unexplained - 1) * seconds.sum(axis=0)
+        return seconds
+
+    def _with_drafts(self, runs: Runs) -> np.ndarray:
         seconds = self._of(runs)
         if self.draft is None:
             return seconds
@@ -334,8 +370,11 @@ class StepSeconds:
 
     def _of(self, runs: Runs) -> np.ndarray:
         """Without what drafts."""
-        if self.stages:
-            return self._through_stages(runs)
+        runs, first = runs.cut(self.breaks)
+        found = self._through_stages(runs) if self.stages else self._through_all(runs)
+        return np.add.reduceat(found, first, axis=1) if len(first) < len(runs.steps) else found
+
+    def _through_all(self, runs: Runs) -> np.ndarray:
         host = runs.steps * (self.step_seconds + self.sequence_seconds * runs.sampled)
         return np.array([*self._device(runs).work, host])
 
@@ -344,14 +383,21 @@ class StepSeconds:
         tokens, sampled, decodes, share = runs.computed, runs.sampled, runs.decodes, np.ones(1)
         if parts is not None:
             tokens, sampled, decodes, share = tokens / parts, sampled / parts, decodes / parts, 1 / parts
-        slope = self.cache_traffic * self._per_token(decodes)  # per cached token
-        fixed = self._body(tokens) + self._head(sampled) + self._attention(decodes) + self._prefill(runs) * share
-        context, growing = self._attended(runs)
-        device = fixed + slope * (context * share)
-        growth = slope[0] * decodes * runs.progress.advance * growing
-        first = device[0] - growth * (runs.steps - 1) / 2
-        waiting = _below(self.floor_seconds, first, growth, runs.steps)
-        launch = device[3] * runs.steps + waiting
+        last = runs.decodes * runs.progress.advance * (runs.steps - 1)
+
+        def attention(passed: np.ndarray) -> OperatorTime:
+            return self.attention(decodes, share * self.attended(runs, passed))
+
+        fixed = self._body(tokens) + self._head(sampled)
+        device = fixed + np.array(attention(last / 2).parts) + share * self._prefill(runs)
+        launch = device[3] * runs.steps
+        first, growth = device[0], np.zeros(len(runs.steps))
+        if self.floor_seconds or parts is not None:
+            begin, end = (attention(at).seconds for at in (0 * last, last))
+            growth = (np.asarray(end) - begin) / np.maximum(runs.steps - 1, 1)
+            first = first - growth * (runs.steps - 1) / 2
+        if self.floor_seconds:
+            launch = launch + _below(self.floor_seconds, first, growth, runs.steps)
         work = np.array([device[1] * runs.steps, device[2] * runs.steps, launch])
         return StageSteps(count, work, first, growth, self.floor_seconds)
 
@@ -379,21 +425,17 @@ class StepSeconds:
     def table(self, runs: Runs) -> _Steps:
         return _Steps(runs, self.of(runs), self.micro_batches(runs))
 
-    def _attended(self, runs: Runs) -> tuple[np.ndarray, Numbers]:
-        """Cached tokens that the mean layer attends to in the mean step, and the share of layers where they still grow.
+    def attended(self, runs: Runs, passed: np.ndarray) -> np.ndarray:
+        """Cached tokens attended to, so many after those of a run's first step.
 
-        With a window of w no sequence has more than w; the running ones count as equally long, which is too much where
-        some are below and some above it.
+        Of the mean layer (of those with attention, where others have none). With a window of w no sequence has more
+        than w; the running ones count as equally long, which is too much where some are below and some above it.
         """
-        context = runs.mean_context_tokens
-        if not self.windows:
-            return context, 1.0
-        attended, growing = context.copy(), np.ones(len(context))
+        context = runs.context_tokens + passed
+        attended = context
         for window, share in self.windows:
-            beyond = np.maximum(context - window * runs.decodes, 0.0)
-            attended -= share * beyond
-            growing -= share * (beyond > 0)
-        return attended, growing
+            attended = attended - share * np.maximum(context - window * runs.decodes, 0.0)
+        return np.asarray(attended)
 
     def _prefill(self, runs: Runs) -> np.ndarray:
         """Attention of the pieces of prompts, all pieces of a step in one kernel."""
@@ -404,7 +446,8 @@ class StepSeconds:
         lengths = np.zeros((len(owners), counts.max()))
         row = np.repeat(np.arange(len(owners)), counts)
         lengths[row, np.arange(len(row)) - np.repeat(first, counts)] = runs.chunk_tokens
-        time = self.operators.attention_prefill(self.use, lengths, self.degree)
+        tokens = runs.prompt_tokens[owners]
+        time = self.operators.attention_prefill(self.use, lengths, self.degree, tokens=tokens)
         seconds[:, owners] = self.layers * np.array(time.parts)
         return seconds
 
@@ -432,6 +475,9 @@ class _Table:
             self._known[:, missing] = self._rows(missing)
             times = self._known[:, counts]
         return times
+
+    def seconds(self, counts: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self._evaluate(counts.astype(float)).seconds, counts.shape)
 
     def _rows(self, counts: np.ndarray) -> np.ndarray:
         return np.array([np.broadcast_to(part, counts.shape) for part in self._evaluate(counts.astype(float)).parts])
@@ -516,7 +562,7 @@ def _tables(
                     prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.round_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
                     chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
-                    groups=group, progress=Progress.of(generation.speculative),
+                    groups=group, progress=Progress.of(generation.speculative), state_blocks=steps.state_blocks,
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)

@@ -12,7 +12,7 @@ to launch a kernel eagerly is `Kernels.host_launch_seconds`, and hides in a CUDA
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -20,7 +20,10 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from rlhfsim.errors import InputError
+from rlhfsim.linear_attention import DeltaWork
 from rlhfsim.spec.base import Count, Fraction, NonNegativeCount, Record, Seconds, Sourced
+
+from .residuals import Residuals
 
 Numbers = float | np.ndarray
 NonNegative = Annotated[float, Field(ge=0, le=1e12)]
@@ -67,6 +70,7 @@ class GemmCurve(Record):
     """seconds = t0 + p-norm(2 (m+m0)(n+n0)(k+k0) / (peak ec), (bytes+b0) / (bandwidth eb)).
 
     The paddings are efficiencies that saturate: m / (m+m0) and so on. `kernel_seconds` is t0.
+    residuals: over n, k, m; they multiply all of it, but nothing is faster than the asymptotic efficiencies allow.
     weight_gradient_ratio: seconds of a weight-gradient GEMM (accumulates in fp32) over a forward one of its shape.
     cache_bytes: part of what a small model's products read is still in a cache from their last use: of all weights
         that take turns, weights / (weights + cache_bytes) come from memory. For CPUs; 0: not fitted.
@@ -81,6 +85,7 @@ class GemmCurve(Record):
     padding_bytes: NonNegative
     exponent: Exponent
     cache_bytes: NonNegative = 0.0
+    residuals: Residuals | None = None
     weight_gradient_ratio: Annotated[float, Field(ge=1, le=3)]
     fit: Fit
     weight_gradient_fit: Fit
@@ -89,6 +94,7 @@ class GemmCurve(Record):
 class PrefillCurve(Record):
     """Causal attention over whole sequences: t0 + p-norm(mean work per multiprocessor, longest tile) + bytes.
 
+    residuals: over query heads per key-value head, batch x heads, tokens of a sequence; as for products.
     backward_ratio: seconds of the backward kernels over those of the forward one, both without t0.
     """
 
@@ -96,25 +102,32 @@ class PrefillCurve(Record):
     memory_efficiency: Fraction
     kernel_seconds: Seconds
     exponent: Exponent
+    residuals: Residuals | None = None
     backward_ratio: Annotated[float, Field(ge=1, le=10)]
     fit: Fit
     backward_fit: Fit
 
 
 class DecodeCurve(Record):
-    """Attention of one new token per sequence: t0 + KV bytes / (bandwidth e) + c batch kv_heads / multiprocessors."""
+    """Attention of one new token per sequence: t0 + KV bytes / (bandwidth e) + c batch kv_heads / multiprocessors.
+
+    residuals: over query heads per key-value head, batch x key-value heads, cached tokens of the mean sequence; as for
+    products.
+    """
 
     memory_efficiency: Fraction
     kernel_seconds: Seconds
     tile_seconds: Seconds
+    residuals: Residuals | None = None
     fit: Fit
 
 
 class MemoryCurve(Record):
-    """A kernel that only streams memory: t0 + bytes / (bandwidth e)."""
+    """A kernel that only streams memory: t0 + bytes / (bandwidth e). residuals: over bytes; as for products."""
 
     memory_efficiency: Fraction
     kernel_seconds: Seconds
+    residuals: Residuals | None = None
     fit: Fit
 
 
@@ -166,6 +179,7 @@ class Kernels(Record):
     reference: Reference
     host_launch_seconds: Sourced
     gemm: dict[CurvePrecision, GemmCurve]
+    fused_experts: dict[CurvePrecision, GemmCurve] = Field(default_factory=dict)
     prefill: PrefillCurve
     decode: DecodeCurve
     memory: dict[MemoryKernel, MemoryCurve]
@@ -184,8 +198,10 @@ class Kernels(Record):
 
     def fits(self) -> dict[str, Fit]:
         """Every curve's provenance by its dotted name."""
-        found = {f"gemm.{name}": curve.fit for name, curve in self.gemm.items()}
-        found |= {f"gemm.{name}.weight_gradient": curve.weight_gradient_fit for name, curve in self.gemm.items()}
+        found: dict[str, Fit] = {}
+        for table in ("gemm", "fused_experts"):
+            for name, curve in getattr(self, table).items():
+                found |= {f"{table}.{name}": curve.fit, f"{table}.{name}.weight_gradient": curve.weight_gradient_fit}
         found |= {"prefill": self.prefill.fit, "prefill.backward": self.prefill.backward_fit}
         found |= {"decode": self.decode.fit, "inter_node": self.inter_node.fit}
         found |= {f"memory.{name}": curve.fit for name, curve in self.memory.items()}
@@ -194,9 +210,14 @@ class Kernels(Record):
                 found |= {f"{table}.{op}.{ranks}": curve.fit for ranks, curve in curves.items()}
         return found
 
-    def gemm_curve(self, precision: str) -> GemmCurve:
-        """fp16 and fp32 follow the bf16 curve (with their own peak); fp8 too where it was not measured."""
-        return self.gemm["fp8"] if precision == "fp8" and "fp8" in self.gemm else self.gemm["bf16"]
+    def gemm_curve(self, precision: str, *, fused_experts: bool = False) -> GemmCurve:
+        """fp16 and fp32 follow the bf16 curve (with their own peak); fp8 too where it was not measured.
+
+        fused_experts: of the kernels in which serving engines run all experts' products, where they were measured.
+        Training's grouped products are as fast as others: README.md of experiments/kernel_fit.
+        """
+        curves = self.fused_experts if fused_experts and self.fused_experts else self.gemm
+        return curves["fp8"] if precision == "fp8" and "fp8" in curves else curves["bf16"]
 
     def collective(self, op: Collective, ranks: int) -> CollectiveCurve:
         """The curve measured at the number of ranks nearest in ratio (the fewer ranks when two are as near).
@@ -252,7 +273,7 @@ def gemm_time(
     """(m, k) @ (k, n): 2mnk FLOPs, every operand moved once. `input_bytes`, `output_bytes`: per element.
 
     groups: so many products of this shape, each with operands of its own, in one kernel (grouped GEMM). They fill the
-    device like one product with as many times the columns; what a short m costs, each of them pays (unverified).
+    device like one product with as many times the columns; what a short m costs, each of them pays.
     weights_bytes: of all layers that take turns, this one among them (see `GemmCurve.cache_bytes`).
     weight_gradient: the GEMM with tokens as the summed dimension k.
     """
@@ -266,8 +287,12 @@ def gemm_time(
     compute, memory = 2 * padded / peak, (moved + curve.padding_bytes) / bandwidth
     if curve.cache_bytes:
         memory = memory / (1 + curve.cache_bytes / np.asarray(weights_bytes))
-    body = p_norm(compute, memory, curve.exponent) * (curve.weight_gradient_ratio if weight_gradient else 1.0)
-    return _limited(compute, memory, body, curve.kernel_seconds)
+    body, launch = p_norm(compute, memory, curve.exponent), np.asarray(curve.kernel_seconds)
+    if curve.residuals:
+        ratio = curve.residuals(n, k, m)
+        quickest = np.maximum(groups * 2 * m * n * k / peak, moved / bandwidth)
+        body, launch = np.maximum(ratio * body, quickest), ratio * launch
+    return _limited(compute, memory, body * (curve.weight_gradient_ratio if weight_gradient else 1.0), launch)
 
 
 def attention_prefill_time(
@@ -298,7 +323,11 @@ def attention_prefill_time(
         return _limited(passes * mean, passes * memory)
     longest = 4 * np.minimum(QUERY_TILE_ROWS, sequence) * sequence * head_dim / (peak / rates.multiprocessors)
     compute = p_norm(mean, longest, curve.exponent)
-    return _limited(passes * compute, passes * memory, passes * (compute + memory), curve.kernel_seconds)
+    body, launch = compute + memory, np.asarray(curve.kernel_seconds)
+    if curve.residuals:
+        ratio = curve.residuals(np.asarray(heads) / kv_heads, batch * heads, sequence)
+        body, launch = np.maximum(ratio * body, np.maximum(mean, memory)), ratio * launch
+    return _limited(passes * compute, passes * memory, passes * body, launch)
 
 
 def attention_decode_time(
@@ -312,22 +341,63 @@ def attention_decode_time(
     kv_bytes: float = 2.0,
     flops_per_token: float = 0.0,
     compute_efficiency: float = 1.0,
+    query_heads: float | None = None,
     ideal: bool = False,
 ) -> KernelTime:
     """One new token for each of `batch` sequences that together hold `context_tokens` in the KV cache.
 
     Memory-bound, so the number of query heads does not enter, unless `flops_per_token` (of context) says what there is
-    to compute, at `compute_efficiency` of the peak. Linear in `context_tokens`: s steps of a fixed batch take
-    s times the seconds at the mean context, context_tokens + batch (s-1)/2. `kv_bytes`: per cached element.
+    to compute, at `compute_efficiency` of the peak. `kv_bytes`: per cached element. query_heads: applies the residuals.
+
+    Piecewise linear in the tokens of the mean sequence, between the knots of the residuals: s steps of a fixed batch
+    that stay between two of them take s times the seconds at the mean context, context_tokens + batch (s-1)/2.
     """
     context_tokens, batch = np.asarray(context_tokens, dtype=float), np.asarray(batch, dtype=float)
-    moved = 2 * kv_bytes * kv_heads * head_dim * context_tokens
-    memory = moved / (rates.memory_bytes_per_second * curve.memory_efficiency)
-    compute = flops_per_token * context_tokens / (rates.flops_per_second * compute_efficiency)
-    if ideal:
-        return _limited(compute, memory)
-    body = np.maximum(compute, memory) + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
-    return _limited(compute, memory, body, curve.kernel_seconds)
+
+    def at(context: np.ndarray, refine: Callable[[np.ndarray], Numbers] | None = None) -> KernelTime:
+        moved = 2 * kv_bytes * kv_heads * head_dim * context
+        memory = moved / (rates.memory_bytes_per_second * curve.memory_efficiency)
+        compute = flops_per_token * context / (rates.flops_per_second * compute_efficiency)
+        if ideal:
+            return _limited(compute, memory)
+        limit, launch = np.maximum(compute, memory), np.asarray(curve.kernel_seconds)
+        body = limit + curve.tile_seconds * batch * kv_heads / rates.multiprocessors
+        if refine:
+            ratio = refine(context)
+            body, launch = np.maximum(ratio * body, limit), ratio * launch
+        return _limited(compute, memory, body, launch)
+
+    residuals = curve.residuals
+    if residuals is None or query_heads is None or ideal:
+        return at(context_tokens)
+    sequences, group = np.maximum(batch, 1), query_heads / kv_heads
+
+    def ratio(context: np.ndarray) -> np.ndarray:
+        return residuals(group, batch * kv_heads, context / sequences)
+
+    knots = np.array(residuals.axes[-1])
+    tokens = context_tokens / sequences
+    after = np.searchsorted(knots, tokens)
+    inside = (after > 0) & (after < len(knots))
+    low = np.where(inside, knots[np.maximum(after - 1, 0)], tokens)
+    high = np.where(inside, knots[np.minimum(after, len(knots) - 1)], tokens)
+    share = np.divide(tokens - low, high - low, out=np.zeros(np.shape(tokens)), where=inside)
+    below, above = (at(ends * sequences, ratio) for ends in (low, high))
+    return KernelTime(*((1 - share) * a + share * b for a, b in zip(below, above, strict=True)))
+
+
+def delta_rule_time(
+    prefill: PrefillCurve, memory: MemoryCurve, rates: Rates, tokens: Numbers, work: DeltaWork, *, ideal: bool = False
+) -> KernelTime:
+    """The kernels of a chunked delta rule, one after the other, each at the slower of its two rates.
+
+    At the efficiencies of attention's products and of a residual addition (unverified: no such kernel was measured).
+    That few sequences leave multiprocessors idle while states pass from chunk to chunk is left out.
+    """
+    tokens = np.asarray(tokens, dtype=float)
+    compute = tokens * work.flops / (rates.flops_per_second * prefill.compute_efficiency)
+    moved = tokens * work.moved_bytes / (rates.memory_bytes_per_second * memory.memory_efficiency)
+    return _limited(compute, moved, launch=0.0 if ideal else work.kernels * memory.kernel_seconds)
 
 
 def memory_time(curve: MemoryCurve, rates: Rates, moved_bytes: Numbers, *, ideal: bool = False) -> KernelTime:
@@ -336,8 +406,13 @@ def memory_time(curve: MemoryCurve, rates: Rates, moved_bytes: Numbers, *, ideal
     The curves were fitted with these bytes per token, 2 per element: residual add 6 hidden, RMS norm 4 hidden, rope
     4 (query + key width), gated activation 6 ffn, embedding 4 hidden.
     """
-    memory = np.asarray(moved_bytes, dtype=float) / (rates.memory_bytes_per_second * curve.memory_efficiency)
-    return _limited(np.zeros_like(memory), memory, memory, 0.0 if ideal else curve.kernel_seconds)
+    moved_bytes = np.asarray(moved_bytes, dtype=float)
+    memory = moved_bytes / (rates.memory_bytes_per_second * curve.memory_efficiency)
+    body, launch = memory, np.asarray(0.0 if ideal else curve.kernel_seconds)
+    if curve.residuals and not ideal:
+        ratio = curve.residuals(moved_bytes)
+        body, launch = np.maximum(ratio * body, memory), ratio * launch
+    return _limited(np.zeros_like(memory), memory, body, launch)
 
 
 def bus_factor(op: Collective, ranks: int) -> float:
@@ -385,7 +460,7 @@ def p_norm(a: Numbers, b: Numbers, exponent: float) -> np.ndarray:
     return norm
 
 
-def _limited(compute: Numbers, memory: Numbers, body: Numbers | None = None, launch: float = 0.0) -> KernelTime:
+def _limited(compute: Numbers, memory: Numbers, body: Numbers | None = None, launch: Numbers = 0.0) -> KernelTime:
     """`body` seconds (default: the larger term) given to the larger of compute and memory, plus `launch`."""
     body = np.maximum(compute, memory) if body is None else body
     by_flops = np.where(np.asarray(compute) > memory, body, 0.0)

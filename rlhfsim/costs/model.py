@@ -13,8 +13,16 @@ from rlhfsim.batch import kept_together, per_replica, samples_of
 from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Message, Stage
-from rlhfsim.layout import Holding, shares_with_training
-from rlhfsim.memory import MASTER_BYTES, MOMENT_BYTES, cache_bytes_per_token, engine_weight_bytes
+from rlhfsim.layout import Holding, shares_with_training, users
+from rlhfsim.memory import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    Bytes,
+    cache_bytes_per_token,
+    engine_weight_bytes,
+    leaving_bytes,
+    static_bytes,
+)
 from rlhfsim.model import Head, parameters
 from rlhfsim.packing import shares_by_tokens
 from rlhfsim.spec.lengths import DrawnTurns, Turn
@@ -35,7 +43,7 @@ from .passes import Host, Layout, controller_program, firing_program, score_prog
 from .rewards import function_seconds, queue_seconds
 from .rollout import Rollouts
 from .segment import Segment, Transfer
-from .sleep import sleep_program, wake_program
+from .sleep import sleep_program, states_program, wake_program
 from .sync import sync_program
 from .turns import TurnEngine, turn_steps
 
@@ -122,7 +130,7 @@ class CostModel:
         if stage.kind == "store":
             return self._remember((f.stage,), self._checkpoint)
         if stage.kind == "sync":
-            return self._remember((f.stage,), lambda: self._sync(stage))
+            return self._with_states(f, self._remember((f.stage,), lambda: self._sync(stage)))
         if f.stage in self._rollouts.stages:
             begin = [] if f in self._paused else self._controller(stage, stage.ranks, len(self.numbers(f)))
             return self._between_sleeps(f, [*begin, *self._rollouts.segments(f)])
@@ -137,7 +145,7 @@ class CostModel:
         ends, samples = self._ends(stage, f), _Samples(prompts, responses, *self._generated_as(first, stage, ids))
         key = (f.stage, tuple(places), samples.key, reward, ends)
         work = self._remember(key, lambda: self._work(stage, places, samples, reward, ends))
-        return self._between_sleeps(f, work)
+        return self._with_states(f, self._between_sleeps(f, work))
 
     def _ends(self, stage: Stage, f: Firing) -> tuple[bool, bool]:
         """Whether a firing is the first and the last of its stage in an iteration, where it matters to its cost."""
@@ -332,7 +340,8 @@ class CostModel:
         steps = self._steps_of(model, kind)
         engine = self._rollouts.engine(steps, kind)
         assert isinstance(engine, TurnEngine) and samples.turns is not None
-        return turn_steps(engine, samples.prompts[share], [samples.turns[k] for k in share], steps)
+        groups = samples.groups[share] if len(samples.groups) else None
+        return turn_steps(engine, samples.prompts[share], [samples.turns[k] for k in share], steps, groups)
 
     def _finished_key(self, ranks: tuple[int, ...], samples: _Samples) -> tuple[Any, ...]:
         """What the seconds of engines depend on: samples and machines."""
@@ -363,9 +372,19 @@ class CostModel:
             host = Host(node.host_memory_bytes_per_second.value, self._nodes)
             return train_program(use, shares, layout, operators, head=head, host=host, first=first, last=last)
 
-        programs = {kind: on(kind, operators) for kind, operators in self._operators_of(ranks).items()}
+        programs = {
+            kind: self._slowed(stage, on(kind, operators)) for kind, operators in self._operators_of(ranks).items()
+        }
         kinds = self._kinds[layout.grid].reshape(layout.pipeline_parallel, layout.replicas, -1)
         return mixed_program(programs, kinds)
+
+    def _slowed(self, stage: Stage, program: list[Segment]) -> list[Segment]:
+        """With what no term explains of such a stage (`overheads.unexplained`)."""
+        overheads = self.scenario.overheads.unexplained
+        factor = overheads.scoring if stage.kind == "score" else overheads.training
+        if factor == 1 or not self.scenario.effects.efficiency:
+            return program
+        return [segment.slowed(factor) for segment in program]
 
     def _reward_seconds(self, f: Firing, stage: Stage, ids: np.ndarray) -> float:
         """Of a reward that no model of ours gives."""
@@ -443,6 +462,34 @@ class CostModel:
             map_bytes_per_second=rate,
         )
         return [*wake, *work, *sleep]
+
+    def _with_states(self, f: Firing, work: list[Segment]) -> list[Segment]:
+        """The work of a firing that finds states of its model on the host, or leaves them there.
+
+        Optimizer states come with the first chunk of updates and leave after the last; weights with the first stage of
+        an iteration that needs them, and after the last.
+        """
+        stage = self.fold.original.at(f.stage)
+        held = self.holdings.get(stage.model)
+        if held is None or held.use.offload_states is None or held.purpose != "train" or not self.scenario.effects.sync:
+            return work
+        own, updates = users(self.fold.original, held.name), stage.kind == "train"
+        states = self._leaving_of(held)
+        optimizer, weights = states.optimizer + states.gradients, states.weights
+        starts, ends = f.chunk == 0, f.chunk == stage.firings - 1
+        back = starts * ((stage.name == own[0].name) * weights + updates * optimizer)
+        away = ends * ((stage.name == own[-1].name) * weights + updates * optimizer)
+        ranks = [rank for place in self.fold.places(f) for rank in stage.ranks_of(place) if rank in held.ranks]
+        return [*states_program("from_host", ranks, back), *work, *states_program("to_host", ranks, away)]
+
+    def _leaving_of(self, held: Holding) -> Bytes:
+        """States that leave a rank of the fullest pipeline stage."""
+        whole = held.use.model_copy(update={"offload_states": None})
+        by_stage = (
+            leaving_bytes(held.use, static_bytes(whole, "train", held.data_parallel, head=head_of(held.name), stage=s))
+            for s in (0, held.use.pipeline_parallel // 2, held.use.pipeline_parallel - 1)
+        )
+        return max(by_stage, key=lambda states: states.total)
 
     def _waking(self, target: Holding) -> list[Segment]:
         """The weights of a sleeping engine, before they are overwritten."""

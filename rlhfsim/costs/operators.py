@@ -12,8 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
-from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, lora_modules, parameters
+from rlhfsim.lora import lora_modules
+from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, parameters
 from rlhfsim.spec.hardware import Gpu, Precision
 from rlhfsim.spec.model_spec import DENSE, LayerKind
 from rlhfsim.spec.overheads import EnginePhase, HostTime, Overheads, ZeroStage
@@ -27,9 +29,11 @@ from .kernels import (
     Rates,
     attention_decode_time,
     attention_prefill_time,
+    delta_rule_time,
     gemm_time,
     memory_time,
 )
+from .measured import measured_kernels
 
 Trainable = Literal["all", "lora", "none"]
 Product = Literal["forward", "data", "weights"]
@@ -41,6 +45,13 @@ ELEMENTWISE_BACKWARD_RATIO = 2.0
 # TorchDispatchMode (torch 2.13, transformers 5.24.0, Llama and Qwen2 with sdpa, 3 layers minus 2 layers); the backward
 # launches 71 to 74, about twice as many. Python's own time is not in the count: a lower limit.
 EAGER_KERNELS_PER_LAYER = 38
+
+# Bytes per element that eager PyTorch reads and writes for a 16-bit tensor in Hugging Face's modules, where each
+# operation is a kernel: forward, backward. `python experiments/eager_traffic/measure.py` counts them (torch 2.13,
+# transformers 5.24.0: Llama, Qwen2, Qwen3). RMS norm: of its input, with casts to fp32 and back; rotary: of queries and
+# keys; gated activation: of the MLP's width. Joins: sums of the gradients that projections of one input give back.
+EAGER_BYTES = {"rms_norm": (36, 92), "rope": (20, 32), "gated_activation": (10, 18), "residual_add": (6, 6)}
+EAGER_JOINS = 3
 
 # Bytes per logit of eager PyTorch: cast to fp32 (2 read, 4 written), log_softmax (4 + 4); backward 4 + 4, cast 4 + 2.
 LOG_SOFTMAX_BYTES = 14
@@ -91,6 +102,7 @@ class Operators:
     def __init__(self, gpu: Gpu, kernels: Kernels, effects: Effects, overheads: Overheads) -> None:
         self.gpu, self.kernels, self.effects, self.overheads = gpu, kernels, effects, overheads
         self.ideal = not effects.efficiency
+        self.measured = None if self.ideal else measured_kernels(gpu, kernels)
 
     @property
     def eager_layer_seconds(self) -> float:
@@ -138,18 +150,21 @@ class Operators:
     # --- one layer: the mean of all, where layers differ ---------------------------------------------------------
 
     def layer_forward(
-        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True
+        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True, serving: bool = False
     ) -> OperatorTime:
         """Projections, MLP or experts, norms, residuals, rotary embedding, activation; attention itself is apart.
 
         adapters: run LoRA's low-rank products beside the weights (False: they are merged into the weights).
+        serving: with the kernels in which serving engines run all experts.
         """
 
         def of(kind: LayerKind) -> OperatorTime:
             gemms = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
-            time = self._products("forward", use, tokens, gemms, self._layer_precision(use))
+            time = self._products("forward", use, tokens, gemms, self._layer_precision(use), serving=serving)
             if adapters and use.lora_rank:
                 time += self._products("forward", use, tokens, lora_gemms(use, tensor_parallel, kind))
+            if not use.fused_kernels:
+                return time + self._eager_elementwise(use, tokens, tensor_parallel, kind)
             return time + self._elementwise(use, tokens, tensor_parallel, kind)
 
         return _mean_of_layers(use, of)
@@ -173,23 +188,43 @@ class Operators:
                 time += self._products("data", use, tokens, adapters) + self._products("weights", use, tokens, adapters)
             else:
                 time += self._products("weights", use, tokens, base, precision)
+            if not use.fused_kernels:
+                return time + self._eager_elementwise(use, tokens, tensor_parallel, kind, backward=True)
             return time + ELEMENTWISE_BACKWARD_RATIO * self._elementwise(use, tokens, tensor_parallel, kind)
 
         return _mean_of_layers(use, of)
 
     def attention_prefill(
-        self, use: ModelUse, sequence_tokens: Numbers, tensor_parallel: int, *, backward: bool = False
+        self,
+        use: ModelUse,
+        sequence_tokens: Numbers,
+        tensor_parallel: int,
+        *,
+        backward: bool = False,
+        tokens: Numbers | None = None,
     ) -> OperatorTime:
         """Causal attention of one layer over whole sequences, all in one kernel.
 
         sequence_tokens: array whose last axis is the sequences of one call; zeros are absent sequences. Unequal lengths
         count as equal ones with the same sum of squares (the work is quadratic); so does a window of w tokens, with
-        w (2 n - w) for n^2 above it (of a later piece of a long prompt that is too much).
+        w (2 n - w) for n^2 above it (of a later piece of a long prompt that is too much). Linear attention takes time
+        by tokens: as many as the lengths together, or `tokens` where the lengths stand for later pieces of prompts.
         """
         lengths = np.atleast_1d(np.asarray(sequence_tokens, dtype=float))
-        return _mean_of_layers(
-            use, lambda kind: self._attention_prefill(use, lengths, tensor_parallel, backward, kind.window)
-        )
+        count = lengths.sum(axis=-1) if tokens is None else np.asarray(tokens, dtype=float)
+
+        def of(kind: LayerKind) -> OperatorTime:
+            if kind.linear:
+                return self._delta_rule(use, count, tensor_parallel, backward)
+            return self._attention_prefill(use, lengths, tensor_parallel, backward, kind.window)
+
+        return _mean_of_layers(use, of)
+
+    def _delta_rule(self, use: ModelUse, tokens: np.ndarray, tensor_parallel: int, backward: bool) -> OperatorTime:
+        of = linear_attention.backward_work if backward else linear_attention.forward_work
+        work = of(use.shape, tensor_parallel, use.bytes_per_parameter)
+        curves = self.kernels.prefill, self.kernels.memory["residual_add"]
+        return _where(tokens > 0, _operator(delta_rule_time(*curves, self._rates(use), tokens, work, ideal=self.ideal)))
 
     def _attention_prefill(
         self, use: ModelUse, lengths: np.ndarray, tensor_parallel: int, backward: bool, window: int
@@ -207,6 +242,9 @@ class Operators:
             (shape.head_dim + shape.value_head_dim) / 2,
             backward=backward, element_bytes=use.bytes_per_parameter, ideal=self.ideal,
         )  # fmt: skip
+        if self.measured and not backward:
+            _refuse_latent(use)
+            time = self.measured.prefill(time, heads, kv_heads, shape.head_dim, batch, length)
         fused = _where(batch > 0, _operator(time))
         if use.flash_attention:
             return fused
@@ -226,24 +264,56 @@ class Operators:
         kv_bytes: float | None = None,
         queries: int = 1,
     ) -> OperatorTime:
-        """Attention of one layer for one new token of each sequence; `context_tokens_sum` are in their caches.
+        """Attention of the mean layer for one new token of each sequence; `context_tokens_sum` are in their caches.
 
         kv_bytes: of one cached element, if not the model's. queries: new tokens of each sequence, where several are
         verified at once; they read the cache together. Latent attention reads one vector for all heads, which compute
-        with it in the latent space; it can be bound by either.
+        with it in the latent space; it can be bound by either. Linear attention reads and writes the state of each
+        sequence, at the rate of a residual addition (unverified).
         """
+        sequences, context = np.asarray(sequences, dtype=float), context_tokens_sum
+        linear = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear) / use.shape.layers
+        time = self._attention_decode(use, sequences, context, tensor_parallel, kv_bytes, queries)
+        if not linear:
+            return time
+        moved = linear_attention.step_bytes(use.shape, use.bytes_per_parameter, tensor_parallel, queries=queries)
+        states = self._memory(use, "residual_add", moved * sequences)
+        return (1 - linear) * time + linear * states
+
+    def _attention_decode(
+        self,
+        use: ModelUse,
+        sequences: np.ndarray,
+        context_tokens_sum: Numbers,
+        tensor_parallel: int,
+        kv_bytes: float | None,
+        queries: int,
+    ) -> OperatorTime:
         shape, heads = use.shape, use.shape.heads / tensor_parallel
         kv_heads, width, flops = float(kv_heads_per_rank(shape, tensor_parallel)), float(shape.head_dim), 0.0
         if shape.latent_attention:
             cached = shape.kv_lora_rank + shape.qk_rope_head_dim
             kv_heads, width = 1.0, cached / 2  # no values beside the keys
             flops = 2 * heads * (cached + shape.kv_lora_rank) * queries
+        if self.measured:
+            _refuse_latent(use)
+            width_bytes = use.bytes_per_parameter if kv_bytes is None else kv_bytes
+            measured = self.measured.decode(heads, kv_heads, width, width_bytes, sequences, context_tokens_sum)
+            return _where(np.asarray(sequences) > 0, _operator(measured))
         time = attention_decode_time(
             self.kernels.decode, self._rates(use), sequences, kv_heads, context_tokens_sum, width,
             kv_bytes=use.bytes_per_parameter if kv_bytes is None else kv_bytes,
-            flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency, ideal=self.ideal,
+            flops_per_token=flops, compute_efficiency=self.kernels.prefill.compute_efficiency,
+            query_heads=None if shape.latent_attention else heads, ideal=self.ideal,
         )  # fmt: skip
-        return _where(np.asarray(sequences) > 0, _operator(time))
+        return _where(sequences > 0, _operator(time))
+
+    def decode_knots(self, use: ModelUse) -> tuple[float, ...]:
+        """Tokens of the mean sequence between which `attention_decode` is linear."""
+        residuals = self.kernels.decode.residuals
+        if residuals is None or use.shape.latent_attention or self.measured or self.ideal:
+            return ()
+        return residuals.axes[-1]
 
     # --- before and after the layers ---------------------------------------------------------------------------------
 
@@ -279,8 +349,13 @@ class Operators:
     def optimizer_step_host(
         self, use: ModelUse, parameters: float, host_bytes_per_second: float, sharing_ranks: np.ndarray
     ) -> np.ndarray:
-        """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks of the node share."""
-        return adam_bytes(use) * parameters * sharing_ranks / host_bytes_per_second
+        """Seconds of Adam on the CPU at the host's memory bandwidth, which `sharing_ranks` ranks share, or at
+        what one process reaches (`host_adam_bytes_per_second`)."""
+        alone = self.overheads.host_adam_bytes_per_second
+        per_byte = sharing_ranks / host_bytes_per_second
+        if alone is not None and not self.ideal:
+            per_byte = np.maximum(per_byte, 1 / alone)
+        return np.asarray(adam_bytes(use) * parameters * per_byte)
 
     # --- kernels -----------------------------------------------------------------------------------------------------
 
@@ -301,14 +376,14 @@ class Operators:
 
     def _products(
         self, product: Product, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm],
-        precision: Precision | None = None,
+        precision: Precision | None = None, *, serving: bool = False,
     ) -> OperatorTime:  # fmt: skip
         """Forward products, or gradients of the data or of the weights, of all gemms."""
-        times = (self._gemm(use, g, tokens, product, precision) for g in gemms)
+        times = (self._gemm(use, g, tokens, product, precision, serving) for g in gemms)
         return _where(np.asarray(tokens) > 0, total(times))
 
     def _gemm(
-        self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None
+        self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None, serving: bool
     ) -> OperatorTime:
         """One product, or those of all experts that tokens go to, on the busiest of the ranks that share the experts.
 
@@ -325,15 +400,24 @@ class Operators:
             "data": (rows, gemm.k, gemm.n),
             "weights": (gemm.k, gemm.n, rows),
         }[product]
-        curve = self.kernels.gemm_curve(precision or use.precision)
+        curve = self.kernels.gemm_curve(precision or use.precision, fused_experts=serving and gemm.chosen < 1)
         weights_bytes = parameters(use.shape) * use.bytes_per_parameter if curve.cache_bytes else np.inf
         time = gemm_time(
             curve, self._rates(use, precision), m, n, k,
             input_bytes=use.matrix_bytes if precision else use.bytes_per_parameter,
-            output_bytes=use.bytes_per_parameter,
+            output_bytes=self._written_bytes(use, product),
             weight_gradient=product == "weights", ideal=self.ideal, weights_bytes=weights_bytes, groups=groups,
         )  # fmt: skip
+        if self.measured and product == "forward" and gemm.chosen >= 1:
+            time = self.measured.gemm(time, precision or use.precision, np.maximum(m, 1), n, k)
         return _operator(time)
+
+    @staticmethod
+    def _written_bytes(use: ModelUse, product: Product) -> int:
+        """Of one element of a product; gradients of weights are added to the fp32 buffer by the product itself
+        (megatron/core/tensor_parallel/layers.py, wgrad_gemm_accum_fp32)."""
+        adds = product == "weights" and use.gradient_precision and not use.shards_master
+        return 2 * use.gradient_bytes if adds else use.bytes_per_parameter
 
     def _imbalance(self, use: ModelUse) -> float:
         return use.routing_imbalance if use.expert_parallel > 1 and not self.ideal else 1.0
@@ -357,8 +441,14 @@ class Operators:
         if shape.latent_attention:
             latent = tokens * (shape.q_lora_rank + shape.kv_lora_rank) * width
             time += self._memory(use, "rms_norm", 2 * latent)
-        if not shape.learned_positions:
+        if kind.linear:
+            inner = tokens * linear_attention.elementwise_widths(shape, tensor_parallel) * width
+            time += self._memory(use, "rms_norm", inner)
+        elif not shape.learned_positions:
             time += self._memory(use, "rope", 2 * heads)
+        if shape.attention_gate and not kind.linear:
+            gated = tokens * shape.heads * shape.value_head_dim / tensor_parallel * width
+            time += self._memory(use, "gated_activation", 3 * gated)
         tensors = 3 if shape.gated_mlp else 2
         if not kind.experts:
             mlp = tokens * shape.ffn / tensor_parallel * width
@@ -370,29 +460,48 @@ class Operators:
         time += self._memory(use, "gated_activation", tensors * shared)
         return time + self._memory(use, "gated_activation", tensors * rows * shape.expert_ffn / split.tensor * width)
 
+    def _eager_elementwise(
+        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, kind: LayerKind, *, backward: bool = False
+    ) -> OperatorTime:
+        """What `_elementwise` is for, one kernel per operation, each at the rate of a residual addition.
+
+        A layer norm and activations of MLPs without a gate are one kernel in PyTorch too.
+        """
+        shape, width, way = use.shape, use.bytes_per_parameter, int(backward)
+        if shape.norm == "layer":
+            time = self._elementwise(use, tokens, tensor_parallel, kind)
+            return ELEMENTWISE_BACKWARD_RATIO * time if backward else time
+        tokens = np.asarray(tokens, dtype=float)
+        split = use.expert_split(tensor_parallel)
+        hidden = tokens / (tensor_parallel if use.sequence_parallel else 1) * shape.hidden
+        heads = tokens * _rotary_width(use) / tensor_parallel
+        norms = shape.norms_per_layer * hidden + (heads if shape.qk_norm else 0)
+        if shape.latent_attention:
+            norms = norms + tokens * (shape.q_lora_rank + shape.kv_lora_rank)
+        joined = (2 + EAGER_JOINS * way) * hidden
+        activated = tokens * shape.ffn / tensor_parallel
+        if kind.experts:
+            rows = tokens * shape.experts_per_token * split.tensor / tensor_parallel * self._imbalance(use)
+            activated = tokens * shape.shared_expert_ffn / tensor_parallel + rows * shape.expert_ffn / split.tensor
+            joined = joined + 2 * rows * shape.hidden * 2 / 3  # a row to its expert and back: read and written
+        elements = {"rms_norm": norms, "rope": heads, "gated_activation": activated, "residual_add": joined}
+        moved = ((EAGER_BYTES[name][way] * width / 2 * count) for name, count in elements.items())
+        return total(self._memory(use, "residual_add", count) for count in moved)
+
     def _log_softmax(self, use: ModelUse, tokens: Numbers, tensor_parallel: int) -> OperatorTime:
         columns = -(-use.shape.vocabulary // tensor_parallel)
         return self._memory(use, "cross_entropy", LOG_SOFTMAX_BYTES * columns * np.asarray(tokens, dtype=float))
 
 
 def lora_gemms(use: ModelUse, tensor_parallel: int, kind: LayerKind = DENSE) -> list[Gemm]:
-    """LoRA's factors on one rank, down to the rank and up from it, at each linear module of a layer.
-
-    As Megatron and PEFT split them: with the outputs of qkv and up, with the inputs of the output and down projection;
-    those of latent vectors are whole.
-    """
-    rank, shape, t = use.lora_rank, use.shape, tensor_parallel
-    if not rank:
-        return []
-    kv = kv_heads_per_rank(shape, t) * shape.head_dim
-    factors = []
-    for name, inputs, outputs in lora_modules(shape, kind):
-        split_inputs = name in ("output", "down")
-        whole = name in ("q_down", "kv_down")
-        n = kv if name in ("k", "v") else outputs // (1 if split_inputs or whole else t)
-        factors.append(Gemm(f"{name}_lora_a", rank, inputs // t if split_inputs else inputs))
-        factors.append(Gemm(f"{name}_lora_b", n, rank))
-    return factors
+    """LoRA's factors on one rank, down to the rank and up from it, at each adapted module of a layer."""
+    rank = use.lora_rank
+    modules = lora_modules(use.shape, kind, use.lora_target_modules, tensor_parallel) if rank else []
+    pairs = [
+        (Gemm(f"{name}_lora_a", rank, inputs), Gemm(f"{name}_lora_b", outputs, rank))
+        for name, inputs, outputs in modules
+    ]
+    return [factor for pair in pairs for factor in pair]
 
 
 def adam_bytes(use: ModelUse) -> int:
@@ -401,7 +510,7 @@ def adam_bytes(use: ModelUse) -> int:
     Master weight and two moments in fp32 are read and written (24), the gradient is read; in 16-bit the working weight
     is written besides the master. 16-bit: 24 + 2 + 2; fp32: the master is the weight: 24 + 4.
     """
-    return 28
+    return 24 + use.gradient_bytes + (0 if use.precision == "fp32" or use.shards_master else use.bytes_per_parameter)
 
 
 def _mean_of_layers(use: ModelUse, of: Callable[[LayerKind], OperatorTime]) -> OperatorTime:
@@ -409,6 +518,13 @@ def _mean_of_layers(use: ModelUse, of: Callable[[LayerKind], OperatorTime]) -> O
     if len(kinds) == 1:
         return of(next(iter(kinds)))
     return total(count / use.shape.layers * of(kind) for kind, count in kinds.items())
+
+
+def _refuse_latent(use: ModelUse) -> None:
+    if use.shape.latent_attention:
+        raise InputError(
+            f"has no table of latent attention, which {use.spec} has; leave it out", field="cluster.gpu.measured"
+        )
 
 
 def _rotary_width(use: ModelUse) -> int:

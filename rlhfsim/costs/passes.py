@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
 from rlhfsim.memory import (
     PREFETCH_PARAMETERS,
@@ -35,11 +36,10 @@ from rlhfsim.model import (
     layer_gemms,
     layers_parameters,
     layers_routed_parameters,
-    lora_parameters,
     parameters,
 )
 from rlhfsim.packing import packed_micro_batches
-from rlhfsim.spec.model_spec import UNSPLIT, ExpertSplit, ModelSpec
+from rlhfsim.spec.model_spec import DENSE, UNSPLIT, ExpertSplit, LayerKind, ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
 from rlhfsim.spec.scenario import Generation, ModelUse
 
@@ -223,7 +223,7 @@ def train_program(
     ZeRO-3 gathers a layer's weights for the forward, and once more for recomputation and backward, which share it:
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` (1e9 parameters by default; deepspeed/runtime/
     zero/partitioned_param_coordinator.py, `__params_to_release`), FSDP unshards once before a checkpointed layer's
-    backward. Gradients are reduced in the model's precision.
+    backward. Gradients are reduced in the precision in which they are kept.
     Reductions hide behind the backward, or follow the last one, as `ModelUse.reduces_beside` says. With tensor,
     pipeline or expert parallelism ZeRO-2 is as ZeRO-1.
     `host` is needed for an offloaded optimizer. first, last: of the updates between two other uses of the weights; only
@@ -266,12 +266,15 @@ def _optimizer_program(use: ModelUse, work: _Work, host: Host | None, *, gather:
     if use.offload_optimizer and work.operators.effects.sync:
         if host is None:
             raise InputError("offload_optimizer needs the host's memory bandwidth", field="offload_optimizer")
-        single = work.layout.single_ranks
+        single, here = work.layout.single_ranks, (1 - use.offload_optimizer_fraction) * share
+        share -= here
         adam = work.operators.optimizer_step_host(
             use, share, host.memory_bytes_per_second, host.sharing_ranks(work.layout)
         )
+        if here:  # the two halves of the optimizer work at the same time
+            adam = np.maximum(adam, float(work.operators.optimizer_step(use, here).seconds))
         streamed = Transfer("host_memory", single, adam_bytes(use) * share)
-        leaving = [] if use.offload_gradients else [Transfer("to_host", single, share * width)]
+        leaving = [] if use.offload_gradients else [Transfer("to_host", single, share * use.gradient_bytes)]
         program = [
             *(work.transfer_only("gradients_to_host", t) for t in leaving),
             HostSegment("optimizer", adam[:, None], transfers=(streamed,), bound={"host": float(adam.mean())}),
@@ -293,8 +296,10 @@ def _load_parameters(use: ModelUse, work: _Work, head: Head) -> list[Segment]:
     return [work.transfer_only("weights_from_host", Transfer("from_host", work.layout.single_ranks, held))]
 
 
-def layer_matrices(spec: ModelSpec) -> int:
-    """Weight matrices of a layer; qkv is one product, as are gate and up."""
+def layer_matrices(spec: ModelSpec, kind: LayerKind = DENSE) -> int:
+    """Weight matrices of a layer; qkv is one product, as are gate and up. Linear attention has its convolution too."""
+    if kind.linear:
+        return len(linear_attention.projections(spec)) + 2 + 2 + spec.gated_mlp
     return len(layer_gemms(spec)) + 2 + spec.gated_mlp
 
 
@@ -306,15 +311,20 @@ def end_matrices(spec: ModelSpec, head: Head = "lm") -> int:
 def weight_tensors(spec: ModelSpec) -> int:
     """Matrices and norms of a model with a language-model head, each a call of DeepSpeed's GatheredParameters (counted
     with 0.19.8, `python -m real.microbench`)."""
-    return spec.layers * (layer_matrices(spec) + spec.norms_per_layer) + end_matrices(spec) + 1
+    return _matrices(spec) + spec.layers * spec.norms_per_layer + end_matrices(spec) + 1
+
+
+def _matrices(spec: ModelSpec) -> int:
+    """Of all layers."""
+    return sum(count * layer_matrices(spec, kind) for kind, count in spec.layer_kinds().items())
 
 
 def controller_program(moved_bytes: float, operators: Operators, replicas: int = 1) -> list[Segment]:
     """A single controller serialises what it hands out and collects, one worker after the other; none without one."""
-    overheads = operators.overheads
-    if overheads.controller_bytes_per_second is None or operators.ideal:
+    overheads, rate = operators.overheads, operators.overheads.controller_bytes_per_second
+    seconds = overheads.controller_call_seconds + (moved_bytes / rate if rate else 0.0)
+    if not seconds or operators.ideal:
         return []
-    seconds = moved_bytes / overheads.controller_bytes_per_second + overheads.controller_call_seconds
     return [Segment("controller", np.full((replicas, 1), seconds), bound={"host": seconds})]
 
 
@@ -400,7 +410,7 @@ class _Work:
         """Of the mean layer on one rank."""
         spec, t = self.use.shape, self.use.tensor_parallel
         if self.use.lora_rank:
-            return lora_parameters(spec, self.use.lora_rank, 1) / t
+            return self.use.lora_parameters(1) / t
         return layers_parameters(spec, t, self.use.expert_split()) / spec.layers
 
     def _layer_routed_parameters(self) -> float:
@@ -446,15 +456,17 @@ class _Work:
         ]
 
     def gathers_layer(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
-        spec = self.use.shape
-        return self._gathers(layers_parameters(spec) / spec.layers, layer_matrices(spec) if one_by_one else 0)
+        spec, use = self.use.shape, self.use
+        held = layers_parameters(spec, use.tensor_parallel, use.expert_split())
+        return self._gathers(held / spec.layers, _matrices(spec) / spec.layers if one_by_one else 0)
 
     def gathers_ends(self, *, one_by_one: bool = False) -> tuple[Transfer, ...]:
         spec, matrices = self.use.shape, end_matrices(self.use.shape, self.head) if one_by_one else 0
-        return self._gathers(embedding_parameters(spec) + head_parameters(spec, self.head), matrices)
+        t = self.use.tensor_parallel
+        return self._gathers(embedding_parameters(spec, t) + head_parameters(spec, self.head, t), matrices)
 
-    def _gathers(self, count: float, matrices: int = 0) -> tuple[Transfer, ...]:
-        """ZeRO-3: weights from all ranks, ahead of their use; offloaded shards cross PCIe first.
+    def _gathers(self, count: float, matrices: float = 0) -> tuple[Transfer, ...]:
+        """ZeRO-3: weights of this rank's part from all ranks, ahead of their use; offloaded shards cross PCIe first.
 
         A forward pass fetches a bucket at a time, across the bounds of layers; a backward pass one of `matrices` at a
         time. DeepSpeed fetches ahead along the trace of an earlier pass, and the backward pass never meets the trace
@@ -465,13 +477,14 @@ class _Work:
         if self.use.zero_stage != 3:
             return ()
         payload, groups = count * self.use.bytes_per_parameter, self.use.shard_groups(self.layout.ranks)
-        whole = parameters(self.use.shape, self.head)
+        whole = held_parameters(self.use, self.head)
         ahead = messages_of(whole, PREFETCH_PARAMETERS) * count / whole
         messages = max(matrices, ahead)
         load: tuple[Transfer, ...] = ()
         blocking = not self.use.gathers_ahead
         if self.use.offload_parameters and self.operators.effects.sync:
-            load = (Transfer("from_host", self.layout.single_ranks, payload / len(groups[0]), messages, blocking),)
+            shard = payload / len(groups[0]) * (2 if self.use.shards_master else 1)  # in fp32
+            load = (Transfer("from_host", self.layout.single_ranks, shard, messages, blocking),)
         return load + ((Transfer("all_gather", groups, payload, messages, blocking),) if len(groups[0]) > 1 else ())
 
     def reduces(self, count: float, routed: float = 0.0) -> tuple[Transfer, ...]:
@@ -489,10 +502,10 @@ class _Work:
             trained = self.trained_rank_parameters()
             return messages_of(trained, REDUCE_BUCKET_PARAMETERS) * number / trained
 
-        width, blocking = self.use.bytes_per_parameter, not self.use.reduces_beside
+        width, blocking = self.use.gradient_bytes, not self.use.reduces_beside
         if self.use.shard_ranks:
             inside = self.use.shard_groups(self.layout.ranks)
-            across, shard = tuple(zip(*inside, strict=True)), count * width / self.use.shard_ranks
+            across, shard = self._across(inside), count * width / self.use.shard_ranks
             both = (
                 Transfer("reduce_scatter", inside, count * width, messages(count), blocking),
                 Transfer("all_reduce", across, shard, messages(count), blocking),
@@ -502,6 +515,12 @@ class _Work:
             Transfer(op, groups, number * width, messages(number), blocking)
             for groups, number in self.replicated(count, routed)
         )
+
+    def _across(self, inside: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        """Ranks with the same shard of the same tensor-parallel part, of groups that each hold that part once."""
+        size = len(inside) // self.use.tensor_parallel
+        parts = (inside[first : first + size] for first in range(0, len(inside), size))
+        return tuple(shard for part in parts for shard in zip(*part, strict=True))
 
     # What a layer leaves on the host, over PCIe beside its own compute: a copy takes longer only where that is shorter.
 
@@ -530,7 +549,7 @@ class _Work:
         use = self.use
         if not use.offload_gradients or not self.operators.effects.sync:
             return ()
-        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.bytes_per_parameter
+        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.gradient_bytes
         earlier = np.ones(self.batches.shape[1])
         earlier[0] = 0.0
         back, leaving = (self._to_or_from_host(op, share, beside) for op in ("from_host", "to_host"))
@@ -702,12 +721,13 @@ class _Work:
                 + self.inside_backward()
                 + self.layer_returns(),
             ),
-            _Part(self.ends_forward(), 1, gather_ends),
+            _Part(self.ends_forward(), 1, gather_ends + self.tensor_ends()),
             _Part(
                 self.ends_backward(),
                 1,
                 self.gathers_ends(one_by_one=True)
                 + self.reduces(self.trained_end_parameters())
+                + self.tensor_ends()
                 + self.gradients_leave(self.trained_end_parameters()),
             ),
             *self.engine("forward", "backward"),

@@ -9,7 +9,7 @@ chunks its interleaved form, as in Megatron-LM's `forward_backward_pipelining_wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -155,6 +155,17 @@ class PipelineSegment(Segment):
     backward_seconds: np.ndarray | None = None
     roles: tuple[Role, ...] = ()
     pieces: float = 1.0
+
+    def slowed(self, factor: float) -> PipelineSegment:
+        busy = super().slowed(factor)
+        backward = None if self.backward_seconds is None else self.backward_seconds * factor
+        return replace(
+            self,
+            compute_seconds=busy.compute_seconds,
+            bound=busy.bound,
+            forward_seconds=self.forward_seconds * factor,
+            backward_seconds=backward,
+        )
 
     def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
         roles: tuple[Role, ...] = ("forward", "backward", "hop", "gather", "reduce")

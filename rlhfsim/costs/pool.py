@@ -83,7 +83,7 @@ class Engine(_Scheduler):
     late_seconds: the step in flight ends so long after the present; late: responses that end with it.
     """
 
-    def __init__(self, generation: Generation, kv_blocks: int | None) -> None:
+    def __init__(self, generation: Generation, kv_blocks: int | None, state_blocks: int = 0) -> None:
         none = np.zeros(0, dtype=int)
         super().__init__(
             none,
@@ -96,6 +96,7 @@ class Engine(_Scheduler):
             padded=generation.kv_cache == "preallocated",
             groups=none if generation.prefix_caching else None,
             progress=Progress.of(generation.speculative),
+            state_blocks=state_blocks,
         )
         self.generation, self.kv_blocks = generation, kv_blocks
         self.free = self.total = UNLIMITED_BLOCKS if kv_blocks is None else kv_blocks
@@ -146,7 +147,7 @@ class Engine(_Scheduler):
 
     def empty(self) -> Engine:
         """Another one like it, without work."""
-        return Engine(self.generation, self.kv_blocks)
+        return Engine(self.generation, self.kv_blocks, self.state_blocks)
 
     def kept(self) -> list[int]:
         """The unfinished ones: those that run in order, then the queue."""

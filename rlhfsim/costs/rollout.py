@@ -2,9 +2,6 @@
 
 One pool of engines for all stages of one step (`gen`, and `gen.tail` on fewer ranks). The responses that end first
 fill the first chunk, so scoring and training see their lengths.
-
-How many responses may be begun under `keep` is AReaL's rule (areal/core/staleness_manager.py @08911ddf): those begun
-and not thrown away are at most (version + staleness + 1) batches.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from rlhfsim.firing import Firing
 from rlhfsim.fold import Fold
 from rlhfsim.graph import Stage
 from rlhfsim.layout import Holding
+from rlhfsim.rollouts import to_begin
 from rlhfsim.spec.lengths import DrawnTurns
 from rlhfsim.spec.scenario import Scenario
 
@@ -93,14 +91,9 @@ class Rollouts:
 
     def _begin(self, f: Firing, stage: Stage, pool: Pool) -> None:
         """Hand new prompts to the engines: as many as the stage may have at work."""
-        if stage.unfinished == "keep":
-            allowed = (pool.version + self.graph.staleness(stage.name) + 1) * self.samples
-            missing = allowed - pool.begun + pool.thrown_away
-        elif stage.oversampling == 1:
-            missing = len(self._ids(f)) - pool.outstanding
-        else:
-            share = stage.oversampling * len(stage.serves) / self.graph.lanes / stage.chunks
-            missing = round(share * self.samples) - pool.outstanding
+        counted = pool.begun - pool.thrown_away
+        chunk = len(self._ids(f))
+        missing = to_begin(self.graph, stage, self.samples, chunk, pool.version, counted, pool.handed_over)
         size = pool.group_size
         pool.submit([self._sample(stage, size) for _ in range(max(0, -(-missing // size)) * size)])
 
@@ -189,7 +182,9 @@ class Rollouts:
         generation, turns, blocks = self.scenario.generation, self.scenario.workload.turns, None
         if self.kv_capacity_tokens is not None:
             blocks = int(self.kv_capacity_tokens[kind]) // generation.block_tokens
-        return TurnEngine(generation, blocks, turns, steps) if turns else Engine(generation, blocks)
+        if turns:
+            return TurnEngine(generation, blocks, turns, steps)
+        return Engine(generation, blocks, steps.state_blocks)
 
     def _pool(self, stage: str) -> Pool:
         step = base_name(stage)
@@ -214,8 +209,8 @@ def _segment(
     busy = np.minimum(cut.ends, seconds)
     compute *= np.divide(np.minimum(busy, own), own, out=np.zeros_like(own), where=own > 0)[:, None]
     compute[:, -1] += np.maximum(busy - own, 0.0)
-    waits = np.concatenate([prefill.waits, decode.waits, [0.0]])
-    transfers = _inside(holding.use, scenario.generation, stage.ranks, tokens, waits)
+    others = np.concatenate([prefill.waits, decode.waits, [0.0]])
+    transfers = _inside(holding.use, scenario.generation, stage.ranks, tokens, others)
     bound: dict[str, float] = dict(Counter(_bound(cut.tables, True)) + Counter(_bound(cut.tables, False)))
     if waits := sum(table.idle_seconds for table in cut.tables):
         bound["tools"] = waits / len(cut.tables)

@@ -109,6 +109,11 @@ class Segment:
         bound = {cause: share * seconds for cause, seconds in self.bound.items()}
         return replace(self, repeats=self.repeats * share, bound=bound)
 
+    def slowed(self, factor: float) -> Segment:
+        """With compute so many times as long; what is added is limited by nothing known."""
+        added = (factor - 1) * sum(self.bound.values())
+        return replace(self, compute_seconds=self.compute_seconds * factor, bound=self.bound | {"unexplained": added})
+
     def elapsed(self, routes: Sequence[Route], rates: Sequence[float]) -> Elapsed:
         """Seconds when transfer j moves `rates[j]` payload bytes per second (inf: free)."""
         compute, blocked = self.compute_seconds, self.compute_seconds

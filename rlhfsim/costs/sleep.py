@@ -1,4 +1,4 @@
-"""Engines that share their GPUs with training: what they do to make room and to come back.
+"""Engines that share their GPUs with training, and states of trained models: how they make room and come back.
 
 Sleeping gives the memory of weights and KV cache back and forgets the cache; at level 1 the weights are copied to host
 memory first, at level 2 they are forgotten too (docs.vllm.ai, "Sleep Mode"). Weights wake up before new ones are
@@ -38,6 +38,11 @@ def sleep_program(
     """Weights are copied `to_host`, and all memory is given back."""
     copied = _copied("sleep_weights", "to_host", ranks, weight_bytes) if to_host else []
     return copied + _mapped("sleep_memory", weight_bytes + cache_bytes, map_bytes_per_second)
+
+
+def states_program(op: Op, ranks: Sequence[int], moved_bytes: float) -> list[Segment]:
+    """A trained model's states, so many bytes on each rank, come back from the host or leave for it."""
+    return _copied(f"states_{op}", op, ranks, moved_bytes)
 
 
 def _copied(label: str, op: Op, ranks: Sequence[int], payload_bytes: float) -> list[Segment]:

@@ -14,7 +14,8 @@ a round once the pipe is full: the cycle time of the max-plus system, exact for 
 sooner there than without stages; more sequences at a time are what stages bring.
 
 Not modelled: micro-batches of unequal size (vLLM fills one to its token budget before it begins the next, so a few
-short prompts may all be in one), the end of a rollout as the pipe runs empty.
+short prompts may all be in one), the end of a rollout as the pipe runs empty, stages with layers of different kinds
+(each has so many of the mean layer).
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def rounds(
     def round_seconds(run: np.ndarray, step: np.ndarray) -> np.ndarray:
         alone, behind = through(run, step), slowest(run, step)
         full = np.maximum(alone, parts[run] * behind)
-        return np.where(fills[run], alone + (parts[run] - 1) * behind, full)
+        return np.asarray(np.where(fills[run], alone + (parts[run] - 1) * behind, full))
 
-    own = np.array([*sum(s.count * s.work for s in stages), host * steps])
+    own = np.vstack([np.sum([s.count * s.work for s in stages], axis=0), host * steps])
     waits = np.maximum(sum_of_steps(round_seconds, steps) - own.sum(axis=0), 0.0)
     return np.vstack([own, waits])
 

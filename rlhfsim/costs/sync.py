@@ -13,7 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, lora_modules, lora_parameters, parameters
+from rlhfsim import linear_attention
+from rlhfsim.lora import lora_modules
+from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, parameters
 from rlhfsim.spec.scenario import ModelUse, WeightSync
 
 from .operators import Operators, OperatorTime
@@ -54,11 +56,12 @@ def sync_program(
     source, destination = (replace(side, context_parallel=1) for side in (source, destination))  # a copy each
     path = path or WeightSync()
     spec = use.shape
-    count = lora_parameters(spec, use.lora_rank) if use.lora_rank else parameters(spec, head)
+    count = use.lora_parameters() if use.lora_rank else parameters(spec, head)
     total = float(count * use.bytes_per_parameter)
     replicas = _replicas(destination)
     if method == "reshard":
-        transfers = [*_expert_gather(use, source, bucket_bytes), _reshard(use, source, destination, total)]
+        sharded = _gathered(use, source, total) if use.zero_stage == 3 else None
+        transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
         copies = _copy(operators.copy(use, total / _ranks_per_copy(destination)))
         return [*_segments(transfers), *_overhead(operators, use, 1, total, 1, bucket_bytes), *copies]
     gathers = [] if path.senders == "all_ranks" else _gathers(use, source, total, bucket_bytes, path.senders)
@@ -83,7 +86,7 @@ def sync_tensors(use: ModelUse) -> int:
     spec, found = use.shape, 0
     kinds = spec.layer_kinds()
     if use.lora_rank:
-        return sum(2 * len(lora_modules(spec, kind)) * count for kind, count in kinds.items())
+        return sum(2 * len(lora_modules(spec, kind, use.lora_target_modules)) * count for kind, count in kinds.items())
     mlp = 2 + spec.gated_mlp
     norm = 2 if spec.norm == "layer" else 1
     attention = 4
@@ -94,7 +97,10 @@ def sync_tensors(use: ModelUse) -> int:
         shared = mlp * (spec.shared_expert_ffn > 0) + spec.shared_expert_gate
         routed = 1 + spec.router_bias + spec.experts * mlp * (1 + spec.expert_bias) + shared
         each = routed if kind.experts else mlp * (1 + spec.mlp_bias)
-        found += count * (attention + each)
+        before = attention
+        if kind.linear:  # with convolution, A_log, dt_bias, norm and output
+            before = len(linear_attention.projections(spec)) + 5 + norm * spec.norms_per_layer
+        found += count * (before + each)
     ends = norm * (spec.final_norm + spec.embedding_norm) + (spec.learned_positions > 0) + spec.head_bias
     return found + end_matrices(spec) + ends
 
@@ -105,7 +111,7 @@ def _overhead(
     """The host's time on the busiest sender. parts: senders among which the tensors are divided."""
     overheads = operators.overheads
     tensors = sync_tensors(use) / parts
-    seconds = tensors * overheads.sync_tensor_seconds
+    seconds = tensors * overheads.sync_tensor_seconds + use.shape.layers * overheads.sync_layer_seconds
     seconds = rounds * (seconds + messages_of(sent_bytes, bucket_bytes) * overheads.sync_bucket_seconds)
     if not seconds or operators.ideal:
         return []
@@ -230,14 +236,11 @@ def _broadcast(shards: Shards, total: float, bucket_bytes: float) -> Transfer:
 
 
 def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -> Transfer | None:
-    """ZeRO-3: every rank gathers all weights, tensor by tensor, and keeps its part (DeepSpeed's hybrid engine).
+    """A rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
 
-    Megatron layouts: a rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
     Where the destination has stages too, a rank that does not hold all of its part gets it from the others, and so do
     all at once.
     """
-    if use.zero_stage == 3:
-        return _gathered(use, source, total)
     if destination.pipeline_parallel > 1:
         payload = total / _ranks_per_copy(destination)
         have, need = _parts_held(source), _parts_held(destination)
@@ -265,9 +268,10 @@ def _contains(held: tuple[tuple[Ratio, Ratio], ...], needed: tuple[tuple[Ratio, 
 
 
 def _gathered(use: ModelUse, source: Layout, total: float) -> Transfer | None:
-    """ZeRO-3: all weights on every rank, from those that hold them once together."""
-    groups = use.shard_groups(source.ranks)
-    return Transfer("all_gather", groups, total, float(weight_tensors(use.shape))) if len(groups[0]) > 1 else None
+    """ZeRO-3: every rank gathers its part of the weights (all of them, without tensor parallelism), tensor by tensor,
+    from those that hold it once together (DeepSpeed's hybrid engine)."""
+    groups, part = use.shard_groups(source.ranks), total / use.tensor_parallel
+    return Transfer("all_gather", groups, part, float(weight_tensors(use.shape))) if len(groups[0]) > 1 else None
 
 
 def _segments(transfers: Iterable[Transfer | None]) -> list[Segment]:

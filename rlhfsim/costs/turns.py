@@ -7,7 +7,9 @@ the end of the queue: its prompt is its whole context with the tool's answer.
 
 A prefix that is kept is kept as vLLM does (docs.vllm.ai, "Automatic Prefix Caching"): blocks that are given back stay
 readable until they are needed, in the order in which they were given back and a sample's last block first; only whole
-blocks are found again. Blocks of other samples, and of preempted ones, are not found.
+blocks are found again. Of other samples' blocks only those of a common prompt are found, with `prefix_caching`: while
+another response to it runs, and after the last one has left as long as nobody needs the room (they are given back last,
+so that nobody's own blocks outlast them). What a preempted sample has of its own is not found.
 
 While engines are stopped (new weights, no work to begin) their tools stand still too, but a sample that is taken out
 of its engine comes back with its answer.
@@ -16,7 +18,8 @@ of its engine comes back with its answer.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,10 +27,10 @@ import numpy as np
 from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation, Turns
 
+from .engine import _piece
 from .generation import StepSeconds, _Steps
 from .pool import Engine, Sample
 
-PROBES = 32  # lengths of a run that are tried at once
 SAME_INSTANT_SECONDS = 1e-9  # rounding, and far less than a step
 
 
@@ -36,12 +39,13 @@ class TurnEngine(Engine):
 
     elapsed_seconds: since it was made or copied. away: heap of (instant, number, sample): when tools will be done.
     servers: heap of when each place for a tool is free; None: any number of them. queue: free blocks in the order in
-    which they are taken, as counts by what is in them: the beginning of the context of an absent or waiting sample, or
-    with a negative key nothing that is wanted.
+    which they are taken, as counts by what is in them: with key 2 k the context of sample k, which is absent or waits,
+    behind what it shares; with 2 g + 1 what responses to prompt g share; with a negative one nothing that is wanted.
+    claims: samples whose shared blocks have been theirs before: to find them again saves nothing, to miss them costs.
     """
 
     def __init__(self, generation: Generation, kv_blocks: int | None, turns: Turns, seconds: StepSeconds) -> None:
-        super().__init__(generation, kv_blocks)
+        super().__init__(generation, kv_blocks, seconds.state_blocks)
         self.turns, self.seconds = turns, seconds
         self.turn: list[int] = []  # of each sample
         self.calls = {"tool_calls": 0, "tool_seconds": 0.0}
@@ -50,6 +54,8 @@ class TurnEngine(Engine):
         self.servers = None if turns.tool_concurrency is None else [0.0] * turns.tool_concurrency
         self.queue, self.queued = {-1: self.free}, self.free
         self.unwanted = -1  # the last negative key
+        self.claims: set[int] = set()
+        self.left: list[int] = []  # prompts whose last running response has just left
         self.ended: list[int] = []  # samples whose turn has ended in this run, but not their last one
 
     @property
@@ -67,6 +73,7 @@ class TurnEngine(Engine):
 
     def submit(self, samples: Sequence[Sample], drawn: Sequence[int]) -> None:
         super().submit(samples, drawn)
+        self.seconds.single.expect([piece for sample in samples for piece in self._pieces(sample)])
         for k in range(len(self.turn), len(self.samples)):
             turns = self.samples[k].turns
             self.response[k] = turns[0].tokens
@@ -74,6 +81,14 @@ class TurnEngine(Engine):
             for turn in turns[: self.samples[k].turn_at(self.generated[k])]:
                 self.generated[k] -= turn.tokens
                 self._next_turn(k)
+
+    def _pieces(self, sample: Sample) -> Iterator[float]:
+        """What its second turn and those after it compute of its context, where the cache keeps all that it can."""
+        context = sample.prompt
+        for turn in sample.turns[:-1]:
+            kept = (context + turn.tokens - 1) // self.block * self.block if self.turns.keep_prefix else 0
+            context += turn.tokens + turn.observation_tokens
+            yield _piece(kept, context)
 
     def kept(self) -> list[int]:
         return [*super().kept(), *(k for *_, k in sorted(self.away))]
@@ -85,8 +100,10 @@ class TurnEngine(Engine):
         other.turn = [self.turn[old] for old in new]
         other.away = [(instant, number, new[k]) for instant, number, k in self.away]
         other.servers = self.servers and [*self.servers]
-        other.queue, other.queued = {new.get(k, k): blocks for k, blocks in self.queue.items()}, self.queued
-        other.unwanted = self.unwanted
+        other.queue, other.queued, other.unwanted = {}, self.queued, self.unwanted
+        for key, blocks in self.queue.items():
+            other.queue[key if key < 0 or key % 2 else 2 * new[key // 2]] = blocks
+        other.claims = {new[k] for k in self.claims}
         return other
 
     def let_pass(self, seconds: float) -> None:
@@ -94,14 +111,19 @@ class TurnEngine(Engine):
         self.servers = self.servers and [instant - seconds for instant in self.servers]
 
     def empty_cache(self) -> int:
-        lost = self._forget({k for k in self.queue if k >= 0})
-        return lost + super().empty_cache()
+        lost = super().empty_cache() + self._forget({key for key in self.queue if key >= 0})
+        lost += self.block * sum(self.shared[k] for k in self.claims)
+        self.claims = set()
+        return lost
 
     def remove(self, gone: set[int]) -> None:
         super().remove(gone)
+        self._give_back_shared()
         self.away = [entry for entry in self.away if entry[1] not in gone]
         heapq.heapify(self.away)
-        self._forget({k for k in self.queue if k >= 0 and self.samples[k].number in gone})
+        numbers = {k for k, sample in enumerate(self.samples) if sample.number in gone}
+        self._forget({2 * k for k in numbers})
+        self.claims -= numbers
         self._update_queue()
 
     def _drawn(self, k: int) -> int:
@@ -118,10 +140,11 @@ class TurnEngine(Engine):
             self.elapsed_seconds += instant - self.now
             self._take_back(instant)
         super().advance(self._steps_until_return(limit))
-        self.elapsed_seconds += float(self.seconds.of(self.builder.last_run()).sum())
+        self.elapsed_seconds += self.seconds.single.of(*self.builder.last_run())
         for k in sorted(self.ended, key=lambda k: self.samples[k].number):
             self._call_tool(k)
         self.ended = []
+        self._give_back_shared()
         self._update_queue()
 
     def _take_back(self, instant: float) -> None:
@@ -134,30 +157,26 @@ class TurnEngine(Engine):
         self._drop_stale()
         if not self.away or not self.base:
             return limit
-        low, high = 1, self.ending[0][0] - self.clock  # ticks are tokens: nothing drafts
-        high = high if limit is None else min(high, limit)
+        most = (self.ending[0][0] - self.clock) // self.progress.ticks
+        most = most if limit is None else min(most, limit)
         left = self.away[0][0] - self.now - SAME_INSTANT_SECONDS
-        while low < high:
-            probes = np.unique(np.linspace(low, high, PROBES).astype(int))
-            enough = int(np.searchsorted(self._decode_seconds(probes), left))
-            if enough == len(probes):
-                break
-            low, high = int(probes[enough - 1]) + 1 if enough else low, int(probes[enough])
-        return high
+        return 1 + bisect_left(range(1, most), left, key=self._decode_seconds)
 
-    def _decode_seconds(self, steps: np.ndarray) -> np.ndarray:
+    def _decode_seconds(self, steps: int) -> float:
         """Of so many steps of those that decode now."""
-        row = [1, len(self.base), self._context(), 0, len(self.base), len(self.running)]
-        runs = self.builder.decoding(steps, np.tile(row, (len(steps), 1)).T)
-        return np.asarray(self.seconds.of(runs).sum(axis=0))
+        decoding = len(self.base)
+        row = steps, decoding, self._context(), 0, decoding * self.progress.width, len(self.running)
+        return self.seconds.single.of(row)
 
     def _call_tool(self, k: int) -> None:
         """At the end of a turn: what stays in the cache, and when the tool will be done."""
         turn, cached = self.samples[k].turns[self.turn[k]], self.prompt[k] + self.response[k] - 1
         kept = cached // self.block if self.turns.keep_prefix else 0
-        if kept:
-            self.queue[k] = kept
-            self.queued += kept
+        if kept and self.shared[k]:
+            self.claims.add(k)
+        if own := max(0, kept - self.shared[k]):
+            self.queue[2 * k] = own
+            self.queued += own
         self.recomputed += cached - self.block * kept
         begin = self.now if self.servers is None else max(self.now, self.servers[0])
         done = begin + turn.tool_seconds
@@ -180,18 +199,44 @@ class TurnEngine(Engine):
 
     def _known(self, sample: int) -> int:
         self._update_queue()
-        return self.block * self.queue.get(sample, 0)
+        return self.block * (self._shared_now(sample) + self.queue.get(2 * sample, 0))
+
+    def _shared_now(self, sample: int) -> int:
+        """Blocks that it shares and would find."""
+        return self._found(sample) or (self.queue.get(2 * self.group[sample] + 1, 0) if self.shared[sample] else 0)
 
     def _enter(self, sample: int, tokens: int) -> int:
-        known = self._known(sample)
-        self.queued -= self.queue.pop(sample, 0)
+        known, shared, reused = self._known(sample), self._shared_now(sample), self.reused
+        self.queued -= self.queue.pop(2 * sample, 0)
+        if not self._found(sample):
+            self.queued -= self.queue.pop(2 * self.group[sample] + 1, 0)
         super()._enter(sample, tokens)
+        if sample in self.claims:
+            self.claims.remove(sample)
+            self.reused = reused
+            self.recomputed += self.block * (self.shared[sample] - shared)
+        else:
+            self.reused = reused + self.block * shared
         self._update_queue()
         return known
+
+    def _leave(self, sample: int, blocks: int) -> int:
+        kept = super()._leave(sample, blocks)
+        if self.shared[sample] and not self.members[self.group[sample]]:
+            self.left.append(sample)
+        return kept
+
+    def _give_back_shared(self) -> None:
+        """What nobody who runs has in common any more comes to the end of the queue."""
+        for sample in sorted(self.left, key=lambda k: self.samples[k].number):
+            self.queue[2 * self.group[sample] + 1] = self.shared[sample]
+            self.queued += self.shared[sample]
+        self.left = []
 
     def _put_back(self) -> None:
         self._update_queue()
         super()._put_back()
+        self._give_back_shared()
         self._update_queue()
 
     def _retire(self) -> None:
@@ -210,7 +255,7 @@ class TurnEngine(Engine):
             oldest, blocks = next(iter(self.queue.items()))
             taken = min(blocks, self.queued - self.free)
             self.queued -= taken
-            self.recomputed += self.block * taken * (oldest >= 0)
+            self.recomputed += self.block * taken * (oldest >= 0 and not oldest % 2)
             if taken == blocks:
                 del self.queue[oldest]
             else:
@@ -220,27 +265,35 @@ class TurnEngine(Engine):
             self.queue[self.unwanted] = self.free - self.queued
             self.queued = self.free
 
-    def _forget(self, samples: set[int]) -> int:
-        """What is cached of these is not wanted any more: so many tokens."""
+    def _forget(self, keys: set[int]) -> int:
+        """What is in these blocks is not wanted any more: so many tokens of single samples."""
         lost, queue = 0, {}
-        for k, blocks in self.queue.items():
-            if k in samples:
-                lost += self.block * blocks
+        for key, blocks in self.queue.items():
+            if key in keys:
+                lost += self.block * blocks * (not key % 2)
                 self.unwanted -= 1
                 queue[self.unwanted] = blocks
             else:
-                queue[k] = blocks
+                queue[key] = blocks
         self.queue = queue
         return lost
 
 
 def turn_steps(
-    engine: TurnEngine, prompt_tokens: np.ndarray, turns: Sequence[tuple[Turn, ...]], seconds: StepSeconds
+    engine: TurnEngine,
+    prompt_tokens: np.ndarray,
+    turns: Sequence[tuple[Turn, ...]],
+    seconds: StepSeconds,
+    groups: np.ndarray | None = None,
 ) -> _Steps:
-    """What an engine without work does when it is given these samples at once, until all are done."""
+    """What an engine without work does when it is given these samples at once, until all are done.
+
+    groups: with prefix caching, the prompt of each.
+    """
+    prompts = range(len(turns)) if groups is None else groups.tolist()
     samples = [
-        Sample(k, k, int(prompt), sum(t.tokens + t.observation_tokens for t in own), own)
-        for k, (prompt, own) in enumerate(zip(prompt_tokens, turns, strict=True))
+        Sample(k, group, int(prompt), sum(t.tokens + t.observation_tokens for t in own), own)
+        for k, (group, prompt, own) in enumerate(zip(prompts, prompt_tokens, turns, strict=True))
     ]
     engine = engine.empty()
     engine.submit(samples, [0] * len(samples))
@@ -249,7 +302,7 @@ def turn_steps(
     for run, k in engine.completions:
         completion_run[k] = run
     runs = replace(
-        engine.builder.runs(engine.preemptions, engine.recomputed),
+        engine.builder.runs(engine.preemptions, engine.recomputed, engine.reused),
         completion_run=completion_run,
         tool_calls=int(engine.calls["tool_calls"]),
         tool_seconds=engine.calls["tool_seconds"],

@@ -51,6 +51,20 @@ class Sources(Record):
         return found
 
 
+class MeasuredTables(Record):
+    """Measured kernels in place of the curves (the extra `rlhfsim[measured]`; see rlhfsim/costs/measured.py).
+
+    framework, version: whose kernels, and of which release: each has tables of its own.
+    system: the folder of the tables, where the GPU's name does not say it.
+    folder: where the tables are; absent: in the installed package aiconfigurator-core.
+    """
+
+    framework: Literal["vllm", "sglang", "trtllm"]
+    version: str
+    system: str | None = None
+    folder: str | None = None
+
+
 class Gpu(Sources):
     """One accelerator.
 
@@ -60,6 +74,8 @@ class Gpu(Sources):
     nvlink_bytes_per_second: all NVLink ports of the GPU together, one direction; absent without NVLink.
     pcie_bytes_per_second: the GPU's own PCIe slot, one direction.
     kernels: efficiency curves, a file of `hw_specs/kernels/` or the path of one.
+    measured: tables of measured kernels in place of the curves, for forward products, attention, and collectives in a
+        node. framework (`vllm`, `sglang`, `trtllm`) and version say whose. Absent: none.
     overlaps_communication: whether it computes and communicates at the same time; a CPU rank has one stream for both.
     overlaps_launches: whether the host launches kernels ahead of the device; a CPU rank is its own host, and the time
         to launch adds up.
@@ -70,6 +86,7 @@ class Gpu(Sources):
     description: str = ""
     architecture: str
     kernels: str
+    measured: MeasuredTables | None = None
     overlaps_communication: bool = True
     overlaps_launches: bool = True
     fitted_on: list[str] = Field(default_factory=list)

@@ -18,6 +18,7 @@ from ..model import pipeline_parallel_choices
 from . import lengths
 from .base import Sourced
 from .data import PACKAGE, data_dir
+from .framework import Framework
 from .hardware import Cluster, Gpu, Interconnect, Network, Node, Sources
 from .model_spec import ModelSpec, load_model
 from .overrides import apply_override, expand_sweep, single_overrides
@@ -107,6 +108,8 @@ def scenario_sources(scenario: Scenario) -> list[tuple[str, float, str]]:
         records += [(f"{prefix}.{name}", getattr(part, name)) for name in _RECORDS]
     if cluster.between:
         records.append(("cluster.between", cluster.between))
+    if scenario.framework:
+        records.append(("framework", scenario.framework))
     for field, record in records:
         found += [
             (f"{field}.{name}", number.value, _source_text(record, number.source))
@@ -130,11 +133,13 @@ def _scenario(data: dict[str, Any], folder: Path, where: Where, overrides: list[
     if overrides and isinstance(data.get("keep", []), list):
         set_by_user = {leaf for key, value, _ in overrides for leaf in _leaves(key, value)}
         data["keep"] = sorted({*map(str, data.get("keep", [])), *set_by_user})
+    if data.get("framework") is not None:
+        data["framework"] = _framework(data["framework"], folder, where)
     if "cluster" in data:
         data["cluster"] = _cluster(data["cluster"], "cluster", folder, where)
-        data = _with_overheads(data)
+    data = _with_overheads(data)
     if "models" in data:
-        data["models"] = _models(data["models"], folder, where)
+        data["models"] = _models(data["models"], data.get("framework"), folder, where)
     if isinstance(data.get("generation"), dict):
         data["generation"] = _generation(data["generation"], folder, where)
     for section in ("workload", "algorithm"):
@@ -156,12 +161,24 @@ def _leaves(key: str, value: Any) -> list[str]:
     return [leaf for name, part in value.items() for leaf in _leaves(f"{key}.{name}", part)]
 
 
+def _framework(given: Any, folder: Path, where: Where) -> Framework:
+    """The profile of that name or path."""
+    named = _named("frameworks", given, "framework", "framework", folder, where)
+    return validate(Framework, named.data, named.where)
+
+
 def _with_overheads(data: dict[str, Any]) -> dict[str, Any]:
-    """What the cluster's machines were measured to need, where the scenario says nothing else."""
-    measured = data["cluster"].get("overheads") if isinstance(data["cluster"], dict) else None
-    if _parts_of(data["cluster"]):  # each part has its own: `Scenario.overheads_of`
-        return data
-    return data | {"overheads": _merge(measured, data.get("overheads") or {})} if measured else data
+    """What the cluster's machines were measured to need, then what the framework does, where the scenario is silent."""
+    cluster, framework = data.get("cluster"), data.get("framework")
+    usual: dict[str, Any] = framework.usual_overheads() if framework else {}
+    if isinstance(cluster, dict) and (parts := _parts_of(cluster)):  # each part has its own: `Scenario.overheads_of`
+        if not usual:
+            return data
+        wide = [part | {"overheads": _merge(usual, part.get("overheads") or {})} for part in parts]
+        return data | {"cluster": cluster | {"parts": wide}}
+    measured = cluster.get("overheads") if isinstance(cluster, dict) else None
+    lowest = _merge(usual, measured or {})
+    return data | {"overheads": _merge(lowest, data.get("overheads") or {})} if lowest else data
 
 
 def _with_places(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any, str]]:
@@ -229,6 +246,7 @@ def _check(scenario: Scenario, where: Where) -> None:
     except InputError as error:
         raise _error(error.message, error.field, where) from None
     _check_size(scenario, where)
+    _check_controller(scenario, where)
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
         _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
@@ -267,12 +285,26 @@ def _check_size(scenario: Scenario, where: Where) -> None:
         )
 
 
+def _check_controller(scenario: Scenario, where: Where) -> None:
+    for field in ("controller_bytes_per_second", "controller_call_seconds"):
+        if scenario.execution == "spmd" and (value := getattr(scenario.overheads, field)):
+            message = f"is {value:g}, but with execution spmd there is no controller (leave it out)"
+            raise _error(message, f"overheads.{field}", where)
+
+
 def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:
     """Tensor parallelism splits heads and MLP columns, pipeline stages have the same number of layers."""
     shape, tensor, stages = use.shape, use.tensor_parallel, use.pipeline_parallel * use.pipeline_chunks
     if shape.heads % tensor or shape.ffn % tensor:
         raise _error(
             f"is {tensor}, but must divide the {shape.heads} heads and the MLP width {shape.ffn} of {use.spec}",
+            f"{field}.tensor_parallel",
+            where,
+        )
+    if shape.linear_key_heads % tensor or shape.linear_value_heads % tensor:
+        raise _error(
+            f"is {tensor}, but must divide the {shape.linear_key_heads} key heads and {shape.linear_value_heads} value "
+            f"heads of linear attention of {use.spec}",
             f"{field}.tensor_parallel",
             where,
         )
@@ -334,6 +366,13 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
             "generation.engine",
             where,
         )
+    if actor.zero_stage == 3 and actor.tensor_parallel > 1 and scenario.generation.engine != "engine":
+        raise _error(
+            f"is {scenario.generation.engine!r}, which gathers sharded weights, but the actor is split in "
+            f"{actor.tensor_parallel} tensor-parallel parts too (models.actor.tensor_parallel); allowed: 'engine'",
+            "generation.engine",
+            where,
+        )
     if actor.shape.expert_ffn % (tensor // experts):
         raise _error(
             f"is {tensor}, so that {tensor // experts} ranks share an expert, but that must divide its width "
@@ -348,6 +387,16 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
             field,
             where,
         )
+    if actor.shape.linear_key_heads % tensor or actor.shape.linear_value_heads % tensor:
+        raise _error(
+            f"is {tensor}, but must divide the {actor.shape.linear_key_heads} key heads and "
+            f"{actor.shape.linear_value_heads} value heads of linear attention of {actor.spec}",
+            field,
+            where,
+        )
+    if actor.shape.linear and scenario.generation.prefix_caching:
+        message = f"is true, but states of linear attention ({actor.spec}) are not shared by responses: not modelled"
+        raise _error(message, "generation.prefix_caching", where)
     if tensor > scenario.cluster.gpus:
         raise _error(f"is {tensor}, but the cluster has {scenario.cluster.gpus} GPUs", field, where)
     _check_stages(scenario, where)
@@ -584,8 +633,8 @@ def _sourced_tables(record: type[Sources]) -> frozenset[str]:
 # --- models and workload ---------------------------------------------------------------------------------------------
 
 
-def _models(given: Any, folder: Path, where: Where) -> Any:
-    """The four models with defaults taken from each other and with their shapes."""
+def _models(given: Any, framework: Framework | None, folder: Path, where: Where) -> Any:
+    """The four models with defaults taken from each other and from the framework, and with their shapes."""
     if not isinstance(given, dict):
         return given
     actor = given.get("actor")
@@ -602,7 +651,10 @@ def _models(given: Any, folder: Path, where: Where) -> Any:
         if isinstance(use, dict) and isinstance(other, dict):
             models[role] = {"spec": other["spec"]} | _frozen_layout(role, use, models) | use
     known: dict[str, ModelSpec] = {}
+    usual = {"fused_kernels": framework.fused_kernels} if framework else {}
     for role in ROLES:
+        if isinstance(models.get(role), dict):
+            models[role] = usual | models[role]
         if isinstance(models.get(role), dict) and "spec" in models[role]:
             models[role] = models[role] | {"shape": _shape(models[role], f"models.{role}", folder, where, known)}
     return models
@@ -627,7 +679,8 @@ def _frozen_layout(role: str, use: dict[str, Any], models: dict[str, Any]) -> di
     layout = {key: partner[key] for key in keys if key in partner}
     if "score_micro_batch_samples" in use:
         layout.pop("score_micro_batch_tokens", None)
-    alone = all((layout | use).get(key, 1) == 1 for key in ("tensor_parallel", "pipeline_parallel"))
+    tensor = use.get("tensor_parallel", 1)
+    alone = (layout | use).get("pipeline_parallel", 1) == 1 and tensor in (1, partner.get("tensor_parallel", 1))
     stage = partner.get("zero_stage", ModelUse.model_fields["zero_stage"].default)
     return layout | {"zero_stage": 3 if stage == 3 and alone else 0}
 

@@ -36,6 +36,17 @@ class EngineTime(Record):
     gather: HostTime = HostTime()
 
 
+Factor = Annotated[float, Field(gt=0, le=1e3)]
+
+
+class Unexplained(Record):
+    """Compute of a stage over what kernels and host times say: what a profile found by measurement and cannot name."""
+
+    generation: Factor = 1.0
+    scoring: Factor = 1.0
+    training: Factor = 1.0
+
+
 class Overheads(Record):
     """Time that no kernel and no link explains; each is a component of its own in the results.
 
@@ -53,15 +64,28 @@ class Overheads(Record):
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
-        gathers results, serial at the driver; absent: no controller (every rank runs the program itself).
-    controller_call_seconds: fixed cost of one such call.
+        gathers results, serial at the driver (`execution: controller`); absent: that takes no time.
+    controller_call_seconds: fixed cost of one such call, on the workers too (what every stage begins and ends with).
+    sync_layer_seconds: host time of any weight sync, per layer of the model: gathering the parameters of a sharded unit
+        and giving the allocator's memory back.
     sync_tensor_seconds, sync_bucket_seconds: host time of a weight sync to another copy, per tensor (naming it, calling
         the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default
         0, unverified: frameworks call every engine for each tensor (OpenRLHF, TRL) or each bucket (verl, slime, AReaL,
         NeMo-RL), and no source separates what that takes.
+    host_adam_bytes_per_second: that Adam on the host (`offload_optimizer`) streams in one process; absent: its share of
+        the node's memory bandwidth. Ray gives a process one thread unless told otherwise (OMP_NUM_THREADS =
+        max(1, num_cpus), python/ray/_private/utils.py): PyTorch's fused AdamW, Megatron-LM's choice, reaches 32e9 with
+        it on an EPYC of family 25, model 17 (0.88 ns a parameter in fp32, best of 15 steps; torch 2.13).
     map_bytes_per_second: rate at which a sleeping engine gives device memory back and takes it again
         (`generation.sleep`); absent: that takes no time.
+    unexplained: factors by which generation, scoring and training compute longer than all other terms say.
     reserved_bytes: device memory that no tensor uses (context, NCCL buffers, allocator slack).
+    engine_process_bytes: device memory that the process of an engine keeps beside a process that trains, asleep or not
+        (a context and NCCL buffers of its own; its graphs are generation.cuda_graph_bytes). Default 0, unverified.
+    process_host_bytes: host memory of every process of a rank (one that trains, one of an engine) beside states.
+        Default 0, unverified.
+    host_memory_share: of the host's memory, what may be used. Default all; Ray ends workers above 0.95
+        (memory_usage_threshold, src/ray/common/ray_config_def.h).
     """
 
     eager_layer_seconds: Seconds | None = None
@@ -74,7 +98,13 @@ class Overheads(Record):
     decode_sequence_seconds: Seconds | None = None
     controller_bytes_per_second: BytesPerSecond | None = None
     controller_call_seconds: Seconds = 0.0
+    sync_layer_seconds: Seconds = 0.0
     sync_tensor_seconds: Seconds = 0.0
     sync_bucket_seconds: Seconds = 0.0
+    host_adam_bytes_per_second: BytesPerSecond | None = None
     map_bytes_per_second: BytesPerSecond | None = None
+    unexplained: Unexplained = Unexplained()
     reserved_bytes: Annotated[float, Field(ge=0, le=1e13)] | None = None
+    engine_process_bytes: Annotated[float, Field(ge=0, le=1e13)] = 0.0
+    process_host_bytes: Annotated[float, Field(ge=0, le=1e13)] = 0.0
+    host_memory_share: Annotated[float, Field(gt=0, le=1)] = 1.0

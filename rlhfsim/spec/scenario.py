@@ -15,9 +15,11 @@ from pydantic import ConfigDict, Field, model_validator
 from ..algorithms import IN_ROUNDS, named, options_of
 from ..algorithms import Algorithm as Steps
 from ..errors import InputError
+from ..lora import ALL_LINEAR, LoraTargets, lora_parameters, targets_problem
 from .algorithm import Algorithm as Algorithm
 from .algorithm import Latency as Latency
 from .base import BytesPerSecond, Count, Fraction, NonNegativeCount, Record
+from .framework import Framework
 from .hardware import Cluster
 from .model_spec import ExpertSplit, ModelSpec
 from .overheads import Overheads as Overheads
@@ -31,11 +33,16 @@ class ModelUse(Record):
 
     spec: a shipped model's name, or the path of a Hugging Face config.json.
     precision: of weights, activations and gradients; Adam keeps fp32 master weights and two moments.
+    gradient_precision: `fp32` where gradients are summed and reduced in fp32 beside 16-bit weights. zero_stage 0 to 2:
+        in a buffer over all of a rank's weights (Megatron-LM's accumulate_allreduce_grads_in_fp32, its default with
+        bf16; NeMo-RL's grad_reduce_in_fp32, off by default). zero_stage 3: shards of gradients and of weights are fp32,
+        what is gathered is not (FSDP's MixedPrecision with reduce_dtype fp32, verl's default). Absent: as precision.
     zero_stage: what is sharded over the model's data-parallel ranks: 0 nothing, 1 optimizer, 2 + gradients,
-        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank.
-    shard_ranks: zero_stage 3 shards over so many neighbouring ranks, and every such group holds a copy: weights are
-        gathered inside a group, gradients reduced inside and then summed across (FSDP's HYBRID_SHARD; verl's
-        fsdp_size). Absent: over all ranks.
+        3 + weights. A frozen model has only weights: 3 shards them, anything else keeps a full copy per rank. With
+        tensor_parallel each rank's part of the weights is sharded (FSDP2's two-dimensional mesh).
+    shard_ranks: zero_stage 3 shards over so many neighbouring ranks (of those with the same part), and every such group
+        holds a copy: weights are gathered inside a group, gradients reduced inside and then summed across (FSDP's
+        HYBRID_SHARD; verl's fsdp_size). Absent: over all ranks.
     gemm_precision: of the layers' matrix products where it is not `precision`: `fp8` casts their inputs (Transformer
         Engine); weights, gradients and optimizer stay as they are. The GPU must have such a rate.
     tensor_parallel, pipeline_parallel: ranks per replica; pipeline_chunks > 1 is the interleaved 1F1B schedule.
@@ -57,7 +64,13 @@ class ModelUse(Record):
         most so many tokens of one replica (verl: use_dynamic_bsz, ppo_max_token_len_per_gpu times the ranks that share
         a sequence; NeMo-RL: sequence_packing). All replicas have equally many, and balanced ones.
     recompute: activations kept in the forward pass (none: all are kept, full: only the layer inputs).
+    fused_kernels: norms, rotary embedding and activation of a pass are one kernel each (Transformer Engine in
+        Megatron-LM, Liger's kernels in Hugging Face's models); false: each of their operations reads and writes memory,
+        as eager PyTorch runs Hugging Face's models. Engines for generation always have fused ones.
     logits_chunk_tokens: log-probabilities from logits of this many tokens at a time; absent: all at once.
+    logits_in_place: one fp32 buffer holds logits, then probabilities, then gradients, beside one of the model's
+        precision (Megatron-LM's vocab_parallel_cross_entropy, megatron/core/tensor_parallel/cross_entropy.py; verl with
+        Megatron). Otherwise new tensors at every step, 2.77 times the logits in fp32 (measured with TRL).
     overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
         DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
         replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
@@ -66,7 +79,14 @@ class ModelUse(Record):
         update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
     overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
         pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
-    offload_optimizer: Adam on the host, gradients and weights over PCIe at every step.
+    offload_optimizer: Adam on the host, gradients and weights over PCIe at every step. offload_optimizer_fraction: of
+        so many of the parameters, those of the others on the GPU meanwhile (Megatron-LM's optimizer_offload_fraction,
+        `ratio` of DeepSpeed's ZeRO-Offload++).
+    offload_states: what leaves a trained model's GPUs for the host while it is not needed, and comes back. `optimizer`:
+        master weights and moments between updates (OpenRLHF's deepspeed_enable_sleep, verl's optimizer_offload). `all`:
+        the weights too, from the last stage of an iteration that uses them to the first of the next (NeMo-RL; verl's
+        param_offload with it). Gradients have ended by then, and their memory is given back. `image`: as `all`, but all
+        memory is copied, gradients too (slime's offload_train, by torch_memory_saver). Room on the host is kept.
     offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
         beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
         have left there comes back to be added to. Otherwise they leave once, after the last backward.
@@ -74,13 +94,19 @@ class ModelUse(Record):
         beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
         enable_activation_offload); two layers at a time are on the GPU.
     offload_parameters: weights rest in host memory and stream in for each pass.
-    lora_rank: 0 trains everything. trainable_layers: only the top so many layers train; absent: all.
+    lora_rank: 0 trains everything. lora_target_modules: which linear modules have factors: `all-linear`, `attention`
+        (those of attention alone), or a list of names as PEFT (q_proj, o_proj, down_proj, ...) or as Megatron Bridge
+        (linear_qkv, linear_proj, linear_fc1, linear_fc2: one pair of factors for q, k and v, and for gate and up) has
+        them. Routed experts have none. verl's default is all-linear with FSDP (verl/trainer/config/model/hf_model.yaml
+        @17aa18cb) and those four with Megatron (its lora.target_modules).
+    trainable_layers: only the top so many layers train; absent: all.
     backend: what trains it in a real run: `deepspeed`, or plain `torch` (at zero_stage 0).
     """
 
     spec: str
     shape: ModelSpec
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_precision: Literal["fp32"] | None = None
     gemm_precision: Literal["fp8", "int8"] | None = None
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 3
     shard_ranks: Count | None = None
@@ -101,21 +127,40 @@ class ModelUse(Record):
     score_micro_batch_tokens: Count | None = None
     recompute: Literal["none", "selective", "full"] = "full"
     flash_attention: bool = True
+    fused_kernels: bool = True
     logits_chunk_tokens: Count | None = None
+    logits_in_place: bool = False
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
     offload_optimizer: bool = False
+    offload_optimizer_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    offload_states: Literal["optimizer", "all", "image"] | None = None
     offload_gradients: bool = False
     offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
+    lora_target_modules: LoraTargets = ALL_LINEAR
     trainable_layers: Count | None = None
     backend: Literal["deepspeed", "torch"] = "deepspeed"
 
     @property
     def bytes_per_parameter(self) -> int:
         return 4 if self.precision == "fp32" else 2
+
+    def lora_parameters(self, layers: int | None = None) -> int:
+        """Of LoRA's factors in so many layers, or in all."""
+        return lora_parameters(self.shape, self.lora_rank, layers, self.lora_target_modules)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one element, as it is kept and reduced."""
+        return 4 if self.gradient_precision else self.bytes_per_parameter
+
+    @property
+    def shards_master(self) -> bool:
+        """Whether the sharded weights of a trained model are the fp32 master itself, gathered in 16 bits (FSDP)."""
+        return self.zero_stage == 3 and self.gradient_precision is not None and self.precision != "fp32"
 
     @property
     def ranks_per_replica(self) -> int:
@@ -160,9 +205,10 @@ class ModelUse(Record):
         return self.zero_stage == 3 if self.overlap_param_gather is None else self.overlap_param_gather
 
     def shard_groups(self, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The ranks that hold all weights once together, under zero_stage 3."""
-        size = self.shard_ranks or len(ranks)
-        return tuple(ranks[first : first + size] for first in range(0, len(ranks), size))
+        """The ranks that hold one tensor-parallel part of the weights once together, under zero_stage 3."""
+        alike = [ranks[part :: self.tensor_parallel] for part in range(self.tensor_parallel)]
+        size = self.shard_ranks or len(alike[0])
+        return tuple(part[first : first + size] for part in alike for first in range(0, len(part), size))
 
     def expert_split(self, tensor_parallel: int | None = None) -> ExpertSplit:
         """How routed experts lie on the ranks (of an engine, with its own `tensor_parallel`)."""
@@ -216,6 +262,15 @@ class ModelUse(Record):
         return self
 
     @model_validator(mode="after")
+    def _linear_attention_is_whole(self) -> ModelUse:
+        if self.shape.linear and self.context_parallel > 1:
+            raise ValueError(
+                f"context_parallel is {self.context_parallel}, but the linear attention of {self.spec}, whose state "
+                "passes from token to token, is not modelled on ranks that share sequences (allowed: 1)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_can_be_split(self) -> ModelUse:
         shape, degree = self.shape, self.context_parallel
         if degree == 1 or self.context_exchange != "all_to_all":
@@ -247,6 +302,30 @@ class ModelUse(Record):
         return self
 
     @model_validator(mode="after")
+    def _states_can_move(self) -> ModelUse:
+        if self.offload_optimizer_fraction < 1 and not self.offload_optimizer:
+            raise ValueError(
+                f"offload_optimizer_fraction is {self.offload_optimizer_fraction:g}, but needs offload_optimizer: true"
+            )
+        if self.offload_optimizer_fraction < 1 and self.offload_gradients:
+            raise ValueError("offload_gradients takes all gradients: offload_optimizer_fraction must be 1")
+        if self.offload_states == "optimizer" and self.offload_optimizer:
+            raise ValueError(
+                "offload_states is optimizer, but with offload_optimizer: true it is on the host (allowed: all, image)"
+            )
+        if self.offload_states not in (None, "optimizer") and self.offload_parameters:
+            raise ValueError(
+                f"offload_states is {self.offload_states}, but with offload_parameters: true weights rest on the host "
+                "(allowed: optimizer)"
+            )
+        if self.shards_master and self.offload_optimizer and not self.offload_parameters:
+            raise ValueError(
+                "gradient_precision fp32 at zero_stage 3 makes the sharded weights the optimizer's: with "
+                "offload_optimizer, offload_parameters must be true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _overlap_is_possible(self) -> ModelUse:
         if self.overlap_param_gather and self.zero_stage == 0:
             raise ValueError(
@@ -271,10 +350,14 @@ class ModelUse(Record):
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but the hidden size of {self.spec} is {self.shape.hidden}"
             )
-        if self.zero_stage == 3 and self.ranks_per_copy > 1:
+        if self.lora_target_modules != ALL_LINEAR and not self.lora_rank:
+            raise ValueError("lora_target_modules is given, but lora_rank is 0: nothing is adapted")
+        if problem := targets_problem(self.shape, self.lora_target_modules):
+            raise ValueError(f"lora_target_modules {problem}")
+        if self.zero_stage == 3 and self.pipeline_parallel > 1:
             raise ValueError(
-                "zero_stage 3 shards weights over data-parallel ranks; with tensor_parallel or "
-                "pipeline_parallel above 1 use stage 0, 1 or 2"
+                "zero_stage 3 shards weights over data-parallel ranks; with pipeline_parallel above 1 use stage 0, 1 "
+                "or 2"
             )
         if self.shard_ranks is not None and self.zero_stage < 3:
             raise ValueError(f"shard_ranks is {self.shard_ranks}, but weights are sharded at zero_stage 3 only")
@@ -346,7 +429,8 @@ class Turns(Record):
     tool_concurrency: calls at work at once for each engine, first come, first served; absent: any number. (Of a tool
         that n engines share, give a share.)
     keep_prefix: the engine keeps the blocks of a context while its tool is at work, until others need them (prefix
-        caching); otherwise a turn computes its whole context again.
+        caching of a sample's own context; `generation.prefix_caching` adds what samples share); otherwise a turn
+        computes its whole context again.
     max_tokens: of a response, all turns and observations together. What exceeds it is cut off; an observation that
         leaves no room for another token ends the response (as verl's tool_agent_loop). Absent: whatever is drawn.
     """
@@ -366,8 +450,8 @@ class Workload(Record):
     length (plain Hugging Face batches); otherwise padding is removed.
     turns: of responses with tool calls between them; absent: one turn.
     balanced: the samples of a stage are shared among the replicas of a place by tokens, equally many each (verl's
-        balance_batch, for every mini-batch by itself); otherwise in order. Replicas that are places of their own
-        (models that score with whole copies) keep what they have.
+        balance_batch, for every mini-batch by itself); otherwise in order. Without a controller (`execution: spmd`)
+        co-located replicas that hold whole models keep what they have generated.
     responses: in a real run, `forced` to the lengths that are drawn here, or `sampled` until the end-of-sequence token,
         up to the longest of them.
     """
@@ -408,14 +492,24 @@ class Workload(Record):
         return self.prompt_tokens.longest + self.longest_response
 
 
+def _last_layers(shape: ModelSpec, layers: int) -> ModelSpec:
+    """A model of so many layers like a model's own, those without linear attention."""
+    changes: dict[str, Any] = {"layers": layers}
+    if shape.linear:
+        names = ("key_heads", "value_heads", "key_head_dim", "value_head_dim", "conv_kernel")
+        changes |= {"attention_pattern": ("full",)} | {f"linear_{name}": 0 for name in names}
+    return shape.model_copy(update=changes)
+
+
 class Speculative(Record):
     """Speculative decoding of a continuous engine: `tokens` drafts of each sequence are verified in one step.
 
     acceptance_length: mean tokens that a sequence gains in a step, the one included that the model draws by itself: 1
         to tokens + 1 (counted in hundredths). Every step brings the mean to every sequence.
     draft: the model that drafts (a shipped model's name, or the path of a config.json), split as the engine is. Absent:
-        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction);
-        0 layers: drafts cost nothing (look-up of n-grams).
+        a head of `layers` layers like the model's own, with its embedding and head (EAGLE, multi-token prediction), and
+        with full attention where the model's is linear (Qwen3-Next, Qwen3.5); 0 layers: drafts cost nothing (look-up of
+        n-grams).
     """
 
     tokens: Count
@@ -477,7 +571,8 @@ class Generation(Record):
         the weights to host memory, where room for them is kept, and back before they are overwritten; `level_2` forgets
         them, so that it can generate once for each sync (vLLM's sleep levels). Both give memory back and take it again
         (`overheads.map_bytes_per_second`). Absent: it makes room and comes back in no time.
-    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine.
+    max_sequences, prefill_tokens, block_tokens: scheduler limits of a continuous engine. The states of linear attention
+        take blocks too. (vLLM makes them longer then: "Setting attention block size to ... tokens" in its log.)
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
@@ -561,6 +656,7 @@ class Generation(Record):
             "expert_parallel": self.expert_parallel,
             "expert_tensor_parallel": self.tensor_parallel // self.expert_parallel,
             "gemm_precision": self.weights_precision,
+            "fused_kernels": use.fused_kernels if self.engine == "zero3_per_token" else True,
         }
         return use.model_copy(update=changes)
 
@@ -571,8 +667,9 @@ class Generation(Record):
         """What drafts for this model: a model of its own, or layers like the model's; None: nothing that runs."""
         if self.speculative is None or not (self.speculative.shape or self.speculative.layers):
             return None
-        shape = self.speculative.shape or use.shape.model_copy(update={"layers": self.speculative.layers})
-        return use.model_copy(update={"spec": shape.name, "shape": shape, "lora_rank": 0})
+        shape = self.speculative.shape or _last_layers(use.shape, self.speculative.layers)
+        changes = {"spec": shape.name, "shape": shape, "lora_rank": 0, "lora_target_modules": ALL_LINEAR}
+        return use.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
@@ -702,18 +799,26 @@ class Compare(Record):
 class Scenario(Record):
     """A complete question to the simulator.
 
+    framework: with what it runs, a file of `hw_specs/frameworks/` or the path of one: its host times and kernels stand
+        where nothing else is said.
+    execution: who runs the program. `controller`: one process, which gathers what all ranks have made in a stage before
+        it hands out the next: no rank scores before the last response is there, and samples can be dealt again in
+        between (verl, NeMo RL, OpenRLHF, slime, ReaL). `spmd`: every rank, which goes on with its own samples as soon
+        as it can (DeepSpeed-Chat, TRL, the paper's code, real runs here).
     keep: dotted fields that `compare` and `sweep` leave as they are when they tune a strategy; what is set on the
         command line, swept, or named in a row of `compare` is added by itself.
     """
 
     name: str = "scenario"
     description: str = ""
+    framework: Framework | None = None
     cluster: Cluster
     models: Models
     workload: Workload
     algorithm: Algorithm = Algorithm()
     generation: Generation = Generation()
     strategy: StrategyChoice = StrategyChoice()
+    execution: Literal["controller", "spmd"] = "controller"
     weight_sync: WeightSync = WeightSync()
     overheads: Overheads = Overheads()
     periodic: Periodic = Periodic()

@@ -20,6 +20,9 @@ class Devices:
         not named moves all its ranks together (a ZeRO-3 domain, a training step).
     replica: model -> ranks of one replica; a model's device set is a multiple of it (default 1).
     own_engine: responses are generated from a separate copy of the actor (`shadow_actor`), not from the actor itself.
+    controller: scores of all ranks are gathered stage by stage (`execution` of the scenario).
+    guests: models that are none, as a function, judge or sandbox gives what they would: their stages need no GPU, and
+        take turns on the ranks of another model.
     """
 
     ranks: tuple[int, ...]
@@ -27,9 +30,16 @@ class Devices:
     together: dict[str, int] = field(default_factory=dict)
     replica: dict[str, int] = field(default_factory=dict)
     own_engine: bool = False
+    controller: bool = False
+    guests: tuple[str, ...] = ()
 
     def size(self, stage: str) -> int | None:
         return self.together.get(stage)
+
+    def meeting(self, stage: str) -> int | None:
+        """`size` of a scoring stage: with a controller all its ranks begin when the stage before has been gathered, and
+        end together."""
+        return None if self.controller else self.size(stage)
 
     def unit(self, stage: str, model: str) -> int:
         """What the number of a stage's ranks must be a multiple of."""
@@ -65,6 +75,14 @@ def divide(
     for name, size in sizes.items():
         divided[name], start = ranks[start : start + size], start + size
     return divided
+
+
+def hosts(algorithm: Algorithm, devices: Devices) -> dict[str, str]:
+    """Each model that scores or trains -> the one on whose ranks it does: itself, or of a guest the reference, which
+    has the least work, else the actor."""
+    models = dict.fromkeys(s.model for s in algorithm.of_kind("score", "train"))
+    host = "reference" if "reference" in models else "actor"
+    return {model: host if model in devices.guests else model for model in models}
 
 
 def apart(algorithm: Algorithm, devices: Devices, split: dict[str, float] | None = None) -> dict[str, tuple[int, ...]]:

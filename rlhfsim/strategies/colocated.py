@@ -1,7 +1,9 @@
 """Co-located (the paper's Flattening): all models on every rank, one after the other.
 
 For each of `calls` generation calls: generate, then score with each model in turn; after the last, train on all of it.
-Responses come from the actor itself, or from an engine's own copy that is refreshed after the update.
+Responses come from the actor itself, or from an engine's own copy that is refreshed after the update. With a controller
+(`execution`) all ranks begin a score together, when all responses or the scores before are there; otherwise replicas
+that hold whole models go on with what is their own.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ def build(algorithm: Algorithm, devices: Devices, *, calls: int = 1) -> StageGra
             )
         else:
             model = "shadow_actor" if step.kind == "generate" and devices.own_engine else step.model
+            size = devices.size(step.name) if step.kind == "generate" else devices.meeting(step.name)
             chunks = algorithm.chunks(step.name, calls)
-            graph.stage(step.name, step.kind, model, devices.ranks, size=devices.size(step.name), chunks=chunks)
+            graph.stage(step.name, step.kind, model, devices.ranks, size=size, chunks=chunks)
             for needed in step.needs:
                 graph.link(needed, step.name, stream=algorithm.streams(needed, step.name))
     if devices.own_engine:

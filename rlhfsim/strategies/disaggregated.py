@@ -10,7 +10,7 @@ from __future__ import annotations
 from rlhfsim.algorithms import Algorithm
 from rlhfsim.graph import StageGraph
 
-from . import Devices, divide
+from . import Devices, divide, hosts
 
 # Shares of the ranks where nothing is said; two of eight for what holds optimizer states or generates.
 SHARES = {"shadow_actor": 2, "reference": 1, "shadow_critic": 1, "reward": 1, "actor": 2, "critic": 1}
@@ -39,6 +39,7 @@ def build(
     barrier: the next iteration begins when all weights have arrived; otherwise each copy waits only for its own, and
         generation may overlap a slower critic's last updates (as in the authors' code).
     split: shares of the ranks by model; ranks: exact ranks by model instead (models on the same rank take turns).
+        A reward that no model gives is on the reference's ranks, else the actor's, but where `ranks` names its own.
     """
     if spread not in ("robin", "first"):
         raise ValueError(f"spread is {spread!r} (allowed: robin, first)")
@@ -107,12 +108,14 @@ def _place(
     split: dict[str, float] | None,
     ranks: dict[str, list[int]] | None,
 ) -> dict[str, tuple[int, ...]]:
-    models = ["shadow_actor", *dict.fromkeys(s.model for s in algorithm.of_kind("score", "train"))]
+    host = hosts(algorithm, devices)
+    models = ["shadow_actor", *dict.fromkeys(host.values())]
     if shadow_critic and "critic" in models:
         models.insert(models.index("critic"), "shadow_critic")
     for option, given in (("split", split), ("ranks", ranks)):
-        if given is not None and set(given) != set(models):
-            odd = sorted(set(given) ^ set(models))
+        named = set(given or ()) - (set(devices.guests) if option == "ranks" else set())
+        if given is not None and named != set(models):
+            odd = sorted(named ^ set(models))
             raise ValueError(f"{option} must name exactly {', '.join(models)} (check {', '.join(odd)})")
     if ranks is not None:
         for model, own in ranks.items():
@@ -121,5 +124,7 @@ def _place(
             if shared := set(own) & set(ranks.get(f"shadow_{model}", ())):
                 both = f"ranks.{model} and ranks.shadow_{model}"
                 raise ValueError(f"{both} share rank {min(shared)}: a model and its copy must be apart")
-        return {model: tuple(own) for model, own in ranks.items()}
-    return divide(devices.ranks, split or {m: SHARES.get(m, 1) for m in models}, devices.replica)
+        where = {model: tuple(own) for model, own in ranks.items()}
+    else:
+        where = divide(devices.ranks, split or {m: SHARES.get(m, 1) for m in models}, devices.replica)
+    return {guest: where[host[guest]] for guest in devices.guests if guest in host} | where

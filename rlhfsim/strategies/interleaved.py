@@ -2,7 +2,7 @@
 
 An owner scores its own lane first, then one lane of another rank per turn (or all in one pass with `concat`). Tokens go
 to the owners and scores come back as messages between ranks. An algorithm without reference leaves the reward model on
-all ranks.
+all ranks, as a reward that no model gives leaves the reference there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build(
     if owners is None:
         if not 0 < ratio < 1:
             raise ValueError(f"ratio is {ratio}: it must lie between 0 and 1")
-        units = {model: _unit(algorithm, devices, model) for model in _judges(algorithm)}
+        units = {model: _unit(algorithm, devices, model) for model in _judges(algorithm, devices)}
         parts = divide(devices.ranks, {m: ratio if m == "reference" else 1 - ratio for m in units}, units)
         owners = {model: list(own) for model, own in parts.items()}
     _check(owners, devices, algorithm)
@@ -58,7 +58,7 @@ def build(
             if mode == "sync" and model == "reward":
                 _ask_late(graph, scored[step.name], owners["reward"], ranks, per_rank, chunks)
         else:
-            size = devices.size(step.name)
+            size = devices.size(step.name) if step.kind == "generate" else devices.meeting(step.name)
             scored[step.name] = [graph.stage(step.name, step.kind, model, ranks, size=size, chunks=chunks)]
         for needed in step.needs:
             stream = algorithm.streams(needed, step.name)
@@ -86,9 +86,9 @@ def build(
     return graph
 
 
-def _judges(algorithm: Algorithm) -> list[str]:
+def _judges(algorithm: Algorithm, devices: Devices) -> list[str]:
     """What interleaving puts on disjoint parts."""
-    return [model for model in ("reference", "reward") if model in algorithm.models]
+    return [m for m in ("reference", "reward") if m in algorithm.models and m not in devices.guests]
 
 
 def _unit(algorithm: Algorithm, devices: Devices, model: str) -> int:
@@ -106,9 +106,9 @@ def _check(owners: dict[str, list[int]], devices: Devices, algorithm: Algorithm)
             raise ValueError(f"owners.{model} is {own}: distinct ranks of 0 to {devices.ranks[-1]} are needed")
         if len(own) % (unit := _unit(algorithm, devices, model)):
             raise ValueError(f"owners.{model} has {len(own)} ranks, which do not divide into replicas of {unit}")
-    if missing := set(_judges(algorithm)) - set(owners):
+    if missing := set(_judges(algorithm, devices)) - set(owners):
         raise ValueError(f"owners lacks {', '.join(sorted(missing))}")
-    if both := set(owners.get("reference", ())) & set(owners["reward"]):
+    if both := set(owners.get("reference", ())) & set(owners.get("reward", ())):
         raise ValueError(
             f"owners.reference and owners.reward share the ranks {sorted(both)}; interleaving needs disjoint ones"
         )
@@ -116,7 +116,7 @@ def _check(owners: dict[str, list[int]], devices: Devices, algorithm: Algorithm)
 
 def _ordered(owners: dict[str, list[int]], devices: Devices) -> tuple[int, ...]:
     """Reference owners, reward owners, others: lane k belongs to the k-th of these, so an owner's lanes are a range."""
-    first = [*owners.get("reference", ()), *owners["reward"]]
+    first = [*owners.get("reference", ()), *owners.get("reward", ())]
     return (*first, *(r for r in devices.ranks if r not in set(first)))
 
 
@@ -124,7 +124,7 @@ def _turns(
     graph: StageGraph, step: Step, own: list[int], ranks: tuple[int, ...], concat: bool, devices: Devices, chunks: int
 ) -> list[str]:
     """The stages in which `own` handle every lane; their names, in order."""
-    size = devices.size(step.name) or len(own)
+    size = devices.meeting(step.name) or len(own)
     if concat:
         return [graph.stage(step.name, step.kind, step.model, own, size=size, chunks=chunks)]
     mine = sorted(ranks.index(r) for r in own)

@@ -19,10 +19,13 @@ from . import Devices, divide
 
 
 def build(algorithm: Algorithm, devices: Devices, *, ranks: dict[str, list[int]] | None = None) -> StageGraph:
-    """ranks: of each call by name. By default generation has all, and calls of one kind share them equally."""
+    """ranks: of each call by name. By default generation has all, and calls of one kind share them equally (where no
+    model gives the reward, it is on the ranks of `ref`, else on all)."""
     scores = [s for s in algorithm.of_kind("score") if s.name != "old_log_prob" or "values" in s.fields]
     updates = algorithm.of_kind("train")
-    where = {"gen": devices.ranks, **_shared(scores, devices), **_shared(updates, devices)}
+    models = [s for s in scores if s.model not in devices.guests]
+    where = {"gen": devices.ranks, **_shared(models, devices), **_shared(updates, devices)}
+    where |= {s.name: where.get("ref", devices.ranks) for s in scores if s.model in devices.guests}
     for call, own in (ranks or {}).items():
         if call not in where or not own or not set(own) <= set(devices.ranks):
             raise ValueError(f"ranks.{call} is {own}: ranks of 0 to {devices.ranks[-1]} for {', '.join(where)}")

@@ -15,7 +15,7 @@ from math import lcm
 from rlhfsim.algorithms import Algorithm
 from rlhfsim.graph import StageGraph
 
-from . import Devices, divide
+from . import Devices, divide, hosts
 
 SHARES = {"vllm": 2.0, "actor": 2.0, "reference": 1.0, "critic": 2.0, "reward": 1.0}
 
@@ -33,12 +33,15 @@ def build(
 
     vllm_num_engines: engines; by default as many as their share of the ranks has room for.
     split: shares of the ranks by `vllm` and the first model of each group (vllm: not where vllm_num_engines is given).
+    A reward that no model gives (--remote_rm_url) is on the reference's ranks, else the actor's.
     """
-    host = {s.model: s.model for s in algorithm.of_kind("score", "train")}
-    if colocate_actor_ref and "reference" in host:
-        host["reference"] = "actor"
+    host = hosts(algorithm, devices)
+    if colocate_critic_reward and "reward" in devices.guests:
+        raise ValueError("colocate_critic_reward is true, but no reward model needs a place")
     if colocate_critic_reward and {"critic", "reward"} <= set(host):
         host["reward"] = "critic"
+    if colocate_actor_ref:
+        host = {model: "actor" if group == "reference" else group for model, group in host.items()}
     where = _place(devices, list(dict.fromkeys(host.values())), host, vllm_num_engines, split)
     at = {model: where[group] for model, group in host.items()}
     scores, updates = algorithm.of_kind("score"), algorithm.of_kind("train")

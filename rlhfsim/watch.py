@@ -1,4 +1,4 @@
-"""Ends a run on every rank when one dies, hangs or raises, with the reason and the stage named.
+"""Ends a real run on every rank when one dies, hangs or raises, with the reason and the stage named.
 
 A thread on each rank tells the store that the rank lives and what it does, and watches the next rank, so that each is
 watched by one. Blocked collectives cannot be interrupted: the thread ends the process.
@@ -14,18 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from torch.distributed import Store
-
-from rlhfsim.firing import Firing
-
-from .meter import Meter
+from .firing import Firing
 
 FAILED = 1  # exit code
 CLOSE = b"\0"  # no signal has this number
 # What gloo says on the survivors when a peer has died; who that was, its watcher knows better.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class Inside(Protocol):
+    """Of a rank's meter: the collective that it is in, if any."""
+
+    inside: str
 
 
 def describe(f: Firing) -> str:
@@ -35,16 +37,17 @@ def describe(f: Firing) -> str:
 class Watch(threading.Thread):
     """Start it before the work; `close` after all ranks have met at the end.
 
+    store: of torch.distributed (rlhfsim does not import torch).
     timeout_seconds: how long one firing may take on a rank. silence_seconds: how long a rank may give no sign of life
     (its process is gone, stopped, or holds the interpreter). save: called on one rank before all end, with the reason.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: Any,
         rank: int,
         ranks: int,
-        meter: Meter,
+        meter: Inside,
         *,
         timeout_seconds: float = 600.0,
         silence_seconds: float = 20.0,
@@ -124,7 +127,7 @@ class Watch(threading.Thread):
         return self.store.get(key).decode() if self.store.check([key]) else otherwise
 
     @staticmethod
-    def _post(store: Store, reason: str) -> None:
+    def _post(store: Any, reason: str) -> None:
         """The first reason counts."""
         store.compare_set("failure", "", reason)
 
