@@ -420,7 +420,7 @@ class StepSeconds:
         """In which the sequences of each run's steps go through the pipeline stages."""
         pieces = np.bincount(runs.chunk_run, minlength=len(runs.steps))
         most = np.maximum(runs.decodes + pieces, -(-runs.prompt_tokens // self.generation.prefill_tokens))
-        return np.clip(most, 1, self.generation.pipeline_parallel)
+        return np.asarray(np.clip(most, 1, self.generation.pipeline_parallel))
 
     def table(self, runs: Runs) -> _Steps:
         return _Steps(runs, self.of(runs), self.micro_batches(runs))
