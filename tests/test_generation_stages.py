@@ -1,7 +1,9 @@
-"""Generation through pipeline stages: against a pipe run job by job, a per-step twin, closed forms and sums of bytes."""
+"""Generation through pipeline stages: against a pipe run job by job, a per-step twin and closed forms; bytes."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from math import ceil
 
 import numpy as np
@@ -13,7 +15,7 @@ from test_generation import PREEMPTING, SHARING, both, decoding, operators, seco
 
 from rlhfsim.costs.engine import Progress, Runs, static_runs
 from rlhfsim.costs.generation import StepSeconds, generation_program
-from rlhfsim.costs.operators import Operators
+from rlhfsim.costs.operators import Operators, OperatorTime
 from rlhfsim.costs.passes import Layout
 from rlhfsim.costs.run_seconds import RunSeconds
 from rlhfsim.costs.stages import StageSteps, rounds, sum_of_steps
@@ -24,7 +26,7 @@ from rlhfsim.metrics import stage_seconds
 from rlhfsim.model import kv_bytes_per_token, parameters
 from rlhfsim.real_limits import check_real
 from rlhfsim.simulate import prepare
-from rlhfsim.spec.scenario import Generation, ModelUse, WeightSync
+from rlhfsim.spec.scenario import Generation, WeightSync
 
 approx = pytest.approx
 
@@ -84,81 +86,70 @@ def test_growing_steps_are_summed_exactly(lines: list[tuple[float, float, float]
 # --- seconds of steps, against a per-step twin -----------------------------------------------------------------------
 
 
-def twin_round(step: tuple, ops: Operators, model: ModelUse, generation: Generation, floor: float, host: float) -> float:
-    """Of the mean micro-batch on each stage; floor: of a layer."""
-    decodes, context, prompt, rows, _, chunks = step
-    stages = generation.pipeline_parallel
+def twin_rounds(runs: Runs, k: int, generation: Generation, ops: Operators, floor: float, host: float) -> np.ndarray:
+    """Seconds of each round of a run, of the mean micro-batch on each stage; floor: of a layer."""
+    model, stages = use("opt-125m"), generation.pipeline_parallel
+    decodes, prompt, rows = int(runs.decodes[k]), int(runs.prompt_tokens[k]), int(runs.sampled[k])
+    chunks = runs.chunk_tokens[runs.chunk_run == k]
     parts = min(stages, max(decodes + len(chunks), ceil(prompt / generation.prefill_tokens), 1))
     layers = model.shape.layers // stages
 
-    def mean(operator, total: int) -> float:
+    def mean(operator: Callable[[int], OperatorTime], total: int) -> float:
         """Micro-batches have a whole number of tokens."""
-        sizes = [(total + k) // parts for k in range(parts)]
-        return sum(float(operator(size)) for size in sizes) / parts
+        sizes = Counter((total + part) // parts for part in range(parts))
+        return sum(count * float(operator(size).seconds) for size, count in sizes.items()) / parts
 
-    layer = mean(lambda m: ops.layer_forward(model, m, 1, serving=generation.continuous).seconds, decodes + prompt)
+    layer = np.zeros(runs.steps[k])
+    layer += mean(lambda m: ops.layer_forward(model, m, 1, serving=generation.continuous), decodes + prompt)
     if decodes:
-        layer += float(ops.attention_decode(model, decodes / parts, context / parts, 1).seconds)
-    if chunks:
-        layer += float(ops.attention_prefill(model, np.array(chunks), 1).seconds) / parts
-    busy = [layers * layer] * stages
-    busy[0] += mean(lambda m: ops.embedding(model, m).seconds, decodes + prompt)
-    busy[-1] += mean(lambda m: ops.head_forward(model, m, 1).seconds, rows)
-    busy = [max(b, layers * floor) for b in busy]
+        context = runs.context_tokens[k] + decodes * np.arange(runs.steps[k])
+        layer += ops.attention_decode(model, decodes / parts, context / parts, 1).seconds
+    if len(chunks):
+        layer += float(ops.attention_prefill(model, chunks, 1).seconds) / parts
+    busy = np.tile(layers * layer, (stages, 1))
+    busy[0] += mean(lambda m: ops.embedding(model, m), decodes + prompt)
+    busy[-1] += mean(lambda m: ops.head_forward(model, m, 1), rows)
+    busy = np.maximum(busy, layers * floor)
+    alone, slowest = host + busy.sum(axis=0), np.maximum(busy.max(axis=0), host)
     if prompt and not generation.continuous:
-        return host + sum(busy) + (parts - 1) * max(host, *busy)
-    return max(host + sum(busy), parts * max(host, *busy))
+        return alone + (parts - 1) * slowest
+    return np.maximum(alone, parts * slowest)
 
 
-def steps_of(runs: Runs, k: int) -> list[tuple]:
-    chunks = runs.chunk_tokens[runs.chunk_run == k].tolist()
-    gain = runs.decodes[k]
-    return [
-        (int(runs.decodes[k]), float(runs.context_tokens[k] + i * gain), int(runs.prompt_tokens[k]),
-         int(runs.sampled[k]), int(runs.running[k]), chunks)
-        for i in range(runs.steps[k])
-    ]  # fmt: skip
+def check_against_twin(runs: Runs, generation: Generation, floor_share: float, host: float) -> None:
+    """Launch floors below, above and among the seconds of the device's steps (they grow with the context)."""
+    ops, model = operators(), use("opt-125m")
+    middle = twin_rounds(runs, len(runs.steps) // 2, generation, ops, 0.0, 0.0)
+    floor = floor_share * float(middle[0]) / model.shape.layers
+    eager = operators(eager_layer_seconds=floor, decode_step_seconds=host, decode_sequence_seconds=0.0)
+    found = StepSeconds(eager, model, generation).of(runs).sum(axis=0)
+    expected = [twin_rounds(runs, k, generation, ops, floor, host).sum() for k in range(len(runs.steps))]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+floors = st.sampled_from([0.0, 0.5, 0.9, 1.0, 1.0005, 3.0])
+
+
+@settings(max_examples=12, deadline=None)
 @example(PREEMPTING, 4, 0.9)
 @example(SHARING, 2, 0.0)
-@given(workloads, st.sampled_from([2, 3, 4, 12]), st.sampled_from([0.0, 0.9, 1.0, 1.0005, 3.0]))
+@given(workloads, st.sampled_from([2, 3, 4, 12]), floors)
 def test_continuous_rounds_are_those_of_the_twin(workload: dict, stages: int, floor_share: float) -> None:
-    """Launch floors below, above and among the seconds of the device's steps."""
     runs, _ = both(workload | {"drafting": None})
-    model, ops = use("opt-125m"), operators()
     generation = engine(stages, cuda_graphs=False, prefill_tokens=workload["budget"])
-    middle = steps_of(runs, len(runs.steps) // 2)[0]
-    floor = floor_share * twin_round(middle, ops, model, generation, 0.0, 0.0) / model.shape.layers
-    eager = operators(eager_layer_seconds=floor, decode_step_seconds=1e-4, decode_sequence_seconds=0.0)
-    found = StepSeconds(eager, model, generation)
-    expected = [
-        sum(twin_round(step, ops, model, generation, floor, 1e-4) for step in steps_of(runs, k))
-        for k in range(len(runs.steps))
-    ]
-    np.testing.assert_allclose(found.of(runs).sum(axis=0), expected, rtol=1e-6)
+    check_against_twin(runs, generation, floor_share, 1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.integers(1, 900)), min_size=1, max_size=9),
     st.sampled_from([2, 4]),
-    st.sampled_from([0.0, 1.0005, 3.0]),
+    floors,
 )
 def test_static_batches_are_those_of_the_twin(samples: list[tuple[int, int]], stages: int, floor_share: float) -> None:
     prompts, responses = (np.array(x) for x in zip(*samples, strict=True))
-    runs = static_runs(prompts, responses)
-    model, ops = use("opt-125m"), operators()
     generation = Generation(engine="hybrid", pipeline_parallel=stages, cuda_graphs=False)
-    middle = steps_of(runs, len(runs.steps) // 2)[0]
-    floor = floor_share * twin_round(middle, ops, model, generation, 0.0, 0.0) / model.shape.layers
-    found = StepSeconds(operators(eager_layer_seconds=floor), model, generation)
-    expected = [
-        sum(twin_round(step, ops, model, generation, floor, 0.0) for step in steps_of(runs, k))
-        for k in range(len(runs.steps))
-    ]
-    np.testing.assert_allclose(found.of(runs).sum(axis=0), expected, rtol=1e-6)
+    check_against_twin(static_runs(prompts, responses), generation, floor_share, 0.0)
 
 
 @pytest.mark.parametrize("name", ["a100-80g-sxm", "h100-80g-sxm"])
@@ -180,10 +171,12 @@ def test_a_token_of_one_sequence_passes_all_stages_and_hops(stages: int) -> None
     found = generation_program(use(), engine(stages), *lengths, list(range(stages)), operators())
     assert seconds(found.segments) == approx(seconds(whole.segments), rel=1e-9)
     latency = 1e-3
-    assert seconds(found.segments, latency=latency) - seconds(whole.segments) == approx(100 * stages * latency, rel=1e-9)
+    assert seconds(found.segments, latency=latency) - seconds(whole.segments) == approx(
+        100 * stages * latency, rel=1e-9
+    )
     assert [t.op for s in found.segments for t in s.transfers] == ["send", "send"]
     hidden = 2 * 4096 * 2 * (stages - 1)  # hidden states and residual
-    assert [float(np.mean(t.payload)) for s in found.segments for t in s.transfers] == [64 * hidden, hidden]
+    assert [float(np.mean(t.payload_bytes)) for s in found.segments for t in s.transfers] == [64 * hidden, hidden]
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8])
@@ -263,20 +256,22 @@ def big(**changes: object):
 
 
 def test_70b_in_engines_of_two_nodes() -> None:
-    """Closed form: a sixteenth of the weights and of the cache on a rank; the stage with more of the rest has less room."""
+    """Closed form: a sixteenth of the weights and of the cache on a rank, and logits on the last stage's only."""
     found = big()
     shape, memory = found.models.actor.shape, prepare(found).memory
     layers = (parameters(shape) - 2 * shape.vocabulary * shape.hidden - shape.hidden) / 2 / 8
     embedding = shape.vocabulary * shape.hidden / 8
-    held = [memory.resting(rank).engine for rank in (0, 8, 16, 24)]
-    first, last = 2 * (layers + embedding), 2 * (layers + embedding + shape.hidden)
-    assert held == approx([first, last, first, last], rel=1e-4)
-    assert 8.5e9 < first < 8.8e9  # 138 GB over 16 ranks
     stage = next(s for s in memory.graph.stages() if s.kind == "generate")
-    cached = memory.samples_per_replica(stage) * (64 + 128) * kv_bytes_per_token(shape, 2) / 16
-    kv = [part.bytes.kv_cache for part in memory.of_stage(stage)]
-    assert memory.fit().fits and max(kv) == approx(cached, rel=0.1)
-    assert max(kv) - min(kv) < 1
+    held = {instant.rank: instant.bytes for instant in memory.of_stage(stage)}
+    first, last = 2 * (layers + embedding), 2 * (layers + embedding + shape.hidden)
+    assert 8.6e9 < first < 8.7e9  # 138 GB over 16 ranks
+    # What every rank has whole, the norms of 40 layers, is 0.01 % more.
+    assert [held[rank].engine for rank in (0, 8, 16, 24)] == approx([first, last, first, last], rel=2e-4)
+    assert held[8].engine - held[0].engine == 2 * shape.hidden  # the last norm
+    each = 64 * 4 / 2  # samples of an engine
+    assert {h.kv_cache for h in held.values()} == {each * (64 + 128) * kv_bytes_per_token(shape, 2) / 16}
+    assert held[0].logits == 0 < held[8].logits == each / 2 * shape.vocabulary * 4  # of a micro-batch
+    assert memory.fit().fits
     timeline_of(found)
 
 
@@ -292,18 +287,23 @@ def test_the_fullest_stage_bounds_the_cache_of_an_engine() -> None:
 
 # --- placement, syncs ------------------------------------------------------------------------------------------------
 
+IN_STAGES = {
+    f"models__{role}__{key}": value
+    for role in ("actor", "critic")
+    for key, value in (("zero_stage", 1), ("pipeline_parallel", 2))
+}
 SMALL = {"generation__pipeline_parallel": 2, "generation__tensor_parallel": 2}
 
 
 @pytest.mark.parametrize("strategy", ["colocated", "interleaved", "disaggregated"])
 @pytest.mark.parametrize("engine", ["engine", "hybrid"])
 def test_every_strategy_simulates_it(strategy: str, engine: str) -> None:
-    found = timeline_of(scenario(strategy, engine, **SMALL))
+    found = timeline_of(scenario(strategy, engine, cluster__nodes=4, **SMALL))
     assert stage_seconds(found)["gen"] > 0
 
 
 def test_a_hybrid_engine_decodes_in_the_stages_of_training() -> None:
-    training = {f"models.{role}": {"zero_stage": 1, "pipeline_parallel": 2} for role in ("actor", "critic")}
+    training = IN_STAGES
     found = scenario("colocated", "hybrid", generation__pipeline_parallel=2, **training)
     ranks = tuple(range(8))
     layout = Layout.of_engines(ranks, found.models.actor, found.generation)
@@ -316,17 +316,15 @@ def test_a_hybrid_engine_decodes_in_the_stages_of_training() -> None:
 def test_hops_cross_the_links_between_the_stages() -> None:
     """Stages on two nodes feel their NICs; stages of one node do not."""
 
-    def took(gbits: float, tensor: int) -> float:
-        change = {"cluster__links": {"node_nics": {"bandwidth_gbytes_per_second": gbits}}}
-        del change
+    def took(gbytes: float, tensor: int) -> float:
         found = scenario(
             "colocated", "engine", generation__pipeline_parallel=2, generation__tensor_parallel=tensor,
-            cluster__nic__bandwidth_gbits=gbits,
+            cluster__network__nic_bytes_per_second=gbytes * 1e9,
         )  # fmt: skip
         return stage_seconds(timeline_of(found))["gen"]
 
-    assert took(1.0, 4) > 1.2 * took(400.0, 4)
-    assert took(1.0, 2) == approx(took(400.0, 2), rel=1e-6)
+    assert took(0.001, 4) > 1.2 * took(25.0, 4)
+    assert took(0.001, 2) == approx(took(25.0, 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("senders", ["stage_heads", "first_rank", "all_ranks"])
@@ -348,12 +346,12 @@ def test_every_rank_of_every_stage_gets_its_part(senders: str) -> None:
 @pytest.mark.parametrize("senders", ["stage_heads", "first_rank", "all_ranks"])
 @pytest.mark.parametrize("method", ["p2p", "broadcast"])
 def test_syncs_to_stages_simulate(method: str, senders: str) -> None:
-    training = {f"models.{role}": {"zero_stage": 1, "pipeline_parallel": 2} for role in ("actor", "critic")}
+    training = IN_STAGES
     found = scenario(
         "disaggregated", "engine", **training, cluster__nodes=4,
         weight_sync={"method": method, "senders": senders}, **SMALL,
     )  # fmt: skip
-    assert stage_seconds(timeline_of(found))["sync_actor"] > 0
+    assert stage_seconds(timeline_of(found))["update_weights"] > 0
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
@@ -383,9 +381,8 @@ def test_settings_that_cannot_be(changes: dict, message: str) -> None:
 
 def test_engines_that_do_not_fill_their_ranks() -> None:
     changes = {"cluster__nodes": 3, "generation__pipeline_parallel": 8}
-    with pytest.raises(InputError, match="ranks, which do not divide into replicas of 8") as error:
+    with pytest.raises(InputError, match="12 ranks do not divide into places of 8"):
         prepare(scenario("colocated", "engine", **changes))
-    assert error.value.field == "generation.pipeline_parallel"
 
 
 def test_real_runs_refuse_it() -> None:
