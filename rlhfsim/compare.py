@@ -128,14 +128,16 @@ def rows_of(path: str, overrides: Iterable[str]) -> tuple[dict[str, Scenario], s
 
 def default_rows(scenario: Scenario) -> dict[str, Scenario]:
     """The scenario under each of the paper's placements; options of the scenario's own strategy are kept for it."""
-    rows = {}
+    rows, actor = {}, scenario.models.actor
     for label, (strategy, engine) in DEFAULT_ROWS.items():
         choice = scenario.strategy if scenario.strategy.name == strategy else StrategyChoice(name=strategy)
         generation = scenario.generation.model_copy(
             update={"engine": engine} | ({} if engine == "engine" else {"batching": None})
         )
         if engine == "zero3_per_token":
-            generation = generation.model_copy(update={"tensor_parallel": 1})
+            generation = generation.model_copy(update={"tensor_parallel": 1, "pipeline_parallel": 1})
+        elif generation.in_stages_of(actor) and generation.pipeline_parallel != actor.pipeline_parallel:
+            generation = generation.model_copy(update={"pipeline_parallel": 1})
         rows[label] = scenario.model_copy(update={"strategy": choice, "generation": generation})
     return rows
 
@@ -159,6 +161,8 @@ def settings(setup: Setup) -> dict[str, Any]:
     """What a row used, as overrides that can be pasted."""
     scenario, graph = setup.scenario, setup.graph
     used: dict[str, Any] = {"generation.tensor_parallel": scenario.generation.tensor_parallel}
+    if (stages := scenario.generation.pipeline_parallel) > 1:
+        used["generation.pipeline_parallel"] = stages
     if scenario.generation.batch_samples is not None:
         used["generation.batch_samples"] = scenario.generation.batch_samples
     for role in ("actor", "critic"):

@@ -47,7 +47,8 @@ KNOBS = {
     "offload_activations",
     "logits": "logits_chunk_tokens, or a smaller micro_batch_samples (or _tokens)",
     "gathered": "generation.tensor_parallel while generating, else tensor_parallel instead of zero_stage 3",
-    "engine": "a larger generation.tensor_parallel (engine: hybrid gathers as many bytes while it generates)",
+    "engine": "a larger generation.tensor_parallel or pipeline_parallel (engine: hybrid gathers as many bytes while it "
+    "generates)",
     "buffers": "zero_stage 0, or lora_rank",
     "reserved": "overheads.reserved_bytes, if you know better",
 }
@@ -128,7 +129,8 @@ class Memory:
         kinds: dict[int, list[object]] = defaultdict(list)  # rank -> what it holds and runs
         for name, held in self.holdings.items():
             for position, rank in enumerate(held.ranks):
-                kinds[rank].append((name, position * held.use.pipeline_parallel // len(held.ranks)))
+                stages = position * held.use.pipeline_parallel // len(held.ranks), self._decode_stage(held, rank)
+                kinds[rank].append((name, *stages))
         for stage in self.graph.stages():
             for rank in stage.ranks:
                 kinds[rank].append(stage.name)
@@ -143,6 +145,15 @@ class Memory:
     def _stage_of(holding: Holding, rank: int) -> int:
         """Pipeline stage: ranks are ordered stage by stage."""
         return holding.ranks.index(rank) * holding.use.pipeline_parallel // len(holding.ranks)
+
+    def _decode_stage(self, holding: Holding, rank: int) -> int:
+        """Pipeline stage of an engine that a rank is, where it generates with this copy of the actor."""
+        generation = self.scenario.generation
+        if generation.pipeline_parallel == 1:
+            return 0
+        if generation.in_stages_of(holding.use):
+            return self._stage_of(holding, rank)
+        return holding.ranks.index(rank) % generation.ranks_per_engine // generation.tensor_parallel
 
     def resting(self, rank: int, running: Stage | None = None) -> Bytes:
         """What lies on a rank between stages, or while a stage is running, without what that adds."""
@@ -166,10 +177,11 @@ class Memory:
         engine = self.holdings.get("shadow_actor")
         if engine is not None and rank in engine.ranks:
             found += Bytes(reserved=self.scenario.generation.cuda_graph_bytes + self._second_process(rank))
+            weights = engine_weight_bytes(engine.use, self.scenario.generation, self._decode_stage(engine, rank))
             if not self._sleeps(engine):
-                found += engine_bytes(engine.use, self.scenario.generation, 0.0)
+                found += Bytes(engine=weights)
             elif self.scenario.generation.sleep == "level_1":
-                found += Bytes(host=engine_weight_bytes(engine.use, self.scenario.generation))
+                found += Bytes(host=weights)
         return found
 
     def _second_process(self, rank: int) -> float:
@@ -242,7 +254,7 @@ class Memory:
     def samples_per_replica(self, stage: Stage) -> int:
         """The most samples that one replica handles in one firing."""
         held = self.holdings[stage.model]
-        size = self.scenario.generation.tensor_parallel if stage.kind == "generate" else held.replica
+        size = self.scenario.generation.ranks_per_engine if stage.kind == "generate" else held.replica
         replicas = max(1, stage.size // size)
         lanes = len(stage.lanes_of(0)) / self.graph.lanes
         total = ceil(self.scenario.samples_through(stage.name) * self.graph.at_work(stage.name))
@@ -254,33 +266,40 @@ class Memory:
         found = self.resting(rank, running=stage) + bucket
         if rank in target.ranks and target.name == "shadow_actor" and self._sleeps(target):
             # It wakes up beside the training states.
-            found += engine_bytes(target.use, self.scenario.generation, 0.0)
+            part = self._decode_stage(target, rank)
+            found += engine_bytes(target.use, self.scenario.generation, 0.0, stage=part)
         return found
 
     def _generating(self, stage: Stage, rank: int, prompt: int, response: int) -> Bytes:
+        """The cache is as large as that of the engine's rank with the least room."""
+        generation, use = self.scenario.generation, self.holdings[stage.model].use
+        found, per_token = self._decoding(stage, rank, prompt, response), self._kv_bytes(use, prompt + response)
+        if not generation.continuous:
+            whole = per_token * (prompt + response) + sequence_state_bytes(use, generation)
+            return found + Bytes(kv_cache=self._sequences(stage) * whole)
+        of_stages = [rank]
+        if generation.pipeline_parallel > 1:
+            of_stages = [r for r in self.rank_kinds if r in stage.ranks and self._kinds[r] == self._kinds[rank]]
+        room = min(self._kv_room(stage, r, self._decoding(stage, r, prompt, response)) for r in of_stages)
+        return found + Bytes(kv_cache=per_token * min(self._kv_need(stage, prompt, response), room))
+
+    def _decoding(self, stage: Stage, rank: int, prompt: int, response: int) -> Bytes:
+        """What generating adds but for the KV cache; one micro-batch at a time is on a pipeline stage."""
         generation, held = self.scenario.generation, self.holdings[stage.model]
-        use = held.use
+        use, part = held.use, self._decode_stage(held, rank)
         found = Bytes()
         if generation.engine == "engine":
             if self._sleeps(held):
-                found += engine_bytes(use, generation, 0.0)
+                found += engine_bytes(use, generation, 0.0, stage=part)
         elif use.zero_stage == 3 and len(held.ranks) > 1:
-            gathered = engine_weight_bytes(use, generation)
+            gathered = engine_weight_bytes(use, generation, part)
             if generation.engine == "zero3_per_token":
                 gathered = scoring_bytes(use, held.data_parallel, 0, 1).gathered
             found += Bytes(gathered=gathered)
         at_once = self._prefill_tokens(stage, prompt)
         found += replace(scoring_bytes(self._engine_use(use), 1, at_once, prompt), gathered=0.0, logits=0.0)
-        found += Bytes(logits=self._sequences(stage) * use.shape.vocabulary * 4)
-        if generation.continuous:
-            return found + Bytes(
-                kv_cache=self._kv_bytes(use, prompt + response)
-                * min(self._kv_need(stage, prompt, response), self._kv_room(stage, rank, found))
-            )
-        return found + Bytes(
-            kv_cache=self._sequences(stage)
-            * (self._kv_bytes(use, prompt + response) * (prompt + response) + sequence_state_bytes(use, generation))
-        )
+        draws = part == generation.pipeline_parallel - 1
+        return found + Bytes(logits=self._at_once(stage) * use.shape.vocabulary * 4 if draws else 0.0)
 
     def _engine_use(self, use: ModelUse) -> ModelUse:
         return self.scenario.generation.engine_use(use).model_copy(
@@ -305,9 +324,13 @@ class Memory:
         generation, samples = self.scenario.generation, self.samples_per_replica(stage)
         return min(samples, generation.max_sequences if generation.continuous else generation.batch_samples or samples)
 
+    def _at_once(self, stage: Stage) -> int:
+        """Of these, how many go through the layers together: a micro-batch, with pipeline stages."""
+        return ceil(self._sequences(stage) / self.scenario.generation.pipeline_parallel)
+
     def _prefill_tokens(self, stage: Stage, prompt: int) -> int:
         generation = self.scenario.generation
-        together = self._sequences(stage) * prompt
+        together = self._at_once(stage) * prompt
         return min(together, generation.prefill_tokens) if generation.continuous else together
 
     @property
@@ -337,13 +360,14 @@ class Memory:
     def _shared_by_fraction(self, stage: Stage, rank: int) -> tuple[float, float]:
         """(bytes of which memory_fraction is a share, what it must hold besides the KV cache)."""
         generation, held = self.scenario.generation, self.holdings[stage.model]
-        weights = engine_weight_bytes(held.use, generation)
+        part = self._decode_stage(held, rank)
+        weights = engine_weight_bytes(held.use, generation, part)
         if generation.memory_fraction_covers == "static":
             there = self.resting(rank, running=stage)
             before = there.total - there.engine - generation.cuda_graph_bytes
             return self.capacity_of(rank) - before, weights
         graphs = generation.cuda_graph_bytes if generation.memory_fraction_covers == "profile_and_graphs" else 0.0
-        return self.capacity_of(rank), weights + profile_bytes(held.use, generation).total + graphs
+        return self.capacity_of(rank), weights + profile_bytes(held.use, generation, part).total + graphs
 
     @cached_property
     def kv_capacity_by_kind(self) -> dict[int, float] | None:
@@ -357,7 +381,7 @@ class Memory:
         for stage in self._generating_stages():
             for rank in self.rank_kinds:
                 if rank in stage.ranks:
-                    engine = replace(self._generating(stage, rank, *self.longest), kv_cache=0.0)
+                    engine = self._decoding(stage, rank, *self.longest)
                     room, kind = self._kv_room(stage, rank, engine), self._kinds[rank]
                     found[kind] = min(found.get(kind, room), room)
         return found

@@ -97,9 +97,9 @@ def devices_of(scenario: Scenario) -> Devices:
         together.pop("reward", None)
     own_engine = generation.engine == "engine"
     if own_engine or (generation.engine == "hybrid" and models.actor.zero_stage < 3):
-        together["gen"] = generation.tensor_parallel
+        together["gen"] = generation.ranks_per_engine
     replica = {
-        "shadow_actor": generation.tensor_parallel,
+        "shadow_actor": generation.ranks_per_engine,
         "actor": models.actor.ranks_together,
         "critic": models.critic.ranks_together,
         "shadow_critic": models.critic.ranks_together,
@@ -316,8 +316,10 @@ def holdings_of(scenario: Scenario, graph: StageGraph) -> dict[str, Holding]:
                 update={
                     "zero_stage": 0,
                     "shard_ranks": None,
-                    "pipeline_parallel": 1,
+                    "pipeline_parallel": scenario.generation.pipeline_parallel,
                     "pipeline_chunks": 1,
+                    "first_stage_layers": None,
+                    "last_stage_layers": None,
                     "offload_parameters": False,
                     "tensor_parallel": scenario.generation.tensor_parallel,
                 }
@@ -412,9 +414,19 @@ def _notes_on_kinds(scenario: Scenario, graph: StageGraph) -> list[str]:
     return notes
 
 
+def _engine_groups(scenario: Scenario, graph: StageGraph) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """The same of engines with pipeline stages: of a hybrid one's place, over which the stages of all engines lie."""
+    generation = scenario.generation
+    for stage in graph.stages() if generation.pipeline_parallel > 1 else ():
+        if stage.kind == "generate":
+            together = stage.size if generation.in_stages_of(scenario.models.actor) else generation.ranks_per_engine
+            yield "generation.tensor_parallel x pipeline_parallel", together, stage.ranks
+
+
 def _check_kinds(scenario: Scenario, graph: StageGraph, holdings: dict[str, Holding]) -> None:
     """Raises InputError where ranks of different machines cannot work together."""
-    for field, degree, ranks in _tensor_groups(scenario, graph, holdings):
+    groups = [*_tensor_groups(scenario, graph, holdings), *_engine_groups(scenario, graph)]
+    for field, degree, ranks in groups:
         for group in (ranks[i : i + degree] for i in range(0, len(ranks), degree)):
             if len(kinds := _kinds(scenario, group)) > 1:
                 raise InputError(
@@ -448,16 +460,13 @@ def _kinds(scenario: Scenario, ranks: Iterable[int]) -> list[str]:
 def _check_places(stage: Stage, held: Holding, scenario: Scenario) -> None:
     """Every place of a stage must hold whole replicas of its model."""
     generates = stage.kind == "generate"
-    replica = scenario.generation.tensor_parallel if generates else held.replica
+    replica = scenario.generation.ranks_per_engine if generates else held.replica
     if stage.size % replica:
-        field = (
-            "generation.tensor_parallel"
-            if generates
-            else f"models.{stage.model.removeprefix('shadow_')}.tensor_parallel"
-        )
+        split = "pipeline" if generates and scenario.generation.pipeline_parallel > 1 else "tensor"
+        owner = "generation" if generates else f"models.{stage.model.removeprefix('shadow_')}"
         raise InputError(
             f"stage {stage.name} runs in groups of {stage.size} ranks, which do not divide into replicas of {replica}",
-            field=field,
+            field=f"{owner}.{split}_parallel",
         )
     copies = held.use.ranks_per_copy
     if (shard := held.use.shard_ranks) and (held.data_parallel % shard or stage.size // copies % shard):

@@ -28,6 +28,7 @@ from .model import (
     matmul_parameters,
     output_activation_bytes_per_token,
     rank_parameters,
+    stage_layers,
 )
 from .spec.model_spec import LayerKind
 from .spec.scenario import Generation, ModelUse, Overheads
@@ -250,10 +251,12 @@ def trained_routed_parameters(use: ModelUse, stage: int = 0) -> float:
     return 0.0 if use.lora_rank else _routed(use, _trained_layers(use, stage))
 
 
-def engine_bytes(use: ModelUse, generation: Generation, kv_tokens: float, *, own_weights: bool = True) -> Bytes:
+def engine_bytes(
+    use: ModelUse, generation: Generation, kv_tokens: float, *, own_weights: bool = True, stage: int = 0
+) -> Bytes:
     """An inference engine: its copy of the weights (unless it uses the resting ones) and a cache of `kv_tokens`."""
     per_token = cache_bytes_per_token(use, generation)
-    held = engine_weight_bytes(use, generation) if own_weights else 0.0
+    held = engine_weight_bytes(use, generation, stage) if own_weights else 0.0
     return Bytes(engine=held, kv_cache=per_token * kv_tokens)
 
 
@@ -267,6 +270,7 @@ def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens
             cached.shape,
             generation.kv_bytes(cached),
             tensor_parallel=generation.tensor_parallel,
+            pipeline_parallel=generation.pipeline_parallel,
             sequence_tokens=sequence_tokens,
         )
         for cached in (use, generation.draft_use(use))
@@ -275,13 +279,18 @@ def cache_bytes_per_token(use: ModelUse, generation: Generation, sequence_tokens
 
 
 def sequence_state_bytes(use: ModelUse, generation: Generation) -> float:
-    """What linear attention keeps of one sequence on one rank of an engine, besides the cache of its tokens."""
-    layers = sum(count for kind, count in use.shape.layer_kinds().items() if kind.linear)
+    """What linear attention keeps of one sequence on one rank of an engine (of the pipeline stage with most of it),
+    besides the cache of its tokens."""
+    spec, stages = use.shape, generation.pipeline_parallel
+    layers = max(
+        sum(n for kind, n in spec.layer_kinds(stage_layers(spec, stages, stage)).items() if kind.linear)
+        for stage in range(stages)
+    )
     if not layers:
         return 0.0
     drafts = generation.speculative.tokens if generation.speculative else 0
     degree = generation.tensor_parallel
-    return layers * linear_attention.state_bytes(use.shape, use.bytes_per_parameter, degree, drafts=drafts)
+    return layers * linear_attention.state_bytes(spec, use.bytes_per_parameter, degree, drafts=drafts)
 
 
 def state_blocks(use: ModelUse, generation: Generation) -> int:
@@ -291,19 +300,20 @@ def state_blocks(use: ModelUse, generation: Generation) -> int:
     return ceil(state / (cache_bytes_per_token(use, generation) * generation.block_tokens)) if state else 0
 
 
-def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
-    """Weights of an engine on one rank, with `served` LoRA factors and what drafts; quantised: the layers' matrices in
-    one byte each (not those of what drafts).
+def engine_weight_bytes(use: ModelUse, generation: Generation, stage: int = 0) -> float:
+    """Weights of an engine on one rank of a pipeline stage, with `served` LoRA factors and what drafts; quantised: the
+    layers' matrices in one byte each (not those of what drafts).
 
     Scales of quantised blocks are left out (below 0.1 % for blocks of 128 x 128).
     """
-    spec, width, t = use.shape, use.bytes_per_parameter, generation.tensor_parallel
-    held = float(rank_parameters(spec, "lm", tensor_parallel=t) * width)
+    spec, width, t, p = use.shape, use.bytes_per_parameter, generation.tensor_parallel, generation.pipeline_parallel
+    held = float(rank_parameters(spec, "lm", tensor_parallel=t, pipeline_parallel=p, stage=stage) * width)
+    layers = stage_layers(spec, p, stage)
     if generation.weights_precision:
-        matrices = sum(n * matmul_parameters(spec, t, kind) for kind, n in spec.layer_kinds().items())
+        matrices = sum(n * matmul_parameters(spec, t, kind) for kind, n in spec.layer_kinds(layers).items())
         held -= matrices * (width - 1)
     if generation.lora == "served" and use.lora_rank:
-        held += use.lora_parameters() / t * width
+        held += use.lora_parameters(len(layers)) / t * width
     drafting, draft = generation.speculative, generation.draft_use(use)
     if drafting and draft:
         whole = drafting.draft is not None  # else layers without embedding and head of their own
@@ -312,19 +322,24 @@ def engine_weight_bytes(use: ModelUse, generation: Generation) -> float:
     return held
 
 
-def profile_bytes(use: ModelUse, generation: Generation) -> Bytes:
+def profile_bytes(use: ModelUse, generation: Generation, stage: int = 0) -> Bytes:
     """Peak of one step at the scheduler's limits, which vLLM runs before it sizes the KV cache.
 
     All `prefill_tokens` go through the layers, then tokens are drawn for `max_sequences` rows over the whole vocabulary
     (vllm/v1/worker/gpu_model_runner.py, profile_run and _dummy_sampler_run). The larger of the two counts; the hidden
-    states of all tokens are still there while tokens are drawn.
+    states of all tokens are still there while tokens are drawn, which the last pipeline stage does.
     """
     tokens, width = generation.prefill_tokens, use.bytes_per_parameter
     rows = min(generation.max_sequences, tokens)
     hidden = float(tokens * use.shape.hidden * width)
     layers = tokens * max(_inference_bytes(use, generation, kind) for kind in use.shape.layer_kinds())
     drawing = float(rows * use.shape.vocabulary * (width + 4 * SAMPLER_FP32_COPIES))
-    return Bytes(activations=layers) if layers > hidden + drawing else Bytes(activations=hidden, logits=drawing)
+    draws = stage == generation.pipeline_parallel - 1
+    return (
+        Bytes(activations=layers)
+        if layers > hidden + drawing or not draws
+        else Bytes(activations=hidden, logits=drawing)
+    )
 
 
 def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> float:

@@ -83,9 +83,10 @@ def check_real(scenario: Scenario) -> None:
         if longest > (positions := use.shape.max_positions):
             message = f"{use.spec} has {positions} positions, prompt and response up to {longest} tokens"
             raise InputError(message, field=f"models.{role}.spec")
-    if (split := generation.tensor_parallel) > 1:
-        message = f"is {split}; real runs have no tensor parallelism (allowed: 1)"
-        raise InputError(message, field="generation.tensor_parallel")
+    for field in ("tensor_parallel", "pipeline_parallel"):
+        if (split := getattr(generation, field)) > 1:
+            message = f"is {split}; real runs have no {field.replace('_parallel', ' parallelism')} (allowed: 1)"
+            raise InputError(message, field=f"generation.{field}")
     for name in ("speculative", "prefix_caching", "sleep"):
         if getattr(generation, name):
             message = "is set; real runs have nothing of the kind (leave it out)"

@@ -507,6 +507,8 @@ def _short_settings(row: Row) -> str:
     """The settings of a row in a few words; `--json` has them in full."""
     used = row.used
     words = [f"TP {used['generation.tensor_parallel']}"]
+    if stages := used.get("generation.pipeline_parallel"):
+        words.append(f"PP {stages}")
     for unit, suffix in (("samples", ""), ("tokens", " tokens")):
         found = (used.get(f"models.{role}.micro_batch_{unit}") for role in ("actor", "critic"))
         if micro := {m for m in found if m is not None}:

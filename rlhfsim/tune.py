@@ -1,4 +1,4 @@
-"""The settings that suit a strategy best: micro-batches, tensor parallelism of the engine, split of the ranks, batches.
+"""The settings that suit a strategy best: micro-batches, size of the engine, split of the ranks, batches.
 
 A small search, one dimension after the other from a start that fits. What the user set on the command line, in a row
 of `compare` or in `keep` stays as it is, and the scenario as given is always among the candidates.
@@ -16,7 +16,7 @@ from .errors import DoesNotFit, InputError
 from .fits import Fit
 from .layout import graph_of
 from .metrics import step_seconds
-from .model import tensor_parallel_choices
+from .model import pipeline_parallel_choices, tensor_parallel_choices
 from .simulate import prepare, simulate
 from .spec.scenario import ModelUse, Scenario, StrategyChoice
 
@@ -41,8 +41,9 @@ NOTHING = _Score(inf, inf)
 def tuned(scenario: Scenario) -> Scenario:
     """The fastest candidate; where none fits, the one that is the least too large.
 
-    The search: of all engine sizes and splits those that fit; from the middle one of these, best split, best engine
-    size, best split again, number of batches and replicas, and last the micro-batches of training.
+    The search: of all engine sizes and splits those that fit (with pipeline stages only where none fits without); from
+    the middle one of these, best split, best engine size, best split again, number of batches and replicas, and last
+    the micro-batches of training.
     """
     search = _Search(scenario)
     for candidates in (_layouts, _splits, _tensor_parallel, _splits, _batches, _replicas, _train_micro_batches):
@@ -94,16 +95,19 @@ def _kept(key: str, given: Scenario) -> bool:
 
 
 def _layouts(best: Scenario, given: Scenario) -> Iterator[Scenario]:
-    """One engine size and split to start from: the middle one of those that fit, else the least too large."""
-    candidates = [
-        _with_micro_batches(split, given) for engine in _engine_sizes(best, given) for split in _shares(engine, given)
-    ]
-    by_excess = [(_fit_excess(c), k, c) for k, c in enumerate(candidates)]
-    fitting = [c for excess, _, c in by_excess if excess <= 0]
-    if fitting:
-        yield fitting[len(fitting) // 2]
-    elif by_excess:
-        yield min(by_excess, key=lambda entry: entry[:2])[2]
+    """One engine size and split to start from: the middle one of those that fit, with as few pipeline stages in the
+    engine as do; else the least too large."""
+    too_large: list[tuple[float, Scenario]] = []
+    for staged in _stage_counts(best, given):
+        engines = _engine_sizes(staged, given)
+        candidates = [_with_micro_batches(split, given) for engine in engines for split in _shares(engine, given)]
+        by_excess = [(_fit_excess(c), c) for c in candidates]
+        if fitting := [c for excess, c in by_excess if excess <= 0]:
+            yield fitting[len(fitting) // 2]
+            return
+        too_large += by_excess
+    if too_large:
+        yield min(too_large, key=lambda entry: entry[0])[1]
 
 
 def _fit_excess(scenario: Scenario) -> float:
@@ -131,6 +135,17 @@ def _engine_sizes(best: Scenario, given: Scenario) -> list[Scenario]:
     choices = tensor_parallel_choices(best.models.actor.shape)
     sizes = [t for t in choices if all(node % t == 0 for node in nodes) and t & (t - 1) == 0]
     return [_with_generation(best, tensor_parallel=t) for t in sizes]
+
+
+def _stage_counts(best: Scenario, given: Scenario) -> list[Scenario]:
+    """Engines of one pipeline stage, then of several, at most one a node."""
+    generation, actor, cluster = best.generation, best.models.actor, best.cluster
+    fixed = generation.engine == "zero3_per_token" or generation.in_stages_of(actor) or generation.speculative
+    if fixed or _kept("generation.pipeline_parallel", given):
+        return [best]
+    most = cluster.gpus // cluster.node.gpus_per_node
+    counts = [p for p in pipeline_parallel_choices(actor.shape) if p <= most and p & (p - 1) == 0]
+    return [_with_generation(best, pipeline_parallel=p) for p in counts]
 
 
 def _shares(best: Scenario, given: Scenario) -> list[Scenario]:

@@ -145,6 +145,7 @@ def _generation(options: _Options) -> dict[str, Any]:
     return {
         "engine": "engine",
         "tensor_parallel": options.number(f"{ROLLOUT}tensor_model_parallel_size", default=2),
+        "pipeline_parallel": options.number(f"{ROLLOUT}pipeline_model_parallel_size", default=1),
         "memory_fraction": float(options.text(f"{ROLLOUT}gpu_memory_utilization", default="0.5")),
         "max_sequences": options.number(f"{ROLLOUT}max_num_seqs", default=1024),
         "prefill_tokens": options.number(f"{ROLLOUT}max_num_batched_tokens", default=8192),

@@ -62,6 +62,20 @@ def test_small_micro_batches_where_a_pipeline_wants_them(file: Path) -> None:
     assert (seconds(tuned(free)) or 1e9) <= (seconds(given) or 0) * 1.001
 
 
+def test_engines_get_pipeline_stages_where_nothing_fits_without(file: Path) -> None:
+    """Llama-65B with ZeRO-3 over 32 ranks: 38 GB and 16 GB of an engine (TP 8) do not fit in 48."""
+    sets = {
+        "models.actor.spec": "llama-65b", "cluster.nodes": 4, "cluster.gpu.memory_bytes": 48e9,
+        "algorithm": {"name": "grpo", "reward": "function"}, "workload.response_tokens": 256,
+        "workload.prompts": 128, "workload.responses_per_prompt": 4, "generation.engine": "engine",
+    }  # fmt: skip
+    given = load_scenario(file, sets).model_copy(update={"keep": []})
+    alone = tuned(given.model_copy(update={"keep": ["generation.pipeline_parallel"]}))
+    assert alone.generation.pipeline_parallel == 1 and seconds(alone) is None
+    found = tuned(given)
+    assert found.generation.pipeline_parallel == 2 and seconds(found) is not None
+
+
 def test_what_the_user_set_stays(file: Path) -> None:
     sets = {"generation.engine": "engine", "generation.tensor_parallel": 2, "models.actor.micro_batch_samples": 2}
     best = tuned(load_scenario(file, sets))

@@ -15,6 +15,9 @@ step without CUDA graphs takes the longer of both (unverified: how far eager lau
 What drafts runs once over the tokens of a step (prompts too) and once more for each further draft, one token of every
 decoding sequence at a time.
 
+An engine with pipeline stages takes rounds of steps (see `stages.py`): one of every micro-batch in flight. Its runs are
+of rounds, and so are its limits.
+
 Not modelled: the vocabulary-parallel gather of logits, the all-reduces of what drafts, experts spread over several
 engines (their all-to-all makes the engines meet at every layer).
 """
@@ -36,9 +39,10 @@ from rlhfsim.spec.scenario import Effects, Generation, ModelUse
 from .engine import Progress, Runs, continuous_runs, static_runs
 from .kernels import Numbers
 from .operators import EAGER_KERNELS_PER_LAYER, Operators, OperatorTime
-from .passes import weight_tensors
+from .passes import Layout, weight_tensors
 from .run_seconds import RunSeconds
 from .segment import Op, Segment, Transfer
+from .stages import StageSteps, rounds
 
 # Host time of one layer in an eager decode step. Hugging Face generate, Llama-2-7B, batch 4 on A800: (975.4 s - 91 s
 # for the forward passes over the samples at half of peak) / (32 batches x 1024 steps) / 32 layers; OpenRLHF branch
@@ -65,11 +69,17 @@ CONCATENATED_CACHE_TRAFFIC = 3
 SERVED_LORA_KERNELS_PER_LAYER = 8
 
 SHARED_BATCH = 16  # sequences behind the constant seconds per token of `effects.decode` off: enough to saturate
+# Tensors between the stages of vLLM: hidden states and residual (vllm/model_executor/models/llama.py,
+# IntermediateTensors), of which a tensor-parallel rank sends its share (vllm/distributed/parallel_state.py,
+# send_tensor_dict). The gather of the shares on the other side is left out.
+ENGINE_STAGE_TENSORS = 2
+
 MAX_KINDS = 64  # of steps in a segment; more runs than that are averaged
 LOW_OCCUPANCY = 0.1
 
 BOUNDS = ("flops", "hbm", "launch", "host")
 HOST = BOUNDS.index("host")
+WAITS = HOST + 1  # a fifth row with pipeline stages: see `rounds`
 LONGEST_CONTEXT = 1e12  # tokens: beyond every one
 
 
@@ -201,9 +211,11 @@ def generation_program(
     Raises DoesNotFit when a sequence is longer than the KV cache, InputError for settings that cannot be combined.
     """
     prompts, responses = _integers(prompt_tokens), _integers(response_tokens)
-    if len(ranks) != len(prompts) * generation.tensor_parallel:
+    if len(ranks) != len(prompts) * generation.ranks_per_engine:
+        stages = f" x pipeline_parallel {generation.pipeline_parallel}" if generation.pipeline_parallel > 1 else ""
         raise InputError(
-            f"{len(ranks)} ranks do not hold {len(prompts)} replicas of tensor_parallel {generation.tensor_parallel}",
+            f"{len(ranks)} ranks do not hold {len(prompts)} replicas of tensor_parallel {generation.tensor_parallel}"
+            f"{stages}",
             field="generation.tensor_parallel",
         )
     if generation.engine == "zero3_per_token" and generation.continuous:
@@ -237,20 +249,30 @@ def generation_program(
 class StepSeconds:
     """Seconds of runs of steps on one engine. Keeps a table for each batch size that occurred: reuse it.
 
-    drafts: of the model that drafts for another one, whose steps have the host's time.
+    drafts: of the model that drafts for another one, whose steps have the host's time. stage: of one of an engine's
+    pipeline stages; otherwise of all, and a step is a round of them.
     """
 
-    def __init__(self, operators: Operators, use: ModelUse, generation: Generation, *, drafts: bool = False) -> None:
-        degree, layers, ideal = generation.tensor_parallel, use.shape.layers, not operators.effects.efficiency
+    def __init__(
+        self, operators: Operators, use: ModelUse, generation: Generation, *, drafts: bool = False,
+        stage: int | None = None,
+    ) -> None:  # fmt: skip
+        degree, ideal = generation.tensor_parallel, not operators.effects.efficiency
+        count = generation.pipeline_parallel
+        layers = use.shape.layers // count
+        self.stages: list[tuple[int, StepSeconds]] = []  # that are alike, and how many
+        if count > 1 and stage is None:
+            alike = {s: 1 if s in (0, count - 1) else count - 2 for s in generation.different_stages}
+            self.stages = [(n, StepSeconds(operators, use, generation, stage=s)) for s, n in alike.items()]
         per_token = generation.engine == "zero3_per_token"
         self.draft: StepSeconds | None = None
         if generation.speculative and (draft := generation.draft_use(use)):
             self.draft = StepSeconds(operators, draft, generation.without_drafts(), drafts=True)
-        self.generation = generation
         queries = generation.speculative.tokens + 1 if generation.speculative else 1
         use = generation.engine_use(use)
         overheads = operators.overheads
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
+        self.generation = generation
         self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if generation.copies_cache else 1
         eager = overheads.decode_layer_seconds
         eager = overheads.eager_layer_seconds if eager is None else eager
@@ -270,24 +292,27 @@ class StepSeconds:
         if drafts:
             self.step_seconds = self.sequence_seconds = 0.0
         self.step_seconds += overheads.eager_pass_seconds
+        self.launch_seconds = 0.0
         if not operators.gpu.overlaps_launches:  # no graphs either: nothing hides what every layer's launches take
-            self.step_seconds += launch_seconds
+            self.launch_seconds = 0.0 if ideal else launch_seconds
+        if count == 1:
+            self.step_seconds += self.launch_seconds
         if per_token and use.zero_stage == 3:
             added = operators.engine_launches(use, "forward", parameters(use.shape))
             self.step_seconds += float(added.seconds)
         self.unexplained = overheads.unexplained.generation
         if ideal:
             self.step_seconds, self.sequence_seconds, self.unexplained = 0.0, 0.0, 1.0
-        self._body = _Table(
-            lambda m: (
-                layers
-                * operators.layer_forward(
-                    use, m, degree, adapters=generation.runs_adapters, serving=generation.continuous
-                )
-                + operators.embedding(use, m)
+        first, last = stage in (None, 0), stage in (None, count - 1)
+
+        def body(tokens: np.ndarray) -> OperatorTime:
+            time = layers * operators.layer_forward(
+                use, tokens, degree, adapters=generation.runs_adapters, serving=generation.continuous
             )
-        )
-        self._head = _Table(lambda m: operators.head_forward(use, m, degree, "lm"))
+            return time + operators.embedding(use, tokens) if first else time
+
+        self._body = _Table(body)
+        self._head = _Table(lambda m: float(last) * operators.head_forward(use, m, degree, "lm"))
         kv_bytes = generation.kv_bytes(use)
 
         self.state_blocks = state_blocks(use, generation)
@@ -346,17 +371,59 @@ class StepSeconds:
     def _of(self, runs: Runs) -> np.ndarray:
         """Without what drafts."""
         runs, first = runs.cut(self.breaks)
-        last = runs.decodes * runs.progress.advance * (runs.steps - 1)
-        attention = np.array(self.attention(runs.decodes, self.attended(runs, last / 2)).parts)
-        device = self._body(runs.computed) + self._head(runs.sampled) + attention + self._prefill(runs)
-        launch = device[3] * runs.steps
-        if self.floor_seconds:
-            begin, end = (self.attention(runs.decodes, self.attended(runs, at)).seconds for at in (0 * last, last))
-            growth = (np.asarray(end) - begin) / np.maximum(runs.steps - 1, 1)
-            launch = launch + _below(self.floor_seconds, device[0] - growth * (runs.steps - 1) / 2, growth, runs.steps)
-        host = runs.steps * (self.step_seconds + self.sequence_seconds * runs.sampled)
-        found = np.array([device[1] * runs.steps, device[2] * runs.steps, launch, host])
+        found = self._through_stages(runs) if self.stages else self._through_all(runs)
         return np.add.reduceat(found, first, axis=1) if len(first) < len(runs.steps) else found
+
+    def _through_all(self, runs: Runs) -> np.ndarray:
+        host = runs.steps * (self.step_seconds + self.sequence_seconds * runs.sampled)
+        return np.array([*self._device(runs).work, host])
+
+    def _device(self, runs: Runs, count: int = 1, parts: np.ndarray | None = None) -> StageSteps:
+        """Without the host's time. parts: of the mean one of so many micro-batches of each run."""
+        tokens, sampled, decodes, share = runs.computed, runs.sampled, runs.decodes, np.ones(1)
+        if parts is not None:
+            tokens, sampled, decodes, share = tokens / parts, sampled / parts, decodes / parts, 1 / parts
+        last = runs.decodes * runs.progress.advance * (runs.steps - 1)
+
+        def attention(passed: np.ndarray) -> OperatorTime:
+            return self.attention(decodes, share * self.attended(runs, passed))
+
+        fixed = self._body(tokens) + self._head(sampled)
+        device = fixed + np.array(attention(last / 2).parts) + share * self._prefill(runs)
+        launch = device[3] * runs.steps
+        first, growth = device[0], np.zeros(len(runs.steps))
+        if self.floor_seconds or parts is not None:
+            begin, end = (attention(at).seconds for at in (0 * last, last))
+            growth = (np.asarray(end) - begin) / np.maximum(runs.steps - 1, 1)
+            first = first - growth * (runs.steps - 1) / 2
+        if self.floor_seconds:
+            launch = launch + _below(self.floor_seconds, first, growth, runs.steps)
+        work = np.array([device[1] * runs.steps, device[2] * runs.steps, launch])
+        return StageSteps(count, work, first, growth, self.floor_seconds)
+
+    def _through_stages(self, runs: Runs) -> np.ndarray:
+        """With a fifth row; see `rounds`. `effects.efficiency` off: every stage is busy all the time."""
+        parts = self.micro_batches(runs)
+        stages = []
+        for count, stage in self.stages:
+            steps = stage._device(runs, count, parts)
+            work = steps.work + np.outer((0, 0, stage.launch_seconds), runs.steps)
+            stages.append(replace(steps, work=work, first=steps.first + stage.launch_seconds))
+        if self.operators.ideal:
+            own = sum(s.count * s.work for s in stages) * parts / self.generation.pipeline_parallel
+            return np.vstack([own, np.zeros((2, len(parts)))])
+        host = self.step_seconds + self.sequence_seconds * runs.sampled / parts
+        fills = (runs.prompt_tokens > 0) & (not self.generation.continuous)
+        return rounds(stages, host, parts, runs.steps, fills)
+
+    def micro_batches(self, runs: Runs) -> np.ndarray:
+        """In which the sequences of each run's steps go through the pipeline stages."""
+        pieces = np.bincount(runs.chunk_run, minlength=len(runs.steps))
+        most = np.maximum(runs.decodes + pieces, -(-runs.prompt_tokens // self.generation.prefill_tokens))
+        return np.asarray(np.clip(most, 1, self.generation.pipeline_parallel))
+
+    def table(self, runs: Runs) -> _Steps:
+        return _Steps(runs, self.of(runs), self.micro_batches(runs))
 
     def attended(self, runs: Runs, passed: np.ndarray) -> np.ndarray:
         """Cached tokens attended to, so many after those of a run's first step.
@@ -395,6 +462,10 @@ class _Table:
         self._known = np.full((4, self.SIZE), np.nan)
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
+        if counts.dtype.kind == "f":  # the mean of the next whole numbers
+            whole = np.floor(counts).astype(int)
+            below, above = self(whole), self(np.ceil(counts).astype(int))
+            return np.asarray(below + (counts - whole) * (above - below))
         if counts.max(initial=0) >= self.SIZE:
             unique, inverse = np.unique(counts, return_inverse=True)
             return np.asarray(self._rows(unique)[:, inverse])
@@ -422,10 +493,14 @@ def _below(floor: float, first: np.ndarray, growth: np.ndarray, steps: np.ndarra
 
 @dataclass(frozen=True)
 class _Steps:
-    """The runs of one replica with their seconds (rows as in `BOUNDS`)."""
+    """The runs of one replica with their seconds (rows as in `BOUNDS`).
+
+    parts: micro-batches in which the tokens of a step go through the layers.
+    """
 
     runs: Runs
     by_bound: np.ndarray
+    parts: np.ndarray
 
     @property
     def seconds(self) -> np.ndarray:
@@ -451,7 +526,7 @@ class _Steps:
             timeline_running=running,
             prefill_seconds=float(self.seconds[self.prefill].sum()),
             decode_seconds=float(self.seconds[~self.prefill].sum()),
-            bound=dict(zip(BOUNDS, self.by_bound.sum(axis=1).tolist(), strict=True)),
+            bound=by_name(self.by_bound.sum(axis=1)),
             prefill_steps=int(self.prefill.sum()),
             decode_steps=int(runs.steps[~self.prefill].sum()),
             prompt_tokens=int(runs.prompt_tokens.sum()),
@@ -484,14 +559,14 @@ def _tables(
             blocks = None if kv_capacity_tokens is None else int(kv_capacity_tokens) // generation.block_tokens
             if generation.continuous:
                 runs = continuous_runs(
-                    prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.prefill_tokens,
+                    prompt, response, max_sequences=generation.max_sequences, step_tokens=generation.round_tokens,
                     block_tokens=generation.block_tokens, kv_blocks=blocks,
                     chunked_prefill=generation.chunked_prefill, padded=generation.kv_cache == "preallocated",
                     groups=group, progress=Progress.of(generation.speculative), state_blocks=steps.state_blocks,
                 )  # fmt: skip
             else:
                 runs = static_runs(prompt, response, generation.batch_samples, until=until)
-            done[key] = _Steps(runs, steps.of(runs))
+            done[key] = steps.table(runs)
         tables.append(done[key])
     return tables
 
@@ -526,7 +601,7 @@ def _segments(
             label,
             _balanced(axis.compute_seconds, operators.effects),
             axis.steps,
-            _all_reduces(use, generation, ranks, axis.tokens),
+            _inside(use, generation, ranks, axis.tokens, axis.waits if generation.continuous or not phase else 0.0),
             bound=_bound(tables, phase) | more,
         )
         for label, phase, axis, more in (("prefill", True, prefill, {}), ("decode", False, decode, beyond))
@@ -563,13 +638,15 @@ def _sharded_segments(
 class _Axis:
     """Steps of one phase of all replicas, side by side, in at most `MAX_KINDS` bins.
 
-    compute_seconds: (replicas, bins), of the mean step. steps: per bin, of the replica with most. tokens: through the
-    layers in the mean step of the bin, on the replica with most.
+    compute_seconds: (replicas, bins), of the mean step. steps: per bin, of the replica with most. tokens: of a micro-
+    batch through the layers in the mean step of the bin, on the replica with most. waits: seconds in which it waits for
+    other micro-batches, on the replica with fewest.
     """
 
     compute_seconds: np.ndarray
     steps: np.ndarray
     tokens: np.ndarray
+    waits: np.ndarray
 
     @property
     def totals(self) -> np.ndarray:
@@ -578,7 +655,7 @@ class _Axis:
     def scaled(self, seconds: float) -> _Axis:
         """Every replica with that many seconds in all."""
         factor = np.divide(seconds, self.totals, out=np.zeros_like(self.totals), where=self.totals > 0)
-        return _Axis(self.compute_seconds * factor[:, None], self.steps, self.tokens)
+        return replace(self, compute_seconds=self.compute_seconds * factor[:, None])
 
     def plus(self, seconds: np.ndarray) -> _Axis:
         """Every replica with so many seconds more, at the end."""
@@ -588,19 +665,21 @@ class _Axis:
             np.concatenate([self.compute_seconds, seconds[:, None]], axis=1),
             np.append(self.steps, 1.0),
             np.append(self.tokens, 0.0),
+            np.append(self.waits, 0.0),
         )
 
 
 def _axis(tables: list[_Steps], prefill: bool) -> _Axis:
     """Bins end where a run of some replica ends, or are evenly spaced among those ends."""
-    ends, seconds, tokens = [], [], []
+    ends, seconds, tokens, waits = [], [], [], []
     for table in tables:
         chosen = table.prefill == prefill
         runs = table.runs
         ends.append(np.concatenate([[0], np.cumsum(runs.steps[chosen])]))
         seconds.append(np.concatenate([[0.0], np.cumsum(table.seconds[chosen])]))
-        through = runs.steps * runs.computed
+        through = runs.steps * runs.computed / table.parts
         tokens.append(np.concatenate([[0.0], np.cumsum(through[chosen])]))
+        waits.append(np.concatenate([[0.0], np.cumsum(table.by_bound[WAITS:, chosen].sum(axis=0))]))
     edges = np.unique(np.concatenate(ends))
     if len(edges) > MAX_KINDS + 1:
         edges = edges[np.linspace(0, len(edges) - 1, MAX_KINDS + 1).astype(int)]
@@ -610,13 +689,36 @@ def _axis(tables: list[_Steps], prefill: bool) -> _Axis:
         rows = [np.diff(np.interp(edges, e, s)) / steps for e, s in zip(ends, sums, strict=True)]
         return np.array(rows)
 
-    return _Axis(per_step(seconds), steps, per_step(tokens).max(axis=0))
+    return _Axis(per_step(seconds), steps, per_step(tokens).max(axis=0), per_step(waits).min(axis=0))
+
+
+def _inside(
+    use: ModelUse, generation: Generation, ranks: Sequence[int], tokens: np.ndarray, waits: Numbers = 0.0
+) -> tuple[Transfer, ...]:
+    """What the ranks of each replica exchange in a step of so many tokens (of a micro-batch, which waits so long for
+    others)."""
+    return _all_reduces(use, generation, ranks, tokens) + _hops(use, generation, ranks, tokens, waits)
+
+
+def _hops(
+    use: ModelUse, generation: Generation, ranks: Sequence[int], tokens: np.ndarray, waits: Numbers
+) -> tuple[Transfer, ...]:
+    """A micro-batch from stage to stage, and what was drawn back to the first. All stages send at the same time, so
+    one micro-batch's way is that of a message to each neighbour after the other."""
+    stages, degree = generation.pipeline_parallel, generation.tensor_parallel
+    if stages == 1:
+        return ()
+    layout = Layout.of_engines(ranks, use, generation)
+    tensors = ENGINE_STAGE_TENSORS / degree if generation.continuous else 1.0
+    payload = (stages - 1) * tokens * tensors * use.shape.hidden * use.bytes_per_parameter
+    return (Transfer("send", layout.hops, payload, messages=float(stages), hidden_seconds=waits),)
 
 
 def _all_reduces(
     use: ModelUse, generation: Generation, ranks: Sequence[int], tokens: np.ndarray
 ) -> tuple[Transfer, ...]:
-    """After attention and after the MLP of every layer, over the ranks of each replica."""
+    """After attention and after the MLP of every layer, over the ranks of each replica, or of each of its stages: as
+    many in a round of one micro-batch through all stages as of all through one."""
     degree, layers = generation.tensor_parallel, use.shape.layers
     if degree == 1:
         return ()
@@ -654,7 +756,8 @@ def _gather(
     elif held > wanted and held % wanted == 0:
         size = held // wanted
         groups = tuple(domain[i : i + size] for i in range(0, len(domain), size))
-        payload, calls = _weight_bytes(use) / wanted, use.shape.layers
+        stages = generation.pipeline_parallel
+        payload, calls = _weight_bytes(use) / wanted / stages, use.shape.layers // stages
     else:
         return []
     transfer = Transfer("all_gather", groups, payload, messages=calls)
@@ -673,16 +776,17 @@ def _proportional(
     """`effects.decode` off: samples of equal (mean) lengths, a constant time per token: that of a large forward."""
     samples = np.array([len(r) for r in responses])
     prompt, response = np.concatenate(prompts).mean(), np.concatenate(responses).mean()
-    layers, degree, tokens = use.shape.layers, generation.tensor_parallel, SHARED_BATCH * (prompt + response)
+    degree, tokens = generation.tensor_parallel, SHARED_BATCH * (prompt + response)
+    layers, stages = use.shape.layers, generation.pipeline_parallel  # which are all busy
     use = generation.engine_use(use)
     per_layer = operators.layer_forward(use, tokens, degree, adapters=generation.runs_adapters)
     per_layer += operators.attention_prefill(use, np.full(SHARED_BATCH, prompt + response), degree)
     time = layers * per_layer + operators.embedding(use, tokens)
     time += operators.head_forward(use, SHARED_BATCH * response, degree, "lm")
-    compute = _balanced(samples[:, None] * float(time.seconds) / SHARED_BATCH, operators.effects)
-    scale = samples.mean() / SHARED_BATCH
+    compute = _balanced(samples[:, None] * float(time.seconds) / SHARED_BATCH / stages, operators.effects)
+    scale = samples.mean() / SHARED_BATCH / stages
     bound = {name: float(part) * scale for name, part in zip(BOUNDS, time.parts[1:], strict=False)}
-    most = np.array([samples.max() * (prompt + response)])
+    most = np.array([samples.max() * (prompt + response)]) / stages
     return [Segment("decode", compute, transfers=_all_reduces(use, generation, ranks, most), bound=bound)]
 
 
@@ -700,7 +804,12 @@ def _balanced(compute_seconds: np.ndarray, effects: Effects) -> np.ndarray:
 def _bound(tables: list[_Steps], prefill: bool) -> dict[str, float]:
     """Mean over replicas."""
     sums = np.mean([t.by_bound[:, t.prefill == prefill].sum(axis=1) for t in tables], axis=0)
-    return dict(zip(BOUNDS, sums.tolist(), strict=True))
+    return by_name(sums)
+
+
+def by_name(seconds: np.ndarray) -> dict[str, float]:
+    """Rows as in `BOUNDS`; `pipeline`: of a micro-batch that waits for others."""
+    return dict(zip((*BOUNDS, "pipeline"), seconds.tolist(), strict=False))
 
 
 def _integers(lengths: Sequence[np.ndarray]) -> list[np.ndarray]:

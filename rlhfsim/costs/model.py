@@ -301,12 +301,12 @@ class CostModel:
         """Which samples of a place go to which of its engines."""
         generation = self.scenario.generation
         tokens = samples.prompts + samples.responses
-        return route_samples(tokens, stage.size // generation.tensor_parallel, generation.routing)
+        return route_samples(tokens, stage.size // generation.ranks_per_engine, generation.routing)
 
     def _generation(self, stage: Stage, place: int, samples: _Samples) -> GenerationResult:
         generation, holding = self.scenario.generation, self.holdings[stage.model]
         shares, ranks = self._shares(stage, samples), stage.ranks_of(place)
-        kinds = self._kinds_of(ranks).reshape(1, -1, generation.tensor_parallel)
+        kinds = self._kinds[Layout.of_engines(ranks, holding.use, generation).grid]
         of_replicas = kinds[0, :, 0].tolist()
         engines = [(self._steps_of(stage.model, kind), self._kv_capacity(kind)) for kind in of_replicas]
         tables = None
@@ -448,7 +448,7 @@ class CostModel:
         generation, use = self.scenario.generation, self.holdings[stage.model].use
         ranks = [rank for place in self.fold.places(f) for rank in stage.ranks_of(place)]
         rate, first = self.scenario.overheads.map_bytes_per_second, f.chunk == 0
-        weights = engine_weight_bytes(use, generation)
+        weights = max(engine_weight_bytes(use, generation, stage) for stage in generation.different_stages)
         tokens = max(self._kv_capacity(kind) or 0.0 for kind in self._operators_of(tuple(ranks)))
         cache = tokens * cache_bytes_per_token(use, generation)
         wake = wake_program(
@@ -496,9 +496,10 @@ class CostModel:
         if not self._sleeps(target.name):
             return []
         generation = self.scenario.generation
+        weights = max(engine_weight_bytes(target.use, generation, stage) for stage in generation.different_stages)
         return wake_program(
             target.ranks,
-            weight_bytes=engine_weight_bytes(target.use, generation),
+            weight_bytes=weights,
             from_host=generation.sleep == "level_1",
             map_bytes_per_second=self.scenario.overheads.map_bytes_per_second,
         )
@@ -507,12 +508,12 @@ class CostModel:
         source, target = self.holdings[stage.model], self.holdings[stage.target or ""]
         same = set(source.ranks) == set(target.ranks)
         choice = self.scenario.weight_sync
-        # ZeRO-3 ranks hold one copy together, each a shard of it; other layouts one copy a replica.
-        held = (
-            Layout(target.ranks, len(target.ranks))
-            if target.use.zero_stage == 3 and not same
-            else Layout.of(target.ranks, target.use)
-        )
+        if target.purpose == "generate":
+            held = Layout.of_engines(target.ranks, target.use, self.scenario.generation)
+        elif target.use.zero_stage == 3 and not same:  # they hold one copy together, each a shard of it
+            held = Layout(target.ranks, len(target.ranks))
+        else:
+            held = Layout.of(target.ranks, target.use)
         segments = self._slowest(
             stage.ranks,
             lambda operators: sync_program(

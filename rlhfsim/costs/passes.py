@@ -41,7 +41,7 @@ from rlhfsim.model import (
 from rlhfsim.packing import packed_micro_batches
 from rlhfsim.spec.model_spec import DENSE, UNSPLIT, ExpertSplit, LayerKind, ModelSpec
 from rlhfsim.spec.overheads import EnginePhase
-from rlhfsim.spec.scenario import ModelUse
+from rlhfsim.spec.scenario import Generation, ModelUse
 
 from .kernels import Numbers
 from .operators import NO_TIME, Operators, OperatorTime, adam_bytes, total
@@ -84,6 +84,16 @@ class Layout:
     @classmethod
     def of(cls, ranks: Sequence[int], use: ModelUse) -> Layout:
         return cls(tuple(ranks), use.tensor_parallel, use.pipeline_parallel, use.expert_split(), use.context_parallel)
+
+    @classmethod
+    def of_engines(cls, ranks: Sequence[int], use: ModelUse, generation: Generation) -> Layout:
+        """Of engines on these ranks: each has its stages next to each other (vLLM), unless it decodes in those in which
+        the model is trained."""
+        tensor, stages = generation.tensor_parallel, generation.pipeline_parallel
+        by_stage = np.array(ranks)
+        if not generation.in_stages_of(use):
+            by_stage = by_stage.reshape(-1, stages, tensor).transpose(1, 0, 2).ravel()
+        return cls(tuple(map(int, by_stage)), tensor, stages)
 
     @property
     def replicas(self) -> int:

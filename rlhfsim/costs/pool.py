@@ -89,7 +89,7 @@ class Engine(_Scheduler):
             none,
             none,
             generation.max_sequences,
-            generation.prefill_tokens,
+            generation.round_tokens,
             generation.block_tokens,
             kv_blocks,
             generation.chunked_prefill,
@@ -293,22 +293,20 @@ class Plan:
             cut[-1] = steps
             rows = np.array([self.engines[k].builder.rows[last]]).T
             by_bound[:, -1:] = self.pool.steps.of(self.engines[k].builder.decoding(cut[-1:], rows))
-        return _Steps(
-            Runs(
-                cut,
-                runs.decodes[:count],
-                runs.context_tokens[:count],
-                runs.prompt_tokens[:count],
-                runs.sampled[:count],
-                runs.running[:count],
-                runs.chunk_run[chunks],
-                runs.chunk_tokens[chunks],
-                np.zeros(0, dtype=int),
-                progress=runs.progress,
-                idle_seconds=runs.idle_seconds[:count],
-            ),
-            by_bound,
+        until = Runs(
+            cut,
+            runs.decodes[:count],
+            runs.context_tokens[:count],
+            runs.prompt_tokens[:count],
+            runs.sampled[:count],
+            runs.running[:count],
+            runs.chunk_run[chunks],
+            runs.chunk_tokens[chunks],
+            np.zeros(0, dtype=int),
+            progress=runs.progress,
+            idle_seconds=runs.idle_seconds[:count],
         )
+        return _Steps(until, by_bound, self.pool.steps.micro_batches(until))
 
 
 class Pool:

@@ -20,7 +20,7 @@ from rlhfsim.rollouts import to_begin
 from rlhfsim.spec.lengths import DrawnTurns
 from rlhfsim.spec.scenario import Scenario
 
-from .generation import StepSeconds, _all_reduces, _axis, _balanced, _bound, _gather, generation_counts
+from .generation import StepSeconds, _axis, _balanced, _bound, _gather, _inside, generation_counts
 from .operators import Operators
 from .pool import Cut, Engine, Plan, Pool, Sample
 from .segment import Segment
@@ -78,7 +78,7 @@ class Rollouts:
         """What it takes to begin f, or to go on with it, until its chunk is full."""
         stage, pool = self.graph.at(f.stage), self._pool(f.stage)
         generation, holding = self.scenario.generation, self.holdings[stage.model]
-        engines = stage.size // generation.tensor_parallel
+        engines = stage.size // generation.ranks_per_engine
         pool.set_engines(engines)
         if stage.max_age is not None:
             pool.throw_away(f.iteration - stage.max_age)
@@ -209,7 +209,8 @@ def _segment(
     busy = np.minimum(cut.ends, seconds)
     compute *= np.divide(np.minimum(busy, own), own, out=np.zeros_like(own), where=own > 0)[:, None]
     compute[:, -1] += np.maximum(busy - own, 0.0)
-    transfers = _all_reduces(holding.use, scenario.generation, stage.ranks, tokens)
+    others = np.concatenate([prefill.waits, decode.waits, [0.0]])
+    transfers = _inside(holding.use, scenario.generation, stage.ranks, tokens, others)
     bound: dict[str, float] = dict(Counter(_bound(cut.tables, True)) + Counter(_bound(cut.tables, False)))
     if waits := sum(table.idle_seconds for table in cut.tables):
         bound["tools"] = waits / len(cut.tables)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine import Progress, Row
+from .engine import Progress, Row, _Builder
 
 if TYPE_CHECKING:
     from .generation import StepSeconds
@@ -42,6 +42,8 @@ class RunSeconds:
             self._draft.expect(pieces)
 
     def of(self, row: Row, pieces: Sequence[float] = ()) -> float:
+        if self.steps.stages:
+            return self._through_stages(row, pieces)
         seconds = self._of(row, pieces)
         if self._draft is None:
             return seconds
@@ -51,6 +53,12 @@ class RunSeconds:
         if decodes:
             seconds += (drafts - 1) * self._draft.of((steps, decodes, context, 0, decodes, running))
         return seconds
+
+    def _through_stages(self, row: Row, pieces: Sequence[float]) -> float:
+        """Pipeline stages are rare enough to go by arrays."""
+        builder = _Builder(0, self.progress)
+        builder.add(*row, chunks=pieces)
+        return float(self.steps.of(builder.runs()).sum())
 
     def _of(self, row: Row, pieces: Sequence[float]) -> float:
         """Without what drafts."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from fractions import Fraction as Ratio
 from typing import Literal
 
 import numpy as np
 
 from rlhfsim import linear_attention
-from rlhfsim.errors import InputError
 from rlhfsim.lora import lora_modules
 from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, parameters
 from rlhfsim.spec.scenario import ModelUse, WeightSync
@@ -54,8 +54,6 @@ def sync_program(
     if not operators.effects.sync:
         return []
     source, destination = (replace(side, context_parallel=1) for side in (source, destination))  # a copy each
-    if destination.pipeline_parallel > 1:
-        raise InputError("weights can only be sent to engines without pipeline parallelism", field="pipeline_parallel")
     path = path or WeightSync()
     spec = use.shape
     count = use.lora_parameters() if use.lora_rank else parameters(spec, head)
@@ -64,7 +62,7 @@ def sync_program(
     if method == "reshard":
         sharded = _gathered(use, source, total) if use.zero_stage == 3 else None
         transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
-        copies = _copy(operators.copy(use, total / destination.tensor_parallel))
+        copies = _copy(operators.copy(use, total / _ranks_per_copy(destination)))
         return [*_segments(transfers), *_overhead(operators, use, 1, total, 1, bucket_bytes), *copies]
     gathers = [] if path.senders == "all_ranks" else _gathers(use, source, total, bucket_bytes, path.senders)
     to_each = [_shards(source, replica, path.senders) for replica in replicas]
@@ -173,7 +171,7 @@ def _through_host(
 ) -> list[Segment]:
     """Down to the host, to the other hosts (or to the storage and back), up to the GPUs."""
     pairs, payload = fetched
-    sent, kept = total / len(senders), total / destination.tensor_parallel
+    sent, kept = total / len(senders), total / _ranks_per_copy(destination)
     down = Transfer("to_host", tuple((rank,) for rank, _ in senders), sent, messages_of(sent, bucket_bytes))
     up = Transfer("from_host", tuple((r,) for r in destination.ranks), kept, messages_of(kept, bucket_bytes))
     between = _segments([Transfer("host_send", tuple(pairs), payload, messages_of(payload, bucket_bytes))])
@@ -203,14 +201,25 @@ def _shards(source: Layout, destination: Layout, senders: Senders) -> Shards:
     """Of each rank that sends: the ranks of the destination with overlapping shards."""
     s, d = source.tensor_parallel, destination.tensor_parallel
     of_replica = slice(None) if senders == "all_ranks" else slice(1)
+    alone, whole = senders == "first_rank", senders in ("stage_heads", "first_rank")
     found = []
-    for stage in source.grid[:1] if senders == "first_rank" else source.grid:
+    for k, stage in enumerate(source.grid[:1] if alone else source.grid):
+        stages = _overlapping(k, 1 if alone else source.pipeline_parallel, destination.pipeline_parallel)
         for replica in stage[of_replica]:
-            whole = senders in ("stage_heads", "first_rank")
             for i, rank in enumerate(replica[:1] if whole else replica):
-                shards = range(d) if whole else range(i * d // s, -(-(i + 1) * d // s))
-                found.append((int(rank), [int(r) for r in destination.grid[:, :, list(shards)].ravel()]))
+                shards = range(d) if whole else _overlapping(i, s, d)
+                needing = destination.grid[list(stages)][:, :, list(shards)]
+                found.append((int(rank), [int(r) for r in needing.ravel()]))
     return found
+
+
+def _overlapping(part: int, parts: int, others: int) -> range:
+    """Which of so many other equal parts of the same have something of this one."""
+    return range(part * others // parts, -(-(part + 1) * others // parts))
+
+
+def _ranks_per_copy(layout: Layout) -> int:
+    return layout.tensor_parallel * layout.pipeline_parallel
 
 
 def _sends(shards: Shards, total: float, bucket_bytes: float) -> Transfer:
@@ -227,12 +236,35 @@ def _broadcast(shards: Shards, total: float, bucket_bytes: float) -> Transfer:
 
 
 def _reshard(use: ModelUse, source: Layout, destination: Layout, total: float) -> Transfer | None:
-    """A rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing."""
+    """A rank gathers its new shard from the ranks that hold pieces of it; a finer split needs nothing.
+
+    Where the destination has stages too, a rank that does not hold all of its part gets it from the others, and so do
+    all at once.
+    """
+    if destination.pipeline_parallel > 1:
+        payload = total / _ranks_per_copy(destination)
+        have, need = _parts_held(source), _parts_held(destination)
+        if all(_contains(have[rank], need[rank]) for rank in need):
+            return None
+        return Transfer("all_to_all", (destination.ranks,), payload, float(use.shape.layers))
     size = source.tensor_parallel * source.pipeline_parallel // destination.tensor_parallel
     if size <= 1:
         return None
     by_replica = source.grid.transpose(1, 2, 0).reshape(-1, size)
     return Transfer("all_gather", as_groups(by_replica), total / destination.tensor_parallel, float(use.shape.layers))
+
+
+def _parts_held(layout: Layout) -> dict[int, tuple[tuple[Ratio, Ratio], ...]]:
+    """Of each rank: from where to where in the layers, and in the shards of each, as shares of the whole."""
+    stages, _, shards = layout.grid.shape
+    return {
+        int(rank): ((Ratio(s, stages), Ratio(s + 1, stages)), (Ratio(t, shards), Ratio(t + 1, shards)))
+        for (s, _, t), rank in np.ndenumerate(layout.grid)
+    }
+
+
+def _contains(held: tuple[tuple[Ratio, Ratio], ...], needed: tuple[tuple[Ratio, Ratio], ...]) -> bool:
+    return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(held, needed, strict=True))
 
 
 def _gathered(use: ModelUse, source: Layout, total: float) -> Transfer | None:

@@ -307,4 +307,4 @@ def turn_steps(
         tool_calls=int(engine.calls["tool_calls"]),
         tool_seconds=engine.calls["tool_seconds"],
     )
-    return _Steps(runs, seconds.of(runs))
+    return seconds.table(runs)

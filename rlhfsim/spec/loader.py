@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import InputError, nearest
+from ..model import pipeline_parallel_choices
 from . import lengths
 from .base import Sourced
 from .data import PACKAGE, data_dir
@@ -398,6 +399,26 @@ def _check_generation(scenario: Scenario, where: Where) -> None:
         raise _error(message, "generation.prefix_caching", where)
     if tensor > scenario.cluster.gpus:
         raise _error(f"is {tensor}, but the cluster has {scenario.cluster.gpus} GPUs", field, where)
+    _check_stages(scenario, where)
+
+
+def _check_stages(scenario: Scenario, where: Where) -> None:
+    """Pipeline stages of an engine."""
+    generation, actor, gpus = scenario.generation, scenario.models.actor, scenario.cluster.gpus
+    stages, field = generation.pipeline_parallel, "generation.pipeline_parallel"
+    if actor.shape.layers % stages:
+        allowed = ", ".join(map(str, pipeline_parallel_choices(actor.shape)))
+        message = f"is {stages}, but must divide the {actor.shape.layers} layers of {actor.spec} (allowed: {allowed})"
+        raise _error(message, field, where)
+    if generation.ranks_per_engine > gpus:
+        message = f"is {stages} and tensor_parallel {generation.tensor_parallel}, but the cluster has {gpus} GPUs"
+        raise _error(message, field, where)
+    if stages > 1 and generation.in_stages_of(actor) and actor.pipeline_parallel != stages:
+        message = (
+            f"is {stages}, but a hybrid engine decodes in the stages in which the actor trains, of which there are "
+            f"{actor.pipeline_parallel} (allowed: as many, 1, or generation.engine engine)"
+        )
+        raise _error(message, field, where)
 
 
 def _check_lengths(scenario: Scenario, where: Where) -> None:

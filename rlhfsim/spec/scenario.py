@@ -545,7 +545,11 @@ class Generation(Record):
 
     engine: `zero3_per_token` gathers the sharded weights again for every decoded token, `hybrid` gathers them once per
         generation call into an inference layout, `engine` holds an own inference copy (vLLM, SGLang, shadow actor).
-    tensor_parallel: ranks per engine (hybrid, engine).
+    tensor_parallel: ranks per engine, or of one of its pipeline stages (hybrid, engine).
+    pipeline_parallel: stages of an engine, each with equally many layers (vLLM's pipeline_parallel_size); a hybrid
+        engine decodes in the stages in which the actor trains. Its sequences go through the stages in as many
+        micro-batches of equal size, so that every stage has work; the next token of a micro-batch waits for it to
+        come out of the last stage. max_sequences and the KV cache are for all micro-batches, prefill_tokens for one.
     batching: `static` pads and runs until the longest of the batch has ended, `continuous` retires finished sequences
         and admits waiting ones (paged KV cache). Default: continuous for `engine`, else static.
     batch_samples: static batches of at most so many samples per replica; absent: all at once.
@@ -584,6 +588,7 @@ class Generation(Record):
 
     engine: Literal["zero3_per_token", "hybrid", "engine"] = "hybrid"
     tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
     expert_parallel: Count = 1
     weights_precision: Literal["fp8", "int8"] | None = None
     kv_precision: Literal["fp8", "int8"] | None = None
@@ -622,6 +627,24 @@ class Generation(Record):
         """Whether LoRA's factors are not merged while generating."""
         return self.lora == "served" or self.engine == "zero3_per_token"
 
+    @property
+    def ranks_per_engine(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def round_tokens(self) -> int:
+        """Most tokens that an engine's micro-batches compute together while each takes one step."""
+        return self.prefill_tokens * self.pipeline_parallel
+
+    @property
+    def different_stages(self) -> list[int]:
+        """Pipeline stages that can differ: the ends, and one of those between."""
+        return sorted({0, self.pipeline_parallel // 2, self.pipeline_parallel - 1})
+
+    def in_stages_of(self, use: ModelUse) -> bool:
+        """Whether it decodes in the pipeline stages in which a model is trained."""
+        return self.engine != "engine" and use.zero_stage < 3
+
     def kv_bytes(self, use: ModelUse) -> int:
         """Bytes of one cached element."""
         return 1 if self.kv_precision else use.bytes_per_parameter
@@ -656,8 +679,14 @@ class Generation(Record):
             )
         if self.speculative and not self.continuous:
             raise ValueError("speculative decoding needs a continuous engine: batching must be continuous")
-        if self.engine == "zero3_per_token" and self.tensor_parallel > 1:
-            raise ValueError("engine zero3_per_token runs every rank on its own samples: tensor_parallel must be 1")
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            if self.engine == "zero3_per_token" and getattr(self, name) > 1:
+                raise ValueError(f"engine zero3_per_token runs every rank on its own samples: {name} must be 1")
+        if self.speculative and self.pipeline_parallel > 1:
+            raise ValueError(
+                f"pipeline_parallel is {self.pipeline_parallel}, but drafts that go through stages are not modelled: "
+                "speculative must be absent, or pipeline_parallel 1"
+            )
         if self.engine == "zero3_per_token" and self.weights_precision:
             raise ValueError(
                 f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
