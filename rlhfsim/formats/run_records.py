@@ -11,7 +11,11 @@
         global_batch: 128
         micro_batch: 1
         precision: bf16
+        options: {overlap_grad_reduce: true}   # fields of a model in a scenario (`rlhfsim show fields`)
+        attention_flops: causal     # or full: as a rate in TFLOP/s counts attention
         measured: {iteration_s: 3.2}
+
+`{low: 1, high: 4}` in place of a value is what the document does not say; it is predicted at both ends.
 
 Measured quantities, by kind: training `iteration_s`, `tflops_per_gpu`, `tokens_per_s_per_gpu`; generation
 `output_tok_s_per_gpu`; prefill `first_token_ms`; prefill+decode `ttft_ms` or `prefill_ms`, `tpot_ms` or
