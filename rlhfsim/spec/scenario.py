@@ -78,7 +78,14 @@ class ModelUse(Record):
         DeepSpeed); absent: true. zero_stage 1 and 2: updated weights come beside the first forward pass of the next
         update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
     overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
-        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
+        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap). The products of a forward pass
+        and the data gradients of attention's output and the MLP's run in pieces too, and the collectives take
+        multiprocessors from what they run beside.
+    overlap_tensor_gradients: in the backward pass, what the ranks sum or scatter of input gradients runs beside the
+        products of the weight gradients (Megatron-LM's layers since 2021, LinearWithGradAccumulationAndAsyncCommuni-
+        cation); collectives otherwise block. For tensor_parallel above 1, without overlap_tensor_parallel.
+    optimizer_passes: gradients are cast to fp32, unscaled (fp16), read for their norm, and weights are copied from the
+        master in passes of their own beside Adam (Megatron-LM's MixedPrecisionOptimizer); otherwise with Adam at once.
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step. offload_optimizer_fraction: of
         so many of the parameters, those of the others on the GPU meanwhile (Megatron-LM's optimizer_offload_fraction,
         `ratio` of DeepSpeed's ZeRO-Offload++).
@@ -133,6 +140,8 @@ class ModelUse(Record):
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
+    overlap_tensor_gradients: bool = False
+    optimizer_passes: bool = False
     offload_optimizer: bool = False
     offload_optimizer_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     offload_states: Literal["optimizer", "all", "image"] | None = None
@@ -338,6 +347,12 @@ class ModelUse(Record):
                 "overlap_tensor_parallel needs tensor_parallel above 1 and sequence_parallel, given "
                 f"{self.tensor_parallel} and {str(self.sequence_parallel).lower()}"
             )
+        if self.overlap_tensor_gradients and (self.tensor_parallel == 1 or self.overlap_tensor_parallel):
+            raise ValueError(
+                "overlap_tensor_gradients needs tensor_parallel above 1, and no overlap_tensor_parallel, which holds it"
+            )
+        if self.optimizer_passes and (self.precision == "fp32" or self.shards_master):
+            raise ValueError("optimizer_passes needs a master beside 16-bit weights (precision bf16 or fp16)")
         return self
 
     @model_validator(mode="after")
