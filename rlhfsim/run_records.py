@@ -46,9 +46,12 @@ class Inexpressible(Exception):
     """What no scenario says."""
 
 
-def results_of(found: Records, gpu: str | None, tolerance: float = TOLERANCE) -> tuple[list[Result], list[Gap]]:
+def results_of(
+    found: Records, gpu: str | None, tolerance: float | None = None
+) -> tuple[list[Result], list[Gap]]:
     """Predicted and measured seconds of every record; what cannot be predicted is a gap.
 
+    tolerance: of all; None: what the file states.
     gpu: the cluster to predict on, where not the shipped one of each record's GPU. Raises InputError for a measured
     value that the hardware cannot reach.
     """
@@ -65,7 +68,8 @@ def results_of(found: Records, gpu: str | None, tolerance: float = TOLERANCE) ->
                 ends = (low, high) if len(corners) > 1 else (None, None)
                 results.append(
                     Result(
-                        record.id, quantity, sqrt(low * high), measured, "prediction", group, 0.0, tolerance, *ends,
+                        record.id, quantity, sqrt(low * high), measured, "prediction", group, 0.0,
+                        tolerance or record.tolerance or TOLERANCE, *ends,
                         framework=record.source, phase=record.kind,
                     )
                 )  # fmt: skip
@@ -313,17 +317,22 @@ def _model(record: Record) -> dict[str, Any]:
 
 
 def _uneven(actor: dict[str, Any], record: Record) -> dict[str, int]:
-    """Layers of the first and the last pipeline stage where the stages cannot have equally many."""
-    stages = actor["pipeline_parallel"]
+    """Layers of the first and the last pipeline stage where the stages cannot have equally many.
+
+    Both have fewer, the last one the fewest, as it has the head.
+    """
+    stages, chunks = actor["pipeline_parallel"], actor["pipeline_chunks"]
     layers = actor["shape"]["layers"] if "shape" in actor else load_model(actor["spec"]).layers
-    if layers % stages == 0 or actor["pipeline_chunks"] > 1:
+    if layers % (stages * chunks) == 0:
         return {}
-    rest = layers - (stages - 2) * -(-layers // stages)
-    if rest < 2:
+    each = -(-layers // (stages * chunks))
+    missing = each * stages * chunks - layers
+    first, last = each - missing // 2, each - (missing - missing // 2)
+    if last < 1:
         raise Inexpressible(
             f"{layers} layers on {stages} pipeline stages, and the record does not say how many on each"
         )
-    return {"first_stage_layers": -(-rest // 2), "last_stage_layers": rest // 2}
+    return {"first_stage_layers": (chunks - 1) * each + first, "last_stage_layers": (chunks - 1) * each + last}
 
 
 def _sequence(record: Record) -> int:

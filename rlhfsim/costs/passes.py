@@ -805,9 +805,7 @@ class _Work:
                 f"{spec.layers} layers cannot be split evenly in {stages} stages x {use.pipeline_chunks} chunks",
                 field="pipeline_chunks",
             )
-        counts = [spec.layers // virtual] * virtual
-        if use.given_stages:
-            counts = [len(use.stage_layers(stage)) for stage in range(stages)]
+        counts = use.chunk_layers
         ends, frozen = np.cumsum(counts).tolist(), spec.layers - self.trained_layers
         layer, embedding, head = self.layer_forward(), self.embedding(), self.head_forward()
         forward = _stack([layer * count for count in counts], first=embedding, last=head)

@@ -52,7 +52,9 @@ class ModelUse(Record):
         pieces of sequences to pieces of the heads and back (Ulysses; verl's ulysses_sequence_parallel_size), whose
         number must divide the heads; KV heads are copied where they are too few.
     first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
-        others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
+        others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike. With
+        pipeline_chunks the first chunk of the first stage and the last chunk of the last one are unlike the others
+        (account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
     sequence_parallel: activations between tensor-parallel regions are split as well.
     expert_parallel: ranks that share the routed experts of a layer, and exchange tokens by all-to-all; neighbours of
         the tensor- and data-parallel ranks of a pipeline stage. expert_tensor_parallel: ranks that share the matrices
@@ -238,18 +240,44 @@ class ModelUse(Record):
         given, stages, layers = self.given_stages, self.pipeline_parallel, self.shape.layers
         if not given:
             return self
-        if stages < 2 or self.pipeline_chunks > 1:
-            raise ValueError(
-                "first_stage_layers and last_stage_layers need pipeline_parallel above 1 and pipeline_chunks 1, given "
-                f"{stages} and {self.pipeline_chunks}"
-            )
+        if stages < 2:
+            raise ValueError(f"first_stage_layers and last_stage_layers need pipeline_parallel above 1, given {stages}")
         rest, others = layers - sum(given), stages - len(given)
         if rest < others or (rest % others if others else rest):
             raise ValueError(
                 f"first_stage_layers and last_stage_layers leave {rest} of the {layers} layers of {self.spec} for "
                 f"{others} stages; each must have as many, and at least one"
             )
+        chunks = self.pipeline_chunks
+        if chunks > 1 and rest % (others * chunks or 1):
+            raise ValueError(
+                f"pipeline_chunks is {chunks}, but must divide the {rest // others} layers of each stage between the "
+                "first and the last"
+            )
+        if chunks > 1 and min(self.chunk_layers) < 1:
+            raise ValueError(
+                f"first_stage_layers or last_stage_layers is {min(given)}, which leaves none for its chunk that is "
+                f"unlike the others (of {max(self.chunk_layers)} layers)"
+            )
         return self
+
+    @property
+    def chunk_layers(self) -> list[int]:
+        """Layers of every virtual stage in their order; the first and the last may be unlike the others."""
+        stages, chunks, given = self.pipeline_parallel, self.pipeline_chunks, self.given_stages
+        if chunks == 1:
+            return [len(self.stage_layers(stage)) for stage in range(stages)]
+        each = self.shape.layers // (stages * chunks)
+        if given and len(given) < stages:
+            each = (self.shape.layers - sum(given)) // ((stages - len(given)) * chunks)
+        elif given:
+            each = -(-max(given) // chunks)
+        counts = [each] * (stages * chunks)
+        if self.first_stage_layers is not None:
+            counts[0] = self.first_stage_layers - (chunks - 1) * each
+        if self.last_stage_layers is not None:
+            counts[-1] = self.last_stage_layers - (chunks - 1) * each
+        return counts
 
     @model_validator(mode="after")
     def _experts_can_be_split(self) -> ModelUse:
