@@ -46,9 +46,7 @@ class Inexpressible(Exception):
     """What no scenario says."""
 
 
-def results_of(
-    found: Records, gpu: str | None, tolerance: float | None = None
-) -> tuple[list[Result], list[Gap]]:
+def results_of(found: Records, gpu: str | None, tolerance: float | None = None) -> tuple[list[Result], list[Gap]]:
     """Predicted and measured seconds of every record; what cannot be predicted is a gap.
 
     tolerance: of all; None: what the file states.
@@ -65,11 +63,11 @@ def results_of(
             for found_at in zip(*corners, strict=True):
                 quantity, measured, _ = found_at[0]
                 low, high = min(seconds for *_, seconds in found_at), max(seconds for *_, seconds in found_at)
-                ends = (low, high) if len(corners) > 1 else (None, None)
+                between = len(corners) > 1
                 results.append(
                     Result(
                         record.id, quantity, sqrt(low * high), measured, "prediction", group, 0.0,
-                        tolerance or record.tolerance or TOLERANCE, *ends,
+                        tolerance or record.tolerance or TOLERANCE, low if between else None, high if between else None,
                         framework=record.source, phase=record.kind,
                     )
                 )  # fmt: skip

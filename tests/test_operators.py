@@ -232,11 +232,8 @@ def test_unfused_attention_is_two_products_and_the_scores_between() -> None:
 
 
 def test_products_beside_collectives_run_in_pieces() -> None:
-    """A piece from each of 8 ranks, four pieces before what is scattered; only fixed times without efficiency curves."""
-    ideal, ops, u = operators(efficiency=False), operators(), use()
-    assert ideal.layer_forward(u, 8192, 8, beside=True).seconds == pytest.approx(
-        ideal.layer_forward(u, 8192, 8).seconds, rel=0.25
-    )
+    """Fewer rows are less efficient; in the backward only half of the products have pieces."""
+    ops, u = operators(), use()
     whole, pieces = ops.layer_forward(u, 8192, 8), ops.layer_forward(u, 8192, 8, beside=True)
     assert whole.seconds < pieces.seconds < 1.6 * whole.seconds
     gradients = [ops.layer_backward(u, 8192, 8, beside=beside).seconds for beside in (False, True)]

@@ -66,9 +66,10 @@ IN_PLACE_SOFTMAX_BYTES, IN_PLACE_SOFTMAX_BACKWARD_BYTES = 38, 14
 # megatron/core/fusions/fused_softmax.py, torch's dropout.
 UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 9, 11
 
-# Products that run in pieces of their rows beside a collective of tensor-parallel ranks: with what is gathered one piece
-# from each rank ("ring_exchange"), with what is scattered four ("pipeline"); all others are whole, beside collectives of
-# other tensors ("bulk"). NVIDIA/TransformerEngine fecb10bd, transformer_engine/pytorch/module/base.py, initialize_ub.
+# Products that run in pieces of their rows beside a collective of tensor-parallel ranks: with what is gathered one
+# piece from each rank ("ring_exchange"), with what is scattered four ("pipeline"); all others are whole, beside
+# collectives of other tensors ("bulk"): NVIDIA/TransformerEngine fecb10bd, transformer_engine/pytorch/module/base.py,
+# initialize_ub.
 GATHERED, SCATTERED, SCATTERED_PIECES = ("qkv", "mlp_up"), ("attention_output", "mlp_down"), 4
 
 
@@ -162,7 +163,13 @@ class Operators:
     # --- one layer: the mean of all, where layers differ ---------------------------------------------------------
 
     def layer_forward(
-        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True, serving: bool = False,
+        self,
+        use: ModelUse,
+        tokens: Numbers,
+        tensor_parallel: int,
+        *,
+        adapters: bool = True,
+        serving: bool = False,
         beside: bool = False,
     ) -> OperatorTime:
         """Projections, MLP or experts, norms, residuals, rotary embedding, activation; attention itself is apart.
@@ -443,10 +450,15 @@ class Operators:
         self, product: Product, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision,
         names: tuple[str, ...], pieces: int,
     ) -> OperatorTime:  # fmt: skip
-        """What the products of these names take longer in so many pieces than as a whole."""
+        """What the products of these names take longer in so many pieces than as a whole.
+
+        Pieces are on several streams: the fixed time of one passes beside the next.
+        """
         named = [gemm for gemm in gemms if gemm.name in names]
         whole = self._products(product, use, tokens, named, precision)
-        return pieces * self._products(product, use, np.asarray(tokens) / pieces, named, precision) + -1.0 * whole
+        piece = self._products(product, use, np.asarray(tokens) / pieces, named, precision)
+        fixed = OperatorTime(piece.launch, 0.0, 0.0, piece.launch)
+        return pieces * piece + -1.0 * whole + (1.0 - pieces) * fixed
 
     def _gemm(
         self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None, serving: bool
@@ -576,8 +588,8 @@ def adam_bytes(use: ModelUse) -> int:
 
     Master weight and two moments in fp32 are read and written (24), the gradient is read; in 16-bit the working weight
     is written besides the master. 16-bit: 24 + 2 + 2; fp32: the master is the weight: 24 + 4.
-    optimizer_passes: gradients in 16 bits are cast to fp32 first (2 + 4); with fp16 those are unscaled (4 + 4); they are
-    read for their norm (4) and by Adam (4), and the master is read (4) to write the weight (2).
+    optimizer_passes: gradients in 16 bits are cast to fp32 first (2 + 4); with fp16 those are unscaled (4 + 4); they
+    are read for their norm (4) and by Adam (4), and the master is read (4) to write the weight (2).
     """
     if use.optimizer_passes:
         cast = 0 if use.gradient_bytes == 4 else use.gradient_bytes + 4

@@ -153,7 +153,7 @@ class HostSegment(Segment):
 
 
 def exposed_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:
-    """Of `transfer_seconds`, what does not pass beside its own compute, and by how much it makes that compute longer."""
+    """Of `transfer_seconds`, what does not pass beside its own compute, and by how much that takes longer."""
     seconds = transfer_seconds(transfer, route, rate)
     hidden = np.minimum(seconds, transfer.hidden_seconds)
     return np.asarray(seconds - hidden + transfer.slows * hidden)
