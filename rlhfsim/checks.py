@@ -71,7 +71,7 @@ def check(
             used |= {"--gpu", "--tolerance"}
             if gpu is not None:
                 the_gpu(measured, gpu)
-            results, gaps = run_records.results_of(measured, gpu, tolerance or run_records.TOLERANCE)
+            results, gaps = run_records.results_of(measured, gpu, tolerance)
             found.results += results
             found.gaps += gaps
         elif isinstance(measured, Served):

@@ -45,7 +45,10 @@ class Tables:
 
 @dataclass(frozen=True)
 class Record:
-    """One published run: what ran, in the file's words, and seconds by quantity. where: its place in the file."""
+    """One published run: what ran, in the file's words, and seconds by quantity. where: its place in the file.
+
+    tolerance: what its file states for its source.
+    """
 
     id: str
     kind: str
@@ -54,6 +57,7 @@ class Record:
     measured: dict[str, float]
     where: str
     source: str = ""
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)

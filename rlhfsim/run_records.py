@@ -1,12 +1,16 @@
 """Published runs, predicted: a training iteration, generation, or a collective, as a record of one says it.
 
 A run is one stage of a scenario, simulated alone: `update_actor` on sequences of one length, `gen` of a batch of equal
-prompts. Everything is compared in seconds; what was published as a rate is divided out.
+prompts. Everything is compared in seconds; what was published as a rate is divided out. What a record leaves open is an
+interval, predicted at its ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -42,9 +46,10 @@ class Inexpressible(Exception):
     """What no scenario says."""
 
 
-def results_of(found: Records, gpu: str | None, tolerance: float = TOLERANCE) -> tuple[list[Result], list[Gap]]:
+def results_of(found: Records, gpu: str | None, tolerance: float | None = None) -> tuple[list[Result], list[Gap]]:
     """Predicted and measured seconds of every record; what cannot be predicted is a gap.
 
+    tolerance: of all; None: what the file states.
     gpu: the cluster to predict on, where not the shipped one of each record's GPU. Raises InputError for a measured
     value that the hardware cannot reach.
     """
@@ -54,10 +59,15 @@ def results_of(found: Records, gpu: str | None, tolerance: float = TOLERANCE) ->
         group = f"{record.kind}/{name}"
         try:
             cluster = cluster_of(gpu or name)
-            for quantity, measured, predicted in PREDICT[record.kind](record, cluster):
+            corners = [PREDICT[record.kind](corner, cluster) for corner in _corners(record)]
+            for found_at in zip(*corners, strict=True):
+                quantity, measured, _ = found_at[0]
+                low, high = min(seconds for *_, seconds in found_at), max(seconds for *_, seconds in found_at)
+                between = len(corners) > 1
                 results.append(
                     Result(
-                        record.id, quantity, predicted, measured, "prediction", group, 0.0, tolerance,
+                        record.id, quantity, sqrt(low * high), measured, "prediction", group, 0.0,
+                        tolerance or record.tolerance or TOLERANCE, low if between else None, high if between else None,
                         framework=record.source, phase=record.kind,
                     )
                 )  # fmt: skip
@@ -69,6 +79,20 @@ def results_of(found: Records, gpu: str | None, tolerance: float = TOLERANCE) ->
 
 
 Found = list[tuple[str, float, float]]
+
+
+def _corners(record: Record) -> Iterator[Record]:
+    """The record at every combination of the ends of its intervals, `{low: ..., high: ...}` at any depth."""
+
+    def ends(value: Any) -> list[Any]:
+        if not isinstance(value, dict):
+            return [value]
+        if set(value) == {"low", "high"}:
+            return [value["low"], value["high"]]
+        return [dict(zip(value, chosen, strict=True)) for chosen in product(*map(ends, value.values()))]
+
+    for fields in ends(record.fields):
+        yield replace(record, fields=fields)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -95,23 +119,45 @@ def _training(record: Record, cluster: Cluster) -> Found:
     }
     if products:
         actor["gemm_precision"] = products
-    actor |= _uneven(actor, record)
-    setup = _setup(record, cluster, gpus, actor, batch, 1, tokens - 1, {"engine": "engine"})
-    shape = setup.scenario.models.actor.shape
-    flops = float(training_flops(shape, batch, float(tokens)))
+    actor |= _uneven(actor, record) | _options(record)
+
+    def seconds_of(updates: int) -> float:
+        setup = _setup(record, cluster, gpus, actor, updates * batch, 1, tokens - 1, {"engine": "engine"}, updates)
+        return alone_seconds(setup, "update_actor")
+
+    shape = _setup(record, cluster, gpus, actor, batch, 1, tokens - 1, {"engine": "engine"}).scenario.models.actor.shape
+    flops = float(training_flops(shape, batch, float(tokens), causal=_counts_causal(record)))
+    work = float(training_flops(shape, batch, float(tokens)))
     seconds = {
         "iteration_s": lambda v: v,
-        "tflops_per_gpu": lambda v: flops / (v * 1e12 * gpus),
         "tokens_per_s_per_gpu": lambda v: batch * tokens / (v * gpus),
+        "tflops_per_gpu": lambda v: flops / (v * 1e12 * gpus),
     }
     peak = max(p.value for p in cluster.gpu.flops_per_second.values())
     found: Found = []
-    predicted = alone_seconds(setup, "update_actor")
+    # Of one update among many: only there can updated weights be gathered beside the next forward pass.
+    predicted = seconds_of(3) - seconds_of(2) if actor.get("overlap_param_gather") else seconds_of(1)
     for name in [name for name in seconds if name in record.measured][:1]:  # they say the same; the most direct one
         measured = seconds[name](record.measured[name])
-        _possible(record, name, flops / gpus / measured / peak, MOST_OF_PEAK, f"the peak of {cluster.gpu.name}")
+        _possible(record, name, work / gpus / measured / peak, MOST_OF_PEAK, f"the peak of {cluster.gpu.name}")
         found.append((f"{STEP} ({name})", measured, predicted))
     return found
+
+
+def _options(record: Record) -> dict[str, Any]:
+    """Fields of a scenario's model that the record states beside its own words. Raises InputError for no mapping."""
+    options = record.fields.get("options", {})
+    if not isinstance(options, dict):
+        raise InputError("must be a mapping of fields of a model", field="options", where=record.where)
+    return options
+
+
+def _counts_causal(record: Record) -> bool:
+    """Whether the FLOPs behind a rate leave out what a causal mask hides. Raises InputError for an unknown word."""
+    counted = record.fields.get("attention_flops", "causal")
+    if counted not in ("causal", "full"):
+        raise InputError(f"is {counted!r}, but must be causal or full", field="attention_flops", where=record.where)
+    return bool(counted == "causal")
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -214,6 +260,7 @@ def _setup(
     prompt: int,
     response: int,
     generation: dict[str, Any],
+    updates: int = 1,
 ) -> Setup:
     per_node = max(n for n in range(1, min(gpus, cluster.node.gpus_per_node) + 1) if gpus % n == 0)
     shape = {key: actor[key] for key in ("spec", "shape") if key in actor}  # of roles that the run does not have
@@ -222,7 +269,7 @@ def _setup(
         "cluster": {"spec": cluster.name, "nodes": gpus // per_node, "gpus_per_node": per_node},
         "models": {"actor": actor} | dict.fromkeys(ROLES[1:], shape),
         "workload": {"prompts": batch, "prompt_tokens": prompt, "response_tokens": response},
-        "algorithm": {"name": "reinforce_plus_plus", "reward": "function", "kl_coefficient": 0},
+        "algorithm": {"name": "reinforce_plus_plus", "reward": "function", "kl_coefficient": 0, "minibatches": updates},
         "generation": generation,
         "strategy": {"name": "colocated"},
         "simulation": {"iterations": 1},
@@ -256,7 +303,7 @@ def _model(record: Record) -> dict[str, Any]:
         "ffn": int(shape.get("ffn", 4 * hidden)),
         "gated_mlp": False,
         "vocabulary": int(shape.get("vocabulary", GPT_VOCABULARY)),
-        "tied_embeddings": True,
+        "tied_embeddings": bool(shape.get("tied_embeddings", True)),
         "learned_positions": _sequence(record),
         "norm": "layer",
         "qkv_bias": True,
@@ -268,17 +315,22 @@ def _model(record: Record) -> dict[str, Any]:
 
 
 def _uneven(actor: dict[str, Any], record: Record) -> dict[str, int]:
-    """Layers of the first and the last pipeline stage where the stages cannot have equally many."""
-    stages = actor["pipeline_parallel"]
+    """Layers of the first and the last pipeline stage where the stages cannot have equally many.
+
+    Both have fewer, the last one the fewest, as it has the head.
+    """
+    stages, chunks = actor["pipeline_parallel"], actor["pipeline_chunks"]
     layers = actor["shape"]["layers"] if "shape" in actor else load_model(actor["spec"]).layers
-    if layers % stages == 0 or actor["pipeline_chunks"] > 1:
+    if layers % (stages * chunks) == 0:
         return {}
-    rest = layers - (stages - 2) * -(-layers // stages)
-    if rest < 2:
+    each = -(-layers // (stages * chunks))
+    missing = each * stages * chunks - layers
+    first, last = each - missing // 2, each - (missing - missing // 2)
+    if last < 1:
         raise Inexpressible(
             f"{layers} layers on {stages} pipeline stages, and the record does not say how many on each"
         )
-    return {"first_stage_layers": -(-rest // 2), "last_stage_layers": rest // 2}
+    return {"first_stage_layers": (chunks - 1) * each + first, "last_stage_layers": (chunks - 1) * each + last}
 
 
 def _sequence(record: Record) -> int:

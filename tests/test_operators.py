@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfsim.costs.kernels import Rates, gemm_time, load_kernels
-from rlhfsim.costs.operators import NO_TIME, Operators, OperatorTime, lora_gemms, total
+from rlhfsim.costs.operators import NO_TIME, Operators, OperatorTime, adam_bytes, lora_gemms, total
 from rlhfsim.errors import InputError
 from rlhfsim.lora import lora_parameters
 from rlhfsim.spec.data import data_dir
@@ -216,13 +216,44 @@ def test_unequal_sequences_count_by_their_squares() -> None:
     assert mixed.flops == pytest.approx(one.flops, rel=1e-3)
 
 
-def test_unfused_attention_moves_the_scores() -> None:
-    """13 bytes a score in 16 bit: 32 heads x 4 x 2048^2 scores, at the rate of the residual addition's kernel."""
+def test_unfused_attention_is_two_products_and_the_scores_between() -> None:
+    """32 heads x 4 sequences; 9 bytes a score go through softmax and its dropout, and each product moves them once."""
     sequences, ops = np.full(4, 2048), operators(efficiency=False)
-    fused = ops.attention_prefill(use(), sequences, 1)
     unfused = ops.attention_prefill(use(flash_attention=False), sequences, 1)
-    rate = A100.memory_bytes_per_second.value * KERNELS.memory["residual_add"].memory_efficiency
-    assert unfused.seconds - fused.seconds == pytest.approx(13 * 32 * 4 * 2048**2 / rate)
+    gemm, scores = KERNELS.gemm["bf16"], 32 * 4 * 2048**2
+    stream = A100.memory_bytes_per_second.value * KERNELS.memory["residual_add"].memory_efficiency
+    flops_per_second = A100.flops_per_second["bf16"].value * gemm.compute_efficiency
+    bytes_per_second = A100.memory_bytes_per_second.value * gemm.memory_efficiency
+    moved = 2 * (scores + 2 * 32 * 4 * 2048 * 128)
+    product = max(2 * scores * 128 / flops_per_second, moved / bytes_per_second)
+    assert unfused.seconds == pytest.approx(2 * product + 9 * scores / stream)
+    backward = ops.attention_prefill(use(flash_attention=False), sequences, 1, backward=True)
+    assert backward.seconds == pytest.approx(4 * product + 11 * scores / stream)
+
+
+def test_products_beside_collectives_run_in_pieces() -> None:
+    """Fewer rows are less efficient; in the backward only half of the products have pieces."""
+    ops, u = operators(), use()
+    whole, pieces = ops.layer_forward(u, 8192, 8), ops.layer_forward(u, 8192, 8, beside=True)
+    assert whole.seconds < pieces.seconds < 1.6 * whole.seconds
+    gradients = [ops.layer_backward(u, 8192, 8, beside=beside).seconds for beside in (False, True)]
+    assert gradients[0] < gradients[1] < gradients[0] + pieces.seconds - whole.seconds
+
+
+def test_the_loss_in_place_moves_52_bytes_a_logit() -> None:
+    """38 in the forward and 14 in the backward, by the list of Megatron-LM's operations; 14 + 14 otherwise."""
+    ops = operators(efficiency=False)
+    rate = A100.memory_bytes_per_second.value * KERNELS.memory["cross_entropy"].memory_efficiency
+    tokens, columns = 4096, LLAMA.vocabulary
+    for way, moved in (("head_forward", 38), ("head_backward", 14)):
+        plain, in_place = (getattr(ops, way)(use(logits_in_place=place), tokens, 1) for place in (False, True))
+        assert in_place.seconds - plain.seconds == pytest.approx((moved - 14) * tokens * columns / rate)
+
+
+def test_passes_of_the_optimizer() -> None:
+    """fp16: cast 6, unscaled 8, norm 4, Adam 28, copy 6; bf16 with gradients in fp32: norm 4, Adam 28, copy 6."""
+    assert adam_bytes(use(precision="fp16", optimizer_passes=True)) == 6 + 8 + 4 + 28 + 6
+    assert adam_bytes(use(gradient_precision="fp32", optimizer_passes=True, zero_stage=1)) == 4 + 28 + 6
 
 
 def test_adam_moves_28_bytes_a_parameter() -> None:

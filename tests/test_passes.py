@@ -488,6 +488,41 @@ def gpt(heads: int, hidden: int, layers: int) -> ModelSpec:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("layers", "stages", "chunks", "given_", "counts"),
+    [
+        (126, 8, 4, {"first_stage_layers": 15, "last_stage_layers": 15}, [3, *[4] * 30, 3]),  # Llama 3.1 405B
+        (61, 2, 4, {"first_stage_layers": 31, "last_stage_layers": 30}, [7, *[8] * 6, 6]),  # DeepSeek-V3
+        (60, 4, 1, {"last_stage_layers": 12}, [16, 16, 16, 12]),
+        (64, 4, 2, {}, [8] * 8),
+    ],
+)
+def test_the_first_and_the_last_chunk_may_be_unlike_the_others(
+    layers: int, stages: int, chunks: int, given_: dict, counts: list[int]
+) -> None:
+    shape = gpt(16, 1024, layers)
+    u = use(shape, zero_stage=0, pipeline_parallel=stages, pipeline_chunks=chunks, **given_)
+    assert u.chunk_layers == counts
+    assert sum(len(u.stage_layers(stage)) for stage in range(stages)) == layers
+    segment = train_program(u, [np.full(stages, 512)], layout(u, stages), OPS)[0]
+    assert isinstance(segment, PipelineSegment)
+    middle = np.median(segment.forward_seconds[:, 0, 0]) / float(np.median(counts))
+    assert segment.forward_seconds[:-1, 0, 0] == pytest.approx(middle * np.array(counts[:-1]), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"first_stage_layers": 15, "pipeline_chunks": 5}, "pipeline_chunks is 5, but must divide the 15 layers"),
+        ({"first_stage_layers": 3, "pipeline_chunks": 3}, "first_stage_layers or last_stage_layers is 3, which leaves"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused(given_: dict, message: str) -> None:
+    layers = 3 * 17 + given_["first_stage_layers"] if given_["pipeline_chunks"] == 5 else 3 * 18 + 3
+    with pytest.raises(ValueError, match=message.replace("15 layers", "17 layers")):
+        use(gpt(16, 1024, layers), zero_stage=0, pipeline_parallel=4, **given_)
+
+
 # Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, tables 3 and 5: A100, tp 8,
 # sequence 2048, seconds of an iteration with full recomputation, and with selective and sequence parallelism. Attention
 # was not fused then. model, stages, chunks, samples, micro-batch, seconds.

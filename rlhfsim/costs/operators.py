@@ -56,8 +56,21 @@ EAGER_JOINS = 3
 # Bytes per logit of eager PyTorch: cast to fp32 (2 read, 4 written), log_softmax (4 + 4); backward 4 + 4, cast 4 + 2.
 LOG_SOFTMAX_BYTES = 14
 
-# Unfused attention, bytes per score (head x query x key) in 16-bit: scores, mask, softmax, dropout (unverified).
-UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 13, 19
+# What Megatron-LM's vocab_parallel_cross_entropy reads and writes per logit (megatron/core/tensor_parallel/
+# cross_entropy.py): cast to fp32 (2 + 4), maximum (4), subtraction (8), exponential (8), sum (4), division (8), all in
+# place; backward: product with the incoming gradient (8), cast (4 + 2).
+IN_PLACE_SOFTMAX_BYTES, IN_PLACE_SOFTMAX_BACKWARD_BYTES = 38, 14
+
+# Unfused attention between its products, bytes per score (head x query x key) in 16-bit: softmax reads and writes (4),
+# its dropout too, with a mask (5); backward: dropout (5), softmax with its output and the gradient (6). The kernels:
+# megatron/core/fusions/fused_softmax.py, torch's dropout.
+UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 9, 11
+
+# Products that run in pieces of their rows beside a collective of tensor-parallel ranks: with what is gathered one
+# piece from each rank ("ring_exchange"), with what is scattered four ("pipeline"); all others are whole, beside
+# collectives of other tensors ("bulk"): NVIDIA/TransformerEngine fecb10bd, transformer_engine/pytorch/module/base.py,
+# initialize_ub.
+GATHERED, SCATTERED, SCATTERED_PIECES = ("qkv", "mlp_up"), ("attention_output", "mlp_down"), 4
 
 
 @dataclass(frozen=True)
@@ -150,17 +163,29 @@ class Operators:
     # --- one layer: the mean of all, where layers differ ---------------------------------------------------------
 
     def layer_forward(
-        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, *, adapters: bool = True, serving: bool = False
+        self,
+        use: ModelUse,
+        tokens: Numbers,
+        tensor_parallel: int,
+        *,
+        adapters: bool = True,
+        serving: bool = False,
+        beside: bool = False,
     ) -> OperatorTime:
         """Projections, MLP or experts, norms, residuals, rotary embedding, activation; attention itself is apart.
 
         adapters: run LoRA's low-rank products beside the weights (False: they are merged into the weights).
-        serving: with the kernels in which serving engines run all experts.
+        serving: with the kernels in which serving engines run all experts. beside: collectives of tensor-parallel ranks
+        run beside the products.
         """
 
         def of(kind: LayerKind) -> OperatorTime:
             gemms = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
-            time = self._products("forward", use, tokens, gemms, self._layer_precision(use), serving=serving)
+            precision = self._layer_precision(use)
+            time = self._products("forward", use, tokens, gemms, precision, serving=serving)
+            if beside:
+                in_pieces = [(GATHERED, tensor_parallel), (SCATTERED, SCATTERED_PIECES)]
+                time += total(self._pieces("forward", use, tokens, gemms, precision, *named) for named in in_pieces)
             if adapters and use.lora_rank:
                 time += self._products("forward", use, tokens, lora_gemms(use, tensor_parallel, kind))
             if not use.fused_kernels:
@@ -170,7 +195,13 @@ class Operators:
         return _mean_of_layers(use, of)
 
     def layer_backward(
-        self, use: ModelUse, tokens: Numbers, tensor_parallel: int, trainable: Trainable = "all"
+        self,
+        use: ModelUse,
+        tokens: Numbers,
+        tensor_parallel: int,
+        trainable: Trainable = "all",
+        *,
+        beside: bool = False,
     ) -> OperatorTime:
         """Data gradients and weight gradients of `layer_forward`.
 
@@ -183,6 +214,8 @@ class Operators:
         def of(kind: LayerKind) -> OperatorTime:
             base = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
             time = self._products("data", use, tokens, base, precision)
+            if beside:
+                time += self._pieces("data", use, tokens, base, precision, SCATTERED, tensor_parallel)
             if trainable == "lora":
                 adapters = lora_gemms(use, tensor_parallel, kind)
                 time += self._products("data", use, tokens, adapters) + self._products("weights", use, tokens, adapters)
@@ -191,6 +224,16 @@ class Operators:
             if not use.fused_kernels:
                 return time + self._eager_elementwise(use, tokens, tensor_parallel, kind, backward=True)
             return time + ELEMENTWISE_BACKWARD_RATIO * self._elementwise(use, tokens, tensor_parallel, kind)
+
+        return _mean_of_layers(use, of)
+
+    def weight_gradients(self, use: ModelUse, tokens: Numbers, tensor_parallel: int) -> OperatorTime:
+        """Of the products of one layer whose rows are gathered from tensor-parallel ranks."""
+
+        def of(kind: LayerKind) -> OperatorTime:
+            gemms = layer_gemms(use.shape, tensor_parallel, kind, use.expert_split(tensor_parallel))
+            gathered = [gemm for gemm in gemms if gemm.name in GATHERED]
+            return self._products("weights", use, tokens, gathered, self._layer_precision(use))
 
         return _mean_of_layers(use, of)
 
@@ -245,14 +288,33 @@ class Operators:
         if self.measured and not backward:
             _refuse_latent(use)
             time = self.measured.prefill(time, heads, kv_heads, shape.head_dim, batch, length)
-        fused = _where(batch > 0, _operator(time))
         if use.flash_attention:
-            return fused
+            return _where(batch > 0, _operator(time))
+        length = np.sqrt(squares / np.maximum(batch, 1))
+        return _where(batch > 0, self._unfused_attention(use, batch * heads, np.maximum(length, 1), backward))
+
+    def _unfused_attention(self, use: ModelUse, groups: np.ndarray, tokens: np.ndarray, backward: bool) -> OperatorTime:
+        """Scores and their product with the values, each a batched product over the whole square; softmax and its
+        dropout between them. The backward has two products for each."""
+        shape, curve = use.shape, self.kernels.gemm_curve(use.precision)
+
+        def product(n: Numbers, k: Numbers) -> OperatorTime:
+            width = use.bytes_per_parameter
+            time = gemm_time(
+                curve, self._rates(use), tokens, n, k,
+                input_bytes=width, output_bytes=width, ideal=self.ideal, groups=groups,
+            )  # fmt: skip
+            return _operator(time)
+
+        # Of scores: tokens x head_dim x tokens, and of their gradient back to queries and keys; likewise of the values.
+        wide, narrow = (tokens, shape.head_dim), (shape.value_head_dim, tokens)
+        if backward:
+            wide, narrow = (tokens, shape.value_head_dim), (shape.head_dim, tokens)
+        products = product(*wide) + product(*narrow)
+        if backward:
+            products += product(shape.value_head_dim, tokens) + product(shape.head_dim, tokens)
         per_score = (UNFUSED_BACKWARD_BYTES if backward else UNFUSED_FORWARD_BYTES) * use.bytes_per_parameter / 2
-        scores = memory_time(
-            self.kernels.memory["residual_add"], self._rates(use), per_score * heads * squares, ideal=self.ideal
-        )
-        return fused + _where(batch > 0, _operator(scores))
+        return products + self._memory(use, "residual_add", per_score * groups * tokens**2)
 
     def attention_decode(
         self,
@@ -324,7 +386,8 @@ class Operators:
     def head_forward(self, use: ModelUse, tokens: Numbers, tensor_parallel: int, kind: Head = "lm") -> OperatorTime:
         """`lm`: logits and their log-softmax over the vocabulary (vocabulary-parallel). `value`: one number a token."""
         time = self._products("forward", use, tokens, head_gemms(use.shape, kind, tensor_parallel))
-        return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
+        moved = IN_PLACE_SOFTMAX_BYTES if use.logits_in_place else LOG_SOFTMAX_BYTES
+        return time + self._log_softmax(use, tokens, tensor_parallel, moved) if kind == "lm" else time
 
     def head_backward(
         self, use: ModelUse, tokens: Numbers, tensor_parallel: int, kind: Head = "lm", *, trained: bool = True
@@ -334,7 +397,8 @@ class Operators:
         time = self._products("data", use, tokens, gemms) + self._products(
             "weights", use, tokens, gemms if trained else []
         )
-        return time + self._log_softmax(use, tokens, tensor_parallel) if kind == "lm" else time
+        moved = IN_PLACE_SOFTMAX_BACKWARD_BYTES if use.logits_in_place else LOG_SOFTMAX_BYTES
+        return time + self._log_softmax(use, tokens, tensor_parallel, moved) if kind == "lm" else time
 
     def copy(self, use: ModelUse, copied_bytes: Numbers) -> OperatorTime:
         """Of tensors in device memory, read and written at the rate of a residual addition."""
@@ -381,6 +445,20 @@ class Operators:
         """Forward products, or gradients of the data or of the weights, of all gemms."""
         times = (self._gemm(use, g, tokens, product, precision, serving) for g in gemms)
         return _where(np.asarray(tokens) > 0, total(times))
+
+    def _pieces(
+        self, product: Product, use: ModelUse, tokens: Numbers, gemms: Iterable[Gemm], precision: Precision,
+        names: tuple[str, ...], pieces: int,
+    ) -> OperatorTime:  # fmt: skip
+        """What the products of these names take longer in so many pieces than as a whole.
+
+        Pieces are on several streams: the fixed time of one passes beside the next.
+        """
+        named = [gemm for gemm in gemms if gemm.name in names]
+        whole = self._products(product, use, tokens, named, precision)
+        piece = self._products(product, use, np.asarray(tokens) / pieces, named, precision)
+        fixed = OperatorTime(piece.launch, 0.0, 0.0, piece.launch)
+        return pieces * piece + -1.0 * whole + (1.0 - pieces) * fixed
 
     def _gemm(
         self, use: ModelUse, gemm: Gemm, tokens: Numbers, product: Product, precision: Precision | None, serving: bool
@@ -488,9 +566,10 @@ class Operators:
         moved = ((EAGER_BYTES[name][way] * width / 2 * count) for name, count in elements.items())
         return total(self._memory(use, "residual_add", count) for count in moved)
 
-    def _log_softmax(self, use: ModelUse, tokens: Numbers, tensor_parallel: int) -> OperatorTime:
+    def _log_softmax(self, use: ModelUse, tokens: Numbers, tensor_parallel: int, moved: int) -> OperatorTime:
+        """moved: bytes per logit."""
         columns = -(-use.shape.vocabulary // tensor_parallel)
-        return self._memory(use, "cross_entropy", LOG_SOFTMAX_BYTES * columns * np.asarray(tokens, dtype=float))
+        return self._memory(use, "cross_entropy", moved * columns * np.asarray(tokens, dtype=float))
 
 
 def lora_gemms(use: ModelUse, tensor_parallel: int, kind: LayerKind = DENSE) -> list[Gemm]:
@@ -509,7 +588,12 @@ def adam_bytes(use: ModelUse) -> int:
 
     Master weight and two moments in fp32 are read and written (24), the gradient is read; in 16-bit the working weight
     is written besides the master. 16-bit: 24 + 2 + 2; fp32: the master is the weight: 24 + 4.
+    optimizer_passes: gradients in 16 bits are cast to fp32 first (2 + 4); with fp16 those are unscaled (4 + 4); they
+    are read for their norm (4) and by Adam (4), and the master is read (4) to write the weight (2).
     """
+    if use.optimizer_passes:
+        cast = 0 if use.gradient_bytes == 4 else use.gradient_bytes + 4
+        return cast + (8 if use.precision == "fp16" else 0) + 4 + 28 + 4 + use.bytes_per_parameter
     return 24 + use.gradient_bytes + (0 if use.precision == "fp32" or use.shards_master else use.bytes_per_parameter)
 
 

@@ -57,6 +57,11 @@ Reduced = Literal["each", "last", "after"]
 # deepspeed/runtime/zero/config.py at 1b88ac36.
 ALLGATHER_BUCKET_PARAMETERS = 5e8
 
+# Multiprocessors of a collective inside a node that runs beside products: num_sm of TransformerEngine's user buffers
+# (NVIDIA/TransformerEngine fecb10bd, transformer_engine/pytorch/module/base.py, initialize_ub: 16, and 1 of a ring
+# exchange); of NCCL on an A100 likewise 0.15 of 108 (calculon-ai/calculon, systems/a100_80g.json, processor_usage).
+COLLECTIVE_MULTIPROCESSORS, EXCHANGE_MULTIPROCESSORS = 16, 1
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -362,7 +367,8 @@ class _Work:
 
     def layer_forward(self) -> OperatorTime:
         t, ops = self.use.tensor_parallel, self.operators
-        return ops.with_launches(ops.layer_forward(self.use, self.tokens, t) + self.attention())
+        beside = self.use.overlap_tensor_parallel and not ops.ideal
+        return ops.with_launches(ops.layer_forward(self.use, self.tokens, t, beside=beside) + self.attention())
 
     def attention(self, *, backward: bool = False) -> OperatorTime:
         """Of whole sequences; ranks that share them have equal parts (of heads, or early and late pieces)."""
@@ -373,7 +379,9 @@ class _Work:
         """Backward of a trained layer, after what has to be computed again."""
         t, ops, use = self.use.tensor_parallel, self.operators, self.use
         attention = self.attention(backward=True)
-        time = ops.with_backward_launches(ops.layer_backward(use, self.tokens, t, self.trainable) + attention)
+        beside = use.overlap_tensor_parallel and not ops.ideal
+        layer = ops.layer_backward(use, self.tokens, t, self.trainable, beside=beside)
+        time = ops.with_backward_launches(layer + attention)
         if use.recompute == "full":
             return time + self.layer_forward()
         if use.recompute == "selective":
@@ -632,16 +640,34 @@ class _Work:
             return transfers
         first = 1 / self.use.tensor_parallel
         return tuple(
-            _scaled(replace(t, blocking=blocking), share)
+            _scaled(replace(t, blocking=blocking, slows=0.0 if blocking else self._slows(t.op)), share)
             for t in transfers
             for blocking, share in ((False, 1 - first), (True, first))
         )
 
+    def _slows(self, op: Op) -> float:
+        """Share of the multiprocessors that a collective beside products takes; a gather is a ring exchange there."""
+        if self.operators.ideal:
+            return 0.0
+        taken = EXCHANGE_MULTIPROCESSORS if op == "all_gather" else COLLECTIVE_MULTIPROCESSORS
+        return taken / self.operators.gpu.multiprocessors.value
+
     def inside_backward(self) -> tuple[Transfer, ...]:
         """With full recomputation the forward's collectives are repeated too."""
         again = self.use.recompute == "full"
-        others = self._between(2 if again else 1)
+        if self.use.overlap_tensor_gradients and self.operators.gpu.overlaps_communication:
+            others = self._beside_weight_gradients(self._between(1)) + (self._between(1) if again else ())
+        else:
+            others = self._between(2 if again else 1)
         return others + self.context(int(self.use.recompute != "none")) + self.context(1, backward=True)
+
+    def _beside_weight_gradients(self, transfers: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+        """Of a backward pass: input gradients are summed or scattered beside the products that need them no more."""
+        seconds = self.operators.weight_gradients(self.use, self.tokens, self.use.tensor_parallel).seconds
+        hidden = np.asarray(seconds).mean(axis=0)
+        slows = self._slows("all_reduce")
+        summed = ("all_reduce", "reduce_scatter")
+        return tuple(replace(t, hidden_seconds=hidden, slows=slows) if t.op in summed else t for t in transfers)
 
     @property
     def expert_share(self) -> float:
@@ -789,9 +815,7 @@ class _Work:
                 f"{spec.layers} layers cannot be split evenly in {stages} stages x {use.pipeline_chunks} chunks",
                 field="pipeline_chunks",
             )
-        counts = [spec.layers // virtual] * virtual
-        if use.given_stages:
-            counts = [len(use.stage_layers(stage)) for stage in range(stages)]
+        counts = use.chunk_layers
         ends, frozen = np.cumsum(counts).tolist(), spec.layers - self.trained_layers
         layer, embedding, head = self.layer_forward(), self.embedding(), self.head_forward()
         forward = _stack([layer * count for count in counts], first=embedding, last=head)
@@ -882,20 +906,22 @@ def _merge(by_part: list[tuple[Transfer, ...]], micro_batch_count: int) -> tuple
     Those that hide behind compute of their own stay apart.
     """
     kinds = len(by_part) * micro_batch_count
-    merged: dict[tuple[Op, tuple[tuple[int, ...], ...], bool, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    merged: dict[
+        tuple[Op, tuple[tuple[int, ...], ...], bool, int, float], tuple[np.ndarray, np.ndarray, np.ndarray]
+    ] = {}
     for p, transfers in enumerate(by_part):
         own = slice(p * micro_batch_count, (p + 1) * micro_batch_count)
         alone = 0
         for t in transfers:
             alone += bool(np.any(t.hidden_seconds))
-            key = t.op, t.groups, t.blocking, alone if np.any(t.hidden_seconds) else 0
+            key = t.op, t.groups, t.blocking, alone if np.any(t.hidden_seconds) else 0, t.slows
             payload, messages, hidden = merged.setdefault(key, (np.zeros(kinds), np.zeros(kinds), np.zeros(kinds)))
             payload[own] += t.payload_bytes
             messages[own] += t.messages
             hidden[own] += t.hidden_seconds
     return tuple(
-        Transfer(op, groups, payload, messages, blocking, hidden if alone else 0.0)
-        for (op, groups, blocking, alone), (payload, messages, hidden) in merged.items()
+        Transfer(op, groups, payload, messages, blocking, hidden if alone else 0.0, slows)
+        for (op, groups, blocking, alone, slows), (payload, messages, hidden) in merged.items()
     )
 
 

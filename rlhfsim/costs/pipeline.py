@@ -172,8 +172,11 @@ class PipelineSegment(Segment):
         blocking, beside = ({role: np.zeros(len(self.repeats)) for role in roles} for _ in range(2))
         for transfer, role, route, rate in zip(self.transfers, self.roles, routes, rates, strict=True):
             blocks = role in ("forward", "backward") and (transfer.blocking or not self.prefetch)
+            elapsed = exposed_seconds(transfer, route, rate)
             seconds = blocking if blocks else beside
-            seconds[role] = seconds[role] + exposed_seconds(transfer, route, rate)
+            seconds[role] = seconds[role] + elapsed
+            if not blocks:
+                blocking[role] = blocking[role] + transfer.slows * elapsed
         chunks = len(self.forward_seconds) // self.stages
         collectives: float | np.ndarray = 0.0  # how much longer they make the steps of the mean stage
 

@@ -46,6 +46,7 @@ class Transfer:
         Likewise a number or an array.
     blocking: it stops the compute also where the other transfers of its segment run beside it.
     messages: how many separate calls that payload is cut into (each pays the latency); likewise.
+    slows: share of the multiprocessors that it takes from the compute beside it, while it lasts.
     """
 
     op: Op
@@ -54,6 +55,7 @@ class Transfer:
     messages: float | np.ndarray = 1.0
     blocking: bool = False
     hidden_seconds: float | np.ndarray = 0.0
+    slows: float = 0.0
 
 
 class Route(NamedTuple):
@@ -122,7 +124,9 @@ class Segment:
             if self.prefetch and t.blocking:
                 blocked = blocked + exposed_seconds(t, route, rate)
             else:
-                beside = beside + exposed_seconds(t, route, rate)
+                seconds = exposed_seconds(t, route, rate)
+                beside = beside + seconds
+                blocked = blocked + (t.slows * seconds if self.prefetch else 0.0)
         round_seconds = np.maximum(blocked, beside) if self.prefetch else compute + beside
         own = round_seconds @ self.repeats
         # With prefetch the first transfer has nothing to hide behind, and the last compute hides none.
@@ -149,8 +153,10 @@ class HostSegment(Segment):
 
 
 def exposed_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:
-    """Of `transfer_seconds`, what does not pass beside its own compute."""
-    return np.maximum(transfer_seconds(transfer, route, rate) - transfer.hidden_seconds, 0.0)
+    """Of `transfer_seconds`, what does not pass beside its own compute, and by how much that takes longer."""
+    seconds = transfer_seconds(transfer, route, rate)
+    hidden = np.minimum(seconds, transfer.hidden_seconds)
+    return np.asarray(seconds - hidden + transfer.slows * hidden)
 
 
 def transfer_seconds(transfer: Transfer, route: Route, rate: float) -> np.ndarray:

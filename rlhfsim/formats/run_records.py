@@ -1,5 +1,6 @@
 """Records of published runs: a YAML file with a list `anchors` (our own layout, for figures copied out of documents).
 
+    tolerance: {Some paper: 0.1}    # optional: by title of the source; else 0.3
     anchors:
       - id: my-run
         kind: training              # or generation, prefill, prefill+decode, collective
@@ -11,7 +12,11 @@
         global_batch: 128
         micro_batch: 1
         precision: bf16
+        options: {overlap_grad_reduce: true}   # fields of a model in a scenario (`rlhfsim show fields`)
+        attention_flops: causal     # or full: as a rate in TFLOP/s counts attention
         measured: {iteration_s: 3.2}
+
+`{low: 1, high: 4}` in place of a value is what the document does not say; it is predicted at both ends.
 
 Measured quantities, by kind: training `iteration_s`, `tflops_per_gpu`, `tokens_per_s_per_gpu`; generation
 `output_tok_s_per_gpu`; prefill `first_token_ms`; prefill+decode `ttft_ms` or `prefill_ms`, `tpot_ms` or
@@ -21,6 +26,7 @@ Measured quantities, by kind: training `iteration_s`, `tflops_per_gpu`, `tokens_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +57,20 @@ def read(path: Path) -> Records:
     given = document.data["anchors"]
     if not isinstance(given, list) or not given:
         raise InputError("must be a list with at least one record", field="anchors", where=str(path))
-    return Records(path, [_record(one, f"anchors.{i}", document.where, path) for i, one in enumerate(given)])
+    records = [_record(one, f"anchors.{i}", document.where, path) for i, one in enumerate(given)]
+    tolerance = document.data.get("tolerance", {})
+    if not isinstance(tolerance, dict) or not all(map(finite, tolerance.values())):
+        raise InputError(
+            "must be a mapping of positive numbers by title",
+            field="tolerance",
+            where=place_of(document.where, "tolerance"),
+        )
+    for title in tolerance:
+        titles = {record.source for record in records}
+        if title not in titles:
+            message = f"has no record whose source has this title{nearest(title, titles)}"
+            raise InputError(message, field=f"tolerance.{title}", where=place_of(document.where, "tolerance"))
+    return Records(path, [replace(record, tolerance=tolerance.get(record.source)) for record in records])
 
 
 def _record(given: Any, field: str, where: Where, path: Path) -> Record:

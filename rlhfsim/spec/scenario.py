@@ -52,7 +52,9 @@ class ModelUse(Record):
         pieces of sequences to pieces of the heads and back (Ulysses; verl's ulysses_sequence_parallel_size), whose
         number must divide the heads; KV heads are copied where they are too few.
     first_stage_layers, last_stage_layers: of the first and last pipeline stage, where they have more or fewer than the
-        others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike.
+        others, which share the rest evenly (Megatron-LM's num_layers_in_first_pipeline_stage). Absent: all alike. With
+        pipeline_chunks the first chunk of the first stage and the last chunk of the last one are unlike the others
+        (account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
     sequence_parallel: activations between tensor-parallel regions are split as well.
     expert_parallel: ranks that share the routed experts of a layer, and exchange tokens by all-to-all; neighbours of
         the tensor- and data-parallel ranks of a pipeline stage. expert_tensor_parallel: ranks that share the matrices
@@ -78,7 +80,14 @@ class ModelUse(Record):
         DeepSpeed); absent: true. zero_stage 1 and 2: updated weights come beside the first forward pass of the next
         update (Megatron-LM's overlap_param_gather), those of an iteration's last update at its end; absent: false.
     overlap_tensor_parallel: collectives of tensor-parallel ranks run beside the products next to them, in as many
-        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap).
+        pieces as ranks, all but one of which can hide (Megatron-LM's tp_comm_overlap). The products of a forward pass
+        and the data gradients of attention's output and the MLP's run in pieces too, and the collectives take
+        multiprocessors from what they run beside.
+    overlap_tensor_gradients: in the backward pass, what the ranks sum or scatter of input gradients runs beside the
+        products of the weight gradients (Megatron-LM's layers since 2021, LinearWithGradAccumulationAndAsyncCommuni-
+        cation); collectives otherwise block. For tensor_parallel above 1, without overlap_tensor_parallel.
+    optimizer_passes: gradients are cast to fp32, unscaled (fp16), read for their norm, and weights are copied from the
+        master in passes of their own beside Adam (Megatron-LM's MixedPrecisionOptimizer); otherwise with Adam at once.
     offload_optimizer: Adam on the host, gradients and weights over PCIe at every step. offload_optimizer_fraction: of
         so many of the parameters, those of the others on the GPU meanwhile (Megatron-LM's optimizer_offload_fraction,
         `ratio` of DeepSpeed's ZeRO-Offload++).
@@ -133,6 +142,8 @@ class ModelUse(Record):
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
+    overlap_tensor_gradients: bool = False
+    optimizer_passes: bool = False
     offload_optimizer: bool = False
     offload_optimizer_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     offload_states: Literal["optimizer", "all", "image"] | None = None
@@ -229,18 +240,44 @@ class ModelUse(Record):
         given, stages, layers = self.given_stages, self.pipeline_parallel, self.shape.layers
         if not given:
             return self
-        if stages < 2 or self.pipeline_chunks > 1:
-            raise ValueError(
-                "first_stage_layers and last_stage_layers need pipeline_parallel above 1 and pipeline_chunks 1, given "
-                f"{stages} and {self.pipeline_chunks}"
-            )
+        if stages < 2:
+            raise ValueError(f"first_stage_layers and last_stage_layers need pipeline_parallel above 1, given {stages}")
         rest, others = layers - sum(given), stages - len(given)
         if rest < others or (rest % others if others else rest):
             raise ValueError(
                 f"first_stage_layers and last_stage_layers leave {rest} of the {layers} layers of {self.spec} for "
                 f"{others} stages; each must have as many, and at least one"
             )
+        chunks = self.pipeline_chunks
+        if chunks > 1 and rest % (others * chunks or 1):
+            raise ValueError(
+                f"pipeline_chunks is {chunks}, but must divide the {rest // others} layers of each stage between the "
+                "first and the last"
+            )
+        if chunks > 1 and min(self.chunk_layers) < 1:
+            raise ValueError(
+                f"first_stage_layers or last_stage_layers is {min(given)}, which leaves none for its chunk that is "
+                f"unlike the others (of {max(self.chunk_layers)} layers)"
+            )
         return self
+
+    @property
+    def chunk_layers(self) -> list[int]:
+        """Layers of every virtual stage in their order; the first and the last may be unlike the others."""
+        stages, chunks, given = self.pipeline_parallel, self.pipeline_chunks, self.given_stages
+        if chunks == 1:
+            return [len(self.stage_layers(stage)) for stage in range(stages)]
+        each = self.shape.layers // (stages * chunks)
+        if given and len(given) < stages:
+            each = (self.shape.layers - sum(given)) // ((stages - len(given)) * chunks)
+        elif given:
+            each = -(-max(given) // chunks)
+        counts = [each] * (stages * chunks)
+        if self.first_stage_layers is not None:
+            counts[0] = self.first_stage_layers - (chunks - 1) * each
+        if self.last_stage_layers is not None:
+            counts[-1] = self.last_stage_layers - (chunks - 1) * each
+        return counts
 
     @model_validator(mode="after")
     def _experts_can_be_split(self) -> ModelUse:
@@ -338,6 +375,12 @@ class ModelUse(Record):
                 "overlap_tensor_parallel needs tensor_parallel above 1 and sequence_parallel, given "
                 f"{self.tensor_parallel} and {str(self.sequence_parallel).lower()}"
             )
+        if self.overlap_tensor_gradients and (self.tensor_parallel == 1 or self.overlap_tensor_parallel):
+            raise ValueError(
+                "overlap_tensor_gradients needs tensor_parallel above 1, and no overlap_tensor_parallel, which holds it"
+            )
+        if self.optimizer_passes and (self.precision == "fp32" or self.shards_master):
+            raise ValueError("optimizer_passes needs a master beside 16-bit weights (precision bf16 or fp16)")
         return self
 
     @model_validator(mode="after")
