@@ -65,7 +65,9 @@ class Records:
 @dataclass(frozen=True)
 class Served:
     """A run of an inference engine, request by request (columns input_tokens, output_tokens, arrival_seconds,
-    scheduled_seconds, first_seconds, last_seconds, on one clock that starts with the first arrival)."""
+    scheduled_seconds, first_seconds, last_seconds, on one clock that starts with the first arrival).
+
+    kv_blocks: that sequences can use. prefix_caching: whether blocks that were given back are found again."""
 
     path: Path
     model: str
@@ -77,6 +79,7 @@ class Served:
     step_tokens: int
     block_tokens: int
     kv_blocks: int
+    prefix_caching: bool
 
 
 @dataclass(frozen=True)

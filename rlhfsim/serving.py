@@ -36,6 +36,7 @@ class _Replay(_Scheduler):
         super().__init__(
             rows.input_tokens.to_numpy(dtype=int), rows.output_tokens.to_numpy(dtype=int), served.max_sequences,
             served.step_tokens, served.block_tokens, served.kv_blocks, chunked_prefill=True, padded=False,
+            groups=np.arange(len(rows)) if served.prefix_caching else None,
         )  # fmt: skip
         self.steps = step_seconds(served, cluster)
         self.reduce = _all_reduce_seconds(served, cluster)
