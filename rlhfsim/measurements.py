@@ -67,7 +67,8 @@ class Served:
     """A run of an inference engine, request by request (columns input_tokens, output_tokens, arrival_seconds,
     scheduled_seconds, first_seconds, last_seconds, on one clock that starts with the first arrival).
 
-    kv_blocks: that sequences can use. prefix_caching: whether blocks that were given back are found again."""
+    kv_blocks: that sequences can use. prefix_caching: whether blocks that were given back are found again.
+    async_scheduling: whether a step is scheduled while the one before it runs."""
 
     path: Path
     model: str
@@ -80,6 +81,7 @@ class Served:
     block_tokens: int
     kv_blocks: int
     prefix_caching: bool
+    async_scheduling: bool
 
 
 @dataclass(frozen=True)

@@ -848,10 +848,10 @@ def test_tensorrt_llm_throughput(batch: int, prompt: int, response: int, tensor_
 def test_vllm_step_on_rtx_4090() -> None:
     """vLLM 0.19, Llama-3.1-8B, RTX 4090 (casys-kaist/LLMServingSim, 2026): 25.3 ms with 35 sequences, 41 k tokens.
 
-    We predict 29.6 (+17 %): the curves of that architecture are not measured, and the card reads memory at over 90 %
-    of its datasheet rate.
+    That run's engine hides its host's time (async scheduling). The curves of the card's products are fitted on
+    requests of the same run, those of attention are not.
     """
     one = [np.array([x]) for x in (1, 35, 41_000, 0, 35, 35)]
     none = np.zeros(0, dtype=int)
-    steps = StepSeconds(operators("rtx-4090-24g"), use("llama-3.1-8b"), ENGINE)
-    assert steps.of(Runs(*one, none, none.astype(float), none)).sum() == pytest.approx(25.3e-3, rel=0.2)
+    steps = StepSeconds(operators("rtx-4090-24g", decode_step_seconds=0.0), use("llama-3.1-8b"), ENGINE)
+    assert steps.of(Runs(*one, none, none.astype(float), none)).sum() == pytest.approx(25.3e-3, rel=0.03)

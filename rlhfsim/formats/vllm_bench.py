@@ -69,6 +69,7 @@ def read(path: Path) -> Served:
         int(setting("kv_cache", "block_size", default=16)),
         int(setting("kv_cache", "num_gpu_blocks")) - NULL_BLOCKS,
         bool(setting("kv_cache", "enable_prefix_caching", default=True)),
+        bool(setting("resolved_config", "scheduler_config", "async_scheduling", default=False)),
     )
 
 
