@@ -69,7 +69,10 @@ class Records:
 @dataclass(frozen=True)
 class Served:
     """A run of an inference engine, request by request (columns input_tokens, output_tokens, arrival_seconds,
-    scheduled_seconds, first_seconds, last_seconds, on one clock that starts with the first arrival)."""
+    scheduled_seconds, first_seconds, last_seconds, on one clock that starts with the first arrival).
+
+    kv_blocks: that sequences can use. prefix_caching: whether blocks that were given back are found again.
+    async_scheduling: whether a step is scheduled while the one before it runs."""
 
     path: Path
     model: str
@@ -81,6 +84,8 @@ class Served:
     step_tokens: int
     block_tokens: int
     kv_blocks: int
+    prefix_caching: bool
+    async_scheduling: bool
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,18 @@ TOLERANCE = 0.1
 LEAST_SHARE = 1.1  # of the memory's bandwidth, which a token cannot be faster than
 
 
-class _Replay(_Scheduler):
+class Replay(_Scheduler):
     """The engine with a clock: requests wait from their arrival on."""
 
-    def __init__(self, served: Served, cluster: Cluster) -> None:
+    def __init__(self, served: Served, cluster: Cluster, kernels: Kernels | None = None) -> None:
         rows = served.requests
         super().__init__(
             rows.input_tokens.to_numpy(dtype=int), rows.output_tokens.to_numpy(dtype=int), served.max_sequences,
             served.step_tokens, served.block_tokens, served.kv_blocks, chunked_prefill=True, padded=False,
+            groups=np.arange(len(rows)) if served.prefix_caching else None,
         )  # fmt: skip
-        self.steps = step_seconds(served, cluster)
+        self.served = served
+        self.steps = step_seconds(served, cluster, kernels)
         self.reduce = _all_reduce_seconds(served, cluster)
         self.arrivals = rows.arrival_seconds.to_numpy(dtype=float)
         self.waiting = []
@@ -73,7 +75,8 @@ class _Replay(_Scheduler):
 
 
 def step_seconds(served: Served, cluster: Cluster, kernels: Kernels | None = None) -> StepSeconds:
-    """Of the engine's steps on this GPU, with its own curves or others.
+    """Of the engine's steps on this GPU, with its own curves or others; the host's time is hidden where the engine
+    schedules the next step while the device is at work.
 
     Raises InputError for a model that is not shipped.
     """
@@ -85,7 +88,10 @@ def step_seconds(served: Served, cluster: Cluster, kernels: Kernels | None = Non
         max_sequences=served.max_sequences,
         prefill_tokens=served.step_tokens,
     )
-    operators = Operators(cluster.gpu, kernels or kernels_of(cluster.gpu.kernels), Effects(), cluster.overheads)
+    overheads = cluster.overheads
+    if served.async_scheduling:
+        overheads = overheads.model_copy(update={"decode_step_seconds": 0.0, "decode_sequence_seconds": 0.0})
+    operators = Operators(cluster.gpu, kernels or kernels_of(cluster.gpu.kernels), Effects(), overheads)
     return StepSeconds(operators, use, generation)
 
 
@@ -107,27 +113,20 @@ def _all_reduce_seconds(served: Served, cluster: Cluster) -> Any:
 def results_of(served: Served, cluster: Cluster, tolerance: float = TOLERANCE) -> list[Result]:
     """Means over the requests: seconds to the first token, per output token after it, and of a whole request; and until
     the last request is done. Raises InputError for tokens that come faster than memory can deliver the weights."""
-    replay = _Replay(served, cluster)
+    replay = Replay(served, cluster)
     _check_plausible(served, cluster, replay.steps)
     replay.replay()
-    rows, arrivals = served.requests, replay.arrivals
-    many = np.maximum(rows.output_tokens.to_numpy() - 1, 1)
-    group = f"serving/{served.engine}/{cluster.gpu.name}"
-    measured_first, measured_last = rows.first_seconds.to_numpy(), rows.last_seconds.to_numpy()
-    pairs = {
-        "time_to_first_token": (replay.first - arrivals, measured_first - arrivals),
-        "time_per_output_token": ((replay.last - replay.first) / many, (measured_last - measured_first) / many),
-        "request_latency": (replay.last - arrivals, measured_last - arrivals),
-        "makespan": (np.array([replay.last.max()]), np.array([measured_last.max()])),
-    }
+    makespan = np.array([replay.last.max()]), served.requests.last_seconds.to_numpy().max(keepdims=True)
+    pairs = request_seconds(replay) | {"makespan": makespan}
+    fitted_on = kernels_of(cluster.gpu.kernels).sources.values()
     return [
         Result(
             id=served.path.name,
             quantity=name,
             predicted=float(predicted.mean()),
             measured=float(measured.mean()),
-            role="prediction",
-            group=group,
+            role="calibration" if any(served.path.name in source for source in fitted_on) else "prediction",
+            group=f"serving/{served.engine}/{cluster.gpu.name}",
             spread=0.0,
             tolerance=tolerance,
             framework=served.engine,
@@ -135,6 +134,26 @@ def results_of(served: Served, cluster: Cluster, tolerance: float = TOLERANCE) -
         )
         for name, (predicted, measured) in pairs.items()
     ]
+
+
+def request_seconds(replay: Replay) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(predicted, measured) of every request: to the first token, per output token after it, and to the last one."""
+    rows, arrivals = replay.served.requests, replay.arrivals
+    first, last = rows.first_seconds.to_numpy(), rows.last_seconds.to_numpy()
+    many = np.maximum(rows.output_tokens.to_numpy() - 1, 1)
+    return {
+        "time_to_first_token": (replay.first - arrivals, first - arrivals),
+        "time_per_output_token": ((replay.last - replay.first) / many, (last - first) / many),
+        "request_latency": (replay.last - arrivals, last - arrivals),
+    }
+
+
+def request_errors(replay: Replay) -> dict[str, np.ndarray]:
+    """|predicted / measured - 1| of every request; of those with one token no time per output token (0)."""
+    return {
+        name: np.abs(np.divide(predicted, measured, out=np.ones_like(measured), where=measured > 0) - 1)
+        for name, (predicted, measured) in request_seconds(replay).items()
+    }
 
 
 def _check_plausible(served: Served, cluster: Cluster, steps: StepSeconds) -> None:

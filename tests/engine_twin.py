@@ -43,7 +43,8 @@ class Response:
 
 
 class TwinEngine:
-    """shared: what a prompt of so many tokens leaves in the cache for other responses to it."""
+    """shared: what a prompt of so many tokens leaves in the cache for other responses to it. known: prompts that it has
+    computed; with an unlimited cache they are found until new weights enter."""
 
     def __init__(
         self, limit: int, budget: int, seconds: Callable[[Step], float], drafting: Speculative | None,
@@ -53,6 +54,7 @@ class TwinEngine:
         self.gain = Fraction(str(drafting.acceptance_length)) if drafting else 1
         self.limit, self.budget, self.seconds = min(limit, max(1, budget // self.width)), budget, seconds
         self.shared = shared
+        self.known: set[int] = set()
         self.waiting: list[Response] = []
         self.running: list[Response] = []
         self.end: float | None = None  # of the step in flight
@@ -90,7 +92,7 @@ class TwinEngine:
 
     def has_prompt(self, response: Response) -> bool:
         """Whether the cache holds its prompt, where responses share it."""
-        return any(other.group == response.group for other in self.running)
+        return response.group in self.known or any(other.group == response.group for other in self.running)
 
     def finish(self, version: int) -> list[Response]:
         """End the step in flight; the responses that are done with it."""
@@ -101,6 +103,7 @@ class TwinEngine:
             response.versions[version] += floor(response.drawn) - floor(before)
         done = [r for r in self.drawing if r.drawn == r.length]
         self.running = [r for r in self.running if r not in done]
+        self.known |= {r.group for r in done}
         self.drawing, self.end = [], None
         return done
 
@@ -172,6 +175,7 @@ class TwinPool:
             groups = {r.group: self.shared(r.first_prompt) for r in engine.running}
             twice = sum(self.shared(r.first_prompt) for r in engine.running) - sum(groups.values())
             self.recomputed += sum(floor(r.cached) for r in engine.running) - twice
+            engine.known.clear()
             for response in engine.running:
                 response.lose_cache()
             engine.waiting, engine.running = engine.running + engine.waiting, []
@@ -182,6 +186,7 @@ class TwinPool:
             response.lose_cache()
         for engine in self.engines:
             engine.running, engine.waiting = [], []
+            engine.known.clear()
         return sorted(found, key=lambda r: r.number)
 
 

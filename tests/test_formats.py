@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from rlhfsim import serving, training_log
 from rlhfsim.calibrate_tables import calibrate_any
 from rlhfsim.cli import cli, main
+from rlhfsim.costs.generation import ENGINE_STEP_SECONDS
 from rlhfsim.costs.kernels import gemm_time, memory_time
 from rlhfsim.errors import InputError
 from rlhfsim.formats import format_of, formats, read
@@ -451,7 +452,7 @@ def test_host_times_of_a_served_run_are_found_again(tmp_path: Path) -> None:
     plain = read(served(tmp_path, lambda i: (0.02, 1.0)))
     assert isinstance(plain, Served)
     steps = serving.step_seconds(plain, cluster)
-    replay = serving._Replay(plain, cluster)
+    replay = serving.Replay(plain, cluster)
     replay.replay()
     per_token = (replay.last - replay.first) / (plain.requests.output_tokens.to_numpy() - 1)
     added = 4e-3 - steps.step_seconds
@@ -463,6 +464,21 @@ def test_host_times_of_a_served_run_are_found_again(tmp_path: Path) -> None:
     assert errors["mean_error"] < 0.01
     results = {r.quantity: r for r in serving.results_of(found, cluster)}
     assert results["time_per_output_token"].predicted == pytest.approx(per_token.mean(), rel=1e-6)
+
+
+def test_async_scheduling_hides_the_host(tmp_path: Path) -> None:
+    path = served(tmp_path, lambda i: (0.02, 1.0))
+    meta = json.loads((path / "meta.json").read_text())
+    alone = read(path)
+    (path / "meta.json").write_text(
+        json.dumps(meta | {"resolved_config": {"scheduler_config": {"async_scheduling": True}}})
+    )
+    hidden = read(path)
+    assert isinstance(alone, Served) and isinstance(hidden, Served)
+    cluster = cluster_of("h100-80g-sxm")
+    step = (1, 8, 8000, 0, 8, 8)
+    plain, quick = (serving.step_seconds(run, cluster).single.of(step) for run in (alone, hidden))
+    assert plain - quick == pytest.approx(ENGINE_STEP_SECONDS)
 
 
 def test_damaged_served_runs(tmp_path: Path) -> None:

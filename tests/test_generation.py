@@ -66,6 +66,8 @@ class TwinSequence:
         self.name, self.prompt, self.response, self.group = name, prompt, response, group
         self.drawn = self.computed = 0
         self.held: list[object] = []  # its blocks in order
+        self.rest: list[object] = []  # those of them that no other response shares, at its end
+        self.lost_common = self.lost_own = 0  # blocks that it had before it was preempted
         self.ready = False  # prompt computed: every step computes the token drawn last
 
     @property
@@ -74,46 +76,90 @@ class TwinSequence:
 
 
 class TwinCache:
-    """Blocks one by one: those of a known prompt have the key (prompt, position) and count who holds them."""
+    """Blocks one by one, free ones in a queue. A full block keeps the key of its content until it is taken again.
 
-    def __init__(self, blocks: int, block: int) -> None:
-        self.free, self.block = blocks, block
+    sharing: whether what is in a block can be found, under (prompt, position) or, beyond what all responses to the
+    prompt have in common, (sequence, position).
+    """
+
+    def __init__(self, blocks: int, block: int, sharing: bool) -> None:
+        self.block, self.sharing = block, sharing
+        self.queue: list[object] = [object() for _ in range(blocks)]
+        self.key_of: dict[object, object] = {}
         self.holders: Counter[object] = Counter()
 
-    def wanted(self, sequence: TwinSequence, tokens: int) -> list[object]:
-        """Blocks for so many tokens; the last token of the prompt is always computed, so its block is one's own."""
-        count = (tokens + self.block - 1) // self.block
-        common = 0 if sequence.group is None else (sequence.prompt - 1) // self.block
-        return [(sequence.group, i) if i < common else object() for i in range(count)]
+    @property
+    def free(self) -> int:
+        return len(self.queue)
 
-    def admit(self, sequence: TwinSequence, tokens: int) -> int | None:
-        """Tokens that are already there; None, and nothing happens, where there is no room."""
-        wanted = self.wanted(sequence, tokens)
-        fresh = [b for b in wanted if not self.holders[b]]
-        if len(fresh) > self.free:
+    def keys(self, sequence: TwinSequence, tokens: int) -> list[object]:
+        """Of whole blocks of so many tokens; the last token of the prompt is always computed, so its block is one's
+        own."""
+        common = (sequence.prompt - 1) // self.block
+        whole = floor(tokens) // self.block if self.sharing else 0
+        return [(sequence.group, i) if i < common else ("own", sequence.name, i) for i in range(whole)]
+
+    def find(self, sequence: TwinSequence, tokens: int) -> list[object]:
+        """The blocks that hold the beginning of a sequence of so many tokens, its last token apart."""
+        by_key, found = {key: block for block, key in self.key_of.items()}, []
+        for key in self.keys(sequence, tokens - 1):
+            if key not in by_key:
+                break
+            found.append(by_key[key])
+        return found
+
+    def admit(self, sequence: TwinSequence, tokens: int, slots: int) -> int | None:
+        """Tokens that are already there; None, and nothing happens, where there is no room for all (and `slots`)."""
+        found, count = self.find(sequence, tokens), ceil((tokens + slots) / self.block)
+        unused = [block for block in found if not self.holders[block]]
+        if count - len(found) > self.free - len(unused):
             return None
-        self.free -= len(fresh)
-        self.holders.update(wanted)
-        sequence.held = wanted
-        return (len(wanted) - len(fresh)) * self.block
+        self.queue = [block for block in self.queue if block not in unused]
+        sequence.held = list(found)
+        self.holders.update(found)
+        for _ in range(count - len(found)):
+            self.grow(sequence)
+        # What a prompt's first response computes is found in the same step.
+        self.name(sequence, min(tokens, sequence.prompt))
+        return len(found) * self.block
+
+    def name(self, sequence: TwinSequence, tokens: int) -> None:
+        """So many of its tokens are computed, or will be in this step."""
+        known = set(self.key_of.values())
+        for block, key in zip(sequence.held, self.keys(sequence, tokens), strict=False):
+            if key not in known:
+                self.key_of[block] = key
 
     def grow(self, sequence: TwinSequence) -> None:
-        sequence.held.append(object())
-        self.holders[sequence.held[-1]] += 1
-        self.free -= 1
+        block = self.queue.pop(0)
+        self.key_of.pop(block, None)
+        sequence.held.append(block)
+        self.holders[block] += 1
 
-    def release(self, sequence: TwinSequence) -> int:
-        """How many of the tokens that it has computed are still there for others."""
-        kept = 0
-        for position, block in enumerate(sequence.held):
-            self.holders[block] -= 1
-            if self.holders[block]:
-                kept += max(0, min(self.block, sequence.computed - position * self.block))
-            else:
-                del self.holders[block]
-                self.free += 1
+    def preempt(self, sequence: TwinSequence) -> None:
+        """Its last blocks first."""
+        self._give(sequence, list(reversed(sequence.held)))
+
+    def end(self, sequences: list[TwinSequence]) -> None:
+        """Of sequences that end together first what their prompts leave for others, then what nobody looks for."""
+        for sequence in sorted(sequences, key=lambda s: s.name):
+            common = (sequence.prompt - 1) // self.block if self.sharing else 0
+            sequence.rest, sequence.held = sequence.held[common:], sequence.held[:common]
+            self.preempt(sequence)
+        for sequence in sequences:
+            self._give(sequence, sequence.rest, 0)
+
+    def _give(self, sequence: TwinSequence, blocks: list[object], filled: int | None = None) -> None:
+        """Blocks of its that are not filled hold nothing."""
+        filled = floor(sequence.computed) // self.block if filled is None else filled
+        full = set(map(id, sequence.held[:filled]))
+        self.holders.subtract(blocks)
+        for block in blocks:
+            if not self.holders[block]:
+                self.queue.append(block)
+                if id(block) not in full:
+                    self.key_of.pop(block, None)
         sequence.held = []
-        return kept
 
 
 def twin(
@@ -127,35 +173,48 @@ def twin(
     names = groups or [None] * len(prompts)
     waiting = [TwinSequence(i, p, r, g) for i, (p, r, g) in enumerate(zip(prompts, responses, names, strict=True))]
     running: list[TwinSequence] = []
-    cache, preemptions, recomputed, reused, steps, ended = TwinCache(blocks, block), 0, 0, 0, [], {}
+    cache, preemptions, recomputed, reused, steps, ended = TwinCache(blocks, block, bool(groups)), 0, 0, 0, [], {}
+
+    def count(sequence: TwinSequence, found: int) -> tuple[int, int]:
+        """(tokens computed again, tokens of others' found) of one that is admitted and has found so many."""
+        common = min(found // block, (sequence.prompt - 1) // block)
+        own, lost = found // block - common, (sequence.lost_common, sequence.lost_own)
+        sequence.lost_common = sequence.lost_own = 0
+        return (max(0, lost[0] - common) + lost[1] - own) * block, max(0, common - lost[0]) * block
+
     while waiting or running:
         left, preempted, decoding, pieces, drawing = budget, [], [], [], []
         while whole and waiting and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
-            found = cache.admit(sequence, length + drafts)
+            if pieces and length - len(cache.find(sequence, length)) * block > left:
+                break
+            found = cache.admit(sequence, length, drafts)
             if found is None:
                 break
-            if pieces and length - found > left:
-                cache.release(sequence)
-                break
             running.append(waiting.pop(0))
-            reused += found
+            again, others = count(sequence, found)
+            recomputed, reused = recomputed + again, reused + others
             pieces.append((sequence, found, length - found))
             left -= length - found
         for sequence in list(running):
             if sequence not in running or (whole and pieces):
                 continue  # preempted for an older one, or waiting for the prompts
             if not sequence.ready:
-                count = max(0, min(left, sequence.prompt + sequence.drawn - sequence.computed))
-                if count:
-                    pieces.append((sequence, sequence.computed, count))
-                left -= count
+                computing = max(0, min(left, sequence.prompt + sequence.drawn - sequence.computed))
+                if computing:
+                    pieces.append((sequence, sequence.computed, computing))
+                left -= computing
                 continue
             needed = ceil((sequence.computed + drafts + gain) / block) - sequence.blocks
             while needed > cache.free:
                 victim = running.pop()
-                recomputed += floor(victim.computed) - cache.release(victim)
+                cache.name(victim, victim.computed)
+                filled = floor(victim.computed) // block if groups else 0
+                recomputed += floor(victim.computed) - filled * block
+                victim.lost_common = min(filled, (victim.prompt - 1) // block)
+                victim.lost_own = filled - victim.lost_common
+                cache.preempt(victim)
                 victim.computed, victim.drawn = 0, floor(victim.drawn)
                 victim.ready = False
                 waiting.insert(0, victim)
@@ -171,15 +230,16 @@ def twin(
         while waiting and left > 0 and not preempted and not whole and len(running) < max_sequences:
             sequence = waiting[0]
             length = sequence.prompt + sequence.drawn
-            found = cache.admit(sequence, length + drafts)
+            found = cache.admit(sequence, length, drafts)
             if found is None:
                 break
             waiting.pop(0)
             running.append(sequence)
-            reused += found
-            count = min(left, length - found)
-            pieces.append((sequence, found, count))
-            left -= count
+            again, others = count(sequence, found)
+            recomputed, reused = recomputed + again, reused + others
+            computing = min(left, length - found)
+            pieces.append((sequence, found, computing))
+            left -= computing
         preemptions += len(preempted)
         contexts = [s.computed + 1 + drafts for s in decoding]
         context = len(decoding) * max(contexts, default=0) if padded else sum(contexts)
@@ -187,18 +247,18 @@ def twin(
         for sequence in decoding:
             sequence.computed += gain
             sequence.drawn += gain
-        for sequence, start, count in pieces:
-            sequence.computed = start + count
+        for sequence, start, computing in pieces:
+            sequence.computed = start + computing
             if sequence.computed == sequence.prompt + sequence.drawn:
                 sequence.ready = True
                 drawing.append(sequence)
                 sequence.drawn += 1
-        for sequence in (*decoding, *drawing):
-            if sequence.drawn >= sequence.response:
-                ended[sequence.name] = len(steps)
-                cache.release(sequence)
-                running.remove(sequence)
-        chunks = [((start + count) ** 2 - start**2) ** 0.5 for _, start, count in pieces]
+        over = [sequence for sequence in (*decoding, *drawing) if sequence.drawn >= sequence.response]
+        for sequence in over:
+            ended[sequence.name] = len(steps)
+            running.remove(sequence)
+        cache.end(over)
+        chunks = [((start + computing) ** 2 - start**2) ** 0.5 for _, start, computing in pieces]
         rows = len(decoding) * (1 + drafts) + len(drawing)
         steps.append((len(decoding), hundredths(context), sum(n for *_, n in pieces), rows, admitted, chunks))
     assert cache.free == blocks
@@ -789,13 +849,13 @@ def test_tensorrt_llm_throughput(batch: int, prompt: int, response: int, tensor_
 def test_vllm_step_on_rtx_4090() -> None:
     """vLLM 0.19, Llama-3.1-8B, RTX 4090 (casys-kaist/LLMServingSim, 2026): 25.3 ms with 35 sequences, 41 k tokens.
 
-    We predict 29.6 (+17 %): the curves of that architecture are not measured, and the card reads memory at over 90 %
-    of its datasheet rate.
+    That run's engine hides its host's time (async scheduling). The curves of the card's products are fitted on
+    requests of the same run, those of attention are not.
     """
     one = [np.array([x]) for x in (1, 35, 41_000, 0, 35, 35)]
     none = np.zeros(0, dtype=int)
-    steps = StepSeconds(operators("rtx-4090-24g"), use("llama-3.1-8b"), ENGINE)
-    assert steps.of(Runs(*one, none, none.astype(float), none)).sum() == pytest.approx(25.3e-3, rel=0.2)
+    steps = StepSeconds(operators("rtx-4090-24g", decode_step_seconds=0.0), use("llama-3.1-8b"), ENGINE)
+    assert steps.of(Runs(*one, none, none.astype(float), none)).sum() == pytest.approx(25.3e-3, rel=0.03)
 
 
 @pytest.mark.parametrize("spec", ["qwen2.5-0.5b", "gemma-2-2b"])

@@ -248,6 +248,7 @@ def test_precisions_follow_the_architecture(name: str) -> None:
     if "fp8" in flops:
         assert flops["fp8"] == pytest.approx(2 * flops["fp16"], rel=0.015)
     own = {"h200-141g-sxm": "h200", "gb200-186g": "gb200", "gb300-288g": "gb300"}  # measured themselves
+    own["rtx-4090-24g"] = "geforce_ada"
     assert g.kernels == own.get(name, g.architecture)
 
 

@@ -51,7 +51,7 @@ def assert_split(time: KernelTime) -> None:
 
 def test_the_files_are_complete():
     assert set(KERNELS) == {
-        "volta", "ampere", "ada", "hopper", "h200", "blackwell", "gb200", "gb300", "cdna3", "ascend"
+        "volta", "ampere", "ada", "geforce_ada", "hopper", "h200", "blackwell", "gb200", "gb300", "cdna3", "ascend"
     }  # fmt: skip
     for name, kernels in KERNELS.items():
         assert kernels.name == name

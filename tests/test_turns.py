@@ -209,8 +209,9 @@ def test_one_turn_is_what_there_was(samples: Talks, limit: int, budget: int, spa
     found = worked(single, blocks, max_sequences=limit, prefill_tokens=budget, block_tokens=4).runs
     prompts, responses = (np.array(x) for x in zip(*((p, t[0].tokens) for p, t in single), strict=True))
     plain = continuous_runs(
-        prompts, responses, max_sequences=limit, step_tokens=budget, block_tokens=4, kv_blocks=blocks
-    )
+        prompts, responses, max_sequences=limit, step_tokens=budget, block_tokens=4, kv_blocks=blocks,
+        groups=np.arange(len(prompts)),
+    )  # fmt: skip
     assert expanded(found) == expanded(plain)
     assert (found.preemptions, found.recomputed_tokens) == (plain.preemptions, plain.recomputed_tokens)
     assert not found.idle_seconds.any() and not found.tool_calls
@@ -370,9 +371,9 @@ def test_removed_samples_leave_their_tools_and_blocks() -> None:
     one.remove({1, 2})
     one = one.copy()
     assert {s.number for s, _ in one.unfinished()} == {0, 3}
-    assert sum(one.queue.values()) == one.free == 40
+    assert one.queue is not None and sum(one.queue.counts.values()) == one.queue.total == one.free == 40
     one.run_until(2)
-    assert one.free == one.total == one.queued and not one.busy
+    assert one.queue is not None and one.free == one.total == one.queue.total and not one.busy
 
 
 # ---------------------------------------------------------------- drawing

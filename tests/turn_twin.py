@@ -39,7 +39,7 @@ class Tools:
 class Talk:
     """A sample: its context so far, and what of it is drawn in this turn, computed and in blocks.
 
-    shared: blocks that all responses to its prompt (group) have in common; claim: it had them before.
+    shared: blocks that all responses to its prompt (group) have in common; claim: so many of them were its own before.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Talk:
     turns: list[Turn]
     group: int = 0
     shared: int = 0
-    claim: bool = False
+    claim: int = 0
     drawn: int | Fraction = 0
     computed: int | Fraction = 0
     blocks: int = 0
@@ -138,12 +138,12 @@ class BlockTwin:
         """Blocks for its context, those included that are still there -> tokens that are cached."""
         cached, mine = self.cached_blocks(talk), {talk.number, talk.common}
         shared = cached - self.labelled(talk.number)
-        if talk.claim:
-            self.found.recomputed += (talk.shared - shared) * self.block
+        if shared > talk.claim:
+            self.found.reused += (shared - talk.claim) * self.block
         else:
-            self.found.reused += shared * self.block
+            self.found.recomputed += (talk.claim - shared) * self.block
         self.free = deque(label for label in self.free if label is None or label[0] not in mine)
-        talk.blocks, talk.claim = self.needed(talk), False
+        talk.blocks, talk.claim = self.needed(talk), 0
         self.take(talk.blocks - cached)
         self.running.append(self.waiting.pop(0))
         return cached * self.block
@@ -220,10 +220,17 @@ class BlockTwin:
 
     def preempt(self) -> Talk:
         victim = self.running.pop()
-        common = self.common_labels(victim)
-        held = self.in_common(victim)
-        self.free += [*common, *[None] * (victim.blocks - victim.shared)]
-        self.found.recomputed += floor(victim.computed) - held * self.block
+        filled = floor(victim.computed) // self.block if self.keep else 0
+        labels: list[Label] = [None] * victim.blocks
+        for k in range(filled):
+            labels[k] = (victim.number, k)
+        for k in range(min(victim.shared, victim.blocks)):
+            labels[k] = (victim.common, k) if k < filled else None
+        if self.in_common(victim):
+            labels = labels[victim.shared :]
+        self.free += reversed(labels)
+        self.found.recomputed += floor(victim.computed) - filled * self.block
+        victim.claim = min(victim.shared, filled)
         victim.computed, victim.drawn, victim.blocks, victim.ready = 0, floor(victim.drawn), 0, False
         self.waiting.insert(0, victim)
         return victim
@@ -251,7 +258,7 @@ class BlockTwin:
             heapq.heappush(self.away, (done, talk.number, talk))
             talk.context += turn.tokens + turn.observation_tokens
             talk.drawn, talk.computed, talk.blocks, talk.ready = 0, 0, 0, False
-            talk.claim = talk.shared > 0
+            talk.claim = talk.shared if kept else 0
         for labels in common.values():
             self.free += labels
         self.free += [None] * unwanted
@@ -301,14 +308,11 @@ class Conversation(Response):
 
 
 class TurnTwinEngine(TwinEngine):
-    """known: prompts that it has computed; with an unlimited cache they are found until new weights enter."""
-
     def __init__(
         self, limit: int, budget: int, steps: StepSeconds, keep: bool, places: int | None,
         drafting: Speculative | None, shared: Callable[[int], int],
     ) -> None:  # fmt: skip
         super().__init__(limit, budget, lambda step: one_step(steps, step, drafting), drafting, shared)
-        self.known: set[int] = set()
         self.away: list[tuple[float, int, Conversation]] = []
         self.tools, self.keep, self.idle, self.recomputed = Tools(places), keep, False, 0
 
@@ -321,12 +325,8 @@ class TurnTwinEngine(TwinEngine):
         else:
             super().begin(now)
 
-    def has_prompt(self, response: Response) -> bool:
-        return response.group in self.known or super().has_prompt(response)
-
     def finish(self, version: int) -> list[Response]:
         now, ended = self.end or 0.0, super().finish(version)
-        self.known |= {response.group for response in ended}
         done = [r for r in ended if len(r.turns) == 1]
         for response in sorted((r for r in ended if r not in done), key=lambda r: r.number):
             cached = response.prompt + response.length - 1
@@ -371,7 +371,6 @@ class TurnTwinPool(TwinPool):
 
     def enter(self, version: int, recompute: bool) -> None:
         for engine in self.engines if recompute else ():
-            engine.known.clear()
             absent = [*engine.waiting, *(r for *_, r in engine.away)]
             self.recomputed += sum(r.cached for r in absent)
             for response in absent:
@@ -382,7 +381,6 @@ class TurnTwinPool(TwinPool):
         found = super().take_out() + [r for engine in self.engines for *_, r in engine.away]
         for engine in self.engines:
             engine.away, engine.tools = [], Tools(engine.tools.places)
-            engine.known.clear()
         for response in found:
             response.lose_cache()
         return sorted(found, key=lambda r: r.number)

@@ -9,13 +9,13 @@ The continuous scheduler follows vLLM's (docs.vllm.ai, "Optimization and Tuning"
 recomputation; vllm/v1/core/sched/scheduler.py): decodes come first, then prompts in order, cut to what is left of the
 step's token budget; when the KV blocks run out, the most recently admitted sequence is preempted, put back to the head
 of the queue and computed again; no prompt is admitted in a step that preempted. A prompt is admitted when blocks for
-all of it are free (vLLM's V1 engine asks only for those of its first chunk).
+all of it are free (V1's scheduler_reserve_full_isl; it then takes them piece by piece, here they are taken at once).
 
 With prefix caching the whole blocks of a prompt, but for the one with its last token (which is computed again to draw
 from it; vllm/v1/core/kv_cache_manager.py, get_computed_blocks), are there once for all of its responses that run. A
 response that is admitted while another one runs computes the rest only, also in the step that computes the other one
-(V1 enters blocks into its table as they are scheduled). Blocks that nobody uses count as free and gone; vLLM finds them
-again until it needs the room, and the tokens of a preempted response as well.
+(V1 enters blocks into its table as they are scheduled). Blocks that are given back can be found again until somebody
+needs the room (`block_queue.py`): a prompt's when its last response has left, and all of a preempted response.
 
 With speculative decoding a step verifies `width` tokens of every decoding sequence, which gains the mean number each
 time: fractions of tokens are kept as ticks of a clock. Room is kept for all drafts.
@@ -37,6 +37,8 @@ import numpy as np
 
 from rlhfsim.errors import DoesNotFit
 from rlhfsim.spec.scenario import Speculative
+
+from .block_queue import BlockQueue
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Runs:
     chunk_run, chunk_tokens: one entry per piece of a prompt: its run, and the length of a whole prompt that costs as
     much attention (a piece from a to b of a prompt: sqrt(b^2 - a^2)).
     completion_run: one entry per sample: the run at whose end its response is there.
-    recomputed_tokens: of preempted sequences, lost from the cache. reused_tokens: of prompts, found in it.
+    recomputed_tokens: of preempted sequences, lost from the cache. reused_tokens: of prompts, found in it (what a
+    preempted sequence finds of its own counts as neither).
     idle_seconds: before each run, with nothing to do but to wait for tools (see `turns.py`).
     tool_calls, tool_seconds: calls of tools, and what they took together, waiting for their turn included.
     """
@@ -189,7 +192,8 @@ def continuous_runs(
 
     step_tokens: at most so many tokens in a step (without chunked prefill: of prompts, and one prompt always).
     padded: every decoding sequence attends to as many tokens as the longest (a cache of rows and columns).
-    groups: with prefix caching, the prompt of each sample; samples of one group have the same. progress: of a sequence
+    groups: with prefix caching, the prompt of each sample; samples of one group have the same. None: without.
+    progress: of a sequence
     in a decode step. state_blocks: that a sequence needs besides those of its tokens.
     Raises DoesNotFit when a sequence alone exceeds the cache.
     """
@@ -267,6 +271,9 @@ class _Scheduler:
     sequences that do when the clock is -r modulo the ticks of a block.
     `shared[i]` blocks of sample i are those of every running sequence with the same `group`, of which there are
     `members`.
+    queue: the free blocks, where what is in them can be found again; None: nothing is. claims: of samples, how many of
+    their shared blocks have been theirs before: to find them again saves nothing, to miss them costs. left: (prompt,
+    blocks) of those whose last running response has left in this run.
     """
 
     def __init__(
@@ -288,6 +295,9 @@ class _Scheduler:
         self.final_blocks = need
         self.free = blocks if blocks is not None else sum(need)
         self.total = self.free
+        self.queue = BlockQueue(self.free) if self.caching else None
+        self.claims: dict[int, int] = {}
+        self.left: list[tuple[int, int]] = []
         # vLLM refuses a step budget below the number of sequences: every one must be able to decode.
         self.max_sequences, self.step_tokens = min(max_sequences, max(1, step_tokens // progress.width)), step_tokens
         self.clock = 0  # ticks in steps in which sequences decode: all but those of whole prompts
@@ -313,8 +323,12 @@ class _Scheduler:
 
     def advance(self, limit: int | None = None) -> None:
         """One run: until the batch changes, at most `limit` steps."""
-        if not self.chunked and self._prefill_whole():
-            return
+        if self.chunked or not self._prefill_whole():
+            self._decode(limit)
+        self._after_run()
+
+    def _decode(self, limit: int | None) -> None:
+        """Steps of all that decode, with pieces of prompts."""
         preempted = self._make_room()
         decoding = len(self.base)
         context = self._context()
@@ -363,23 +377,59 @@ class _Scheduler:
 
     def _known(self, sample: int) -> int:
         """Tokens of a waiting sample that need not be computed when it is admitted."""
-        return self._found(sample) * self.block
+        self._settle()
+        return self.block * (self._shared_now(sample) + (self.queue.own(sample) if self.queue else 0))
+
+    def _shared_now(self, sample: int) -> int:
+        """Blocks that it shares and would find, in use or not."""
+        if found := self._found(sample):
+            return found
+        return self.queue.common(self.group[sample]) if self.queue and self.shared[sample] else 0
 
     def _enter(self, sample: int, tokens: int) -> int:
-        """Admit a sample, for which there is room, with blocks for so many tokens -> how many of those are computed."""
-        found = self._found(sample)
+        """Admit a sample, for which there is room, with blocks for so many tokens -> how many of those are known."""
+        known, shared, found = self._known(sample), self._shared_now(sample), self._found(sample)
+        if self.queue:
+            self.queue.take_own(sample)
+            if not found:
+                self.queue.take_common(self.group[sample])
         self.free -= self._blocks(tokens) - found
         self.members[self.group[sample]] += 1
         self.running[sample] = None
-        self.reused += found * self.block
-        return found * self.block
+        claimed = self.claims.pop(sample, 0)
+        self.recomputed += self.block * max(0, claimed - shared)
+        self.reused += self.block * max(0, shared - claimed)
+        self._settle()
+        return known
 
-    def _leave(self, sample: int, blocks: int) -> int:
-        """Free so many blocks of a sample that is no longer running -> how many of its tokens stay in the cache."""
+    def _leave(self, sample: int, blocks: int, computed: int) -> int:
+        """Free so many blocks of a sample that is no longer running, with so many tokens in them -> the blocks that
+        others use."""
         self.members[self.group[sample]] -= 1
         kept = self._found(sample)
         self.free += blocks - kept
-        return kept * self.block
+        common = min(self.shared[sample], computed // self.block)
+        if common and not kept:
+            self.left.append((self.group[sample], common))
+        return kept
+
+    def _after_run(self) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """What nobody who runs has in common any more comes to the end of the queue, and then the rest."""
+        self._give_back_shared()
+        self._settle()
+
+    def _give_back_shared(self) -> None:
+        if self.queue:
+            for prompt, blocks in sorted(self.left):
+                self.queue.give_common(prompt, blocks)
+        self.left = []
+
+    def _settle(self) -> None:
+        if self.queue:
+            self.recomputed += self.block * self.queue.settle(self.free)
 
     def _needed_blocks(self, prompts: list[int], responses: list[int], blocks: int | None) -> list[int]:
         """Of sequences at their full length; DoesNotFit where one has no room."""
@@ -431,18 +481,33 @@ class _Scheduler:
             preempted = True
         return preempted
 
-    def _put_back(self) -> None:
-        """The newest sequence to the head of the queue; its cache is lost."""
+    def _put_back(self, keeps: bool = True) -> None:
+        """The newest sequence to the head of the queue; its cache is lost, or may be found again."""
+        self._settle()
         sample, _ = self.running.popitem()
         if self.partial is not None and self.partial[0] == sample:
-            self.recomputed += self.partial[1] - self._leave(sample, self._blocks(self.partial[2]))
+            computed, held = self.partial[1], self._blocks(self.partial[2])
             self.partial = None
         else:
-            cached = self._cached(sample)
-            self.generated[sample] = cached - self.prompt[sample] + 1
-            self.recomputed += cached - self._leave(sample, self._held(sample))
+            computed, held = self._cached(sample), self._held(sample)
+            self.generated[sample] = computed - self.prompt[sample] + 1
             self._stop_decoding(sample)
+        kept = self._leave(sample, held, computed)
+        if self.queue and keeps:
+            kept = self._keep(sample, kept, computed)
+        self.recomputed += computed - kept * self.block
         self.waiting.append(sample)
+
+    def _keep(self, sample: int, in_use: int, computed: int) -> int:
+        """Queue the blocks of a preempted sample, the last one first -> those that it may find again."""
+        assert self.queue is not None
+        whole, shared = computed // self.block, self.shared[sample]
+        own, common = max(0, whole - shared), in_use or min(shared, whole)
+        self.queue.give_unwanted(self.free - self.queue.total - own - (0 if in_use else common))
+        self.queue.give_own(sample, own)
+        self._give_back_shared()
+        self.claims[sample] = common = min(common, whole)
+        return common + own
 
     def _prefill(self, budget: int, admit: bool) -> tuple[list[float], int, list[int]]:
         """Compute prompts within the budget -> (equivalent lengths of the pieces, tokens, samples now complete)."""
@@ -508,11 +573,12 @@ class _Scheduler:
 
     def _retire(self) -> None:
         """Sequences whose last token was drawn give their blocks back."""
+        self._settle()
         self._drop_stale()
         while self.ending and self.ending[0][0] <= self.clock:
             _, sample = heapq.heappop(self.ending)
             del self.running[sample]
-            self._leave(sample, self._held(sample))
+            self._leave(sample, self._held(sample), self._cached(sample))
             self._stop_decoding(sample)
             self._complete(sample)
             self._drop_stale()

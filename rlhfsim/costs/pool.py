@@ -22,6 +22,7 @@ import numpy as np
 from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation
 
+from .block_queue import BlockQueue
 from .engine import Progress, Runs, _Scheduler
 from .generation import StepSeconds, _Steps, route_samples
 
@@ -100,6 +101,7 @@ class Engine(_Scheduler):
         )
         self.generation, self.kv_blocks = generation, kv_blocks
         self.free = self.total = UNLIMITED_BLOCKS if kv_blocks is None else kv_blocks
+        self.queue = BlockQueue(self.free) if self.caching else None
         self.samples: list[Sample] = []
         self.completions: list[tuple[int, int]] = []  # (run, sample)
         self.late_seconds = 0.0
@@ -143,6 +145,8 @@ class Engine(_Scheduler):
         heapq.heapify(other.ending)
         other.clock, other.free, other.base_sum, other.crossing = self.clock, self.free, self.base_sum, [*self.crossing]
         other.late_seconds, other.late = self.late_seconds, [*self.late]
+        other.queue = self.queue and self.queue.renumbered(new)
+        other.claims = {new[k]: blocks for k, blocks in self.claims.items()}
         return other
 
     def empty(self) -> Engine:
@@ -170,20 +174,30 @@ class Engine(_Scheduler):
         """Everything that runs is put back to the head of the queue; the cached tokens that are lost."""
         before = self.recomputed
         while self.running:
-            self._put_back()
-        return self.recomputed - before
+            self._put_back(keeps=False)
+        self._give_back()
+        lost = self.recomputed - before
+        if self.queue:
+            lost += self.block * (self.queue.forget() + sum(self.claims.values()))
+            self.claims = {}
+        return lost
 
     def remove(self, gone: set[int]) -> None:
         """Take these samples (their numbers) out, whatever they do."""
         for k in [k for k in self.running if self.samples[k].number in gone]:
             del self.running[k]
             if self.partial is not None and self.partial[0] == k:
-                self._leave(k, self._blocks(self.partial[2]))
+                self._leave(k, self._blocks(self.partial[2]), self.partial[1])
                 self.partial = None
             else:
-                self._leave(k, self._held(k))
+                self._leave(k, self._held(k), self._cached(k))
                 self._stop_decoding(k)
         self.waiting = [k for k in self.waiting if self.samples[k].number not in gone]
+        self._give_back()
+        numbers = {k for k, sample in enumerate(self.samples) if sample.number in gone}
+        if self.queue:
+            self.queue.forget(numbers)
+        self.claims = {k: blocks for k, blocks in self.claims.items() if k not in numbers}
 
     def unfinished(self) -> list[tuple[Sample, int]]:
         """Samples and how many of their tokens are drawn."""

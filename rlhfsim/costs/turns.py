@@ -6,10 +6,8 @@ step after the next tool is done, and an engine without anything else to do wait
 the end of the queue: its prompt is its whole context with the tool's answer.
 
 A prefix that is kept is kept as vLLM does (docs.vllm.ai, "Automatic Prefix Caching"): blocks that are given back stay
-readable until they are needed, in the order in which they were given back and a sample's last block first; only whole
-blocks are found again. Of other samples' blocks only those of a common prompt are found, with `prefix_caching`: while
-another response to it runs, and after the last one has left as long as nobody needs the room (they are given back last,
-so that nobody's own blocks outlast them). What a preempted sample has of its own is not found.
+readable until they are needed (`block_queue.py`); only whole blocks are found again. Of other samples' blocks only
+those of a common prompt are found, with `prefix_caching`.
 
 While engines are stopped (new weights, no work to begin) their tools stand still too, but a sample that is taken out
 of its engine comes back with its answer.
@@ -27,6 +25,7 @@ import numpy as np
 from rlhfsim.spec.lengths import Turn
 from rlhfsim.spec.scenario import Generation, Turns
 
+from .block_queue import BlockQueue
 from .engine import _piece
 from .generation import StepSeconds, _Steps
 from .pool import Engine, Sample
@@ -38,10 +37,7 @@ class TurnEngine(Engine):
     """A continuous engine with a clock. Prompt, response and tokens generated are those of a sample's present turn.
 
     elapsed_seconds: since it was made or copied. away: heap of (instant, number, sample): when tools will be done.
-    servers: heap of when each place for a tool is free; None: any number of them. queue: free blocks in the order in
-    which they are taken, as counts by what is in them: with key 2 k the context of sample k, which is absent or waits,
-    behind what it shares; with 2 g + 1 what responses to prompt g share; with a negative one nothing that is wanted.
-    claims: samples whose shared blocks have been theirs before: to find them again saves nothing, to miss them costs.
+    servers: heap of when each place for a tool is free; None: any number of them.
     """
 
     def __init__(self, generation: Generation, kv_blocks: int | None, turns: Turns, seconds: StepSeconds) -> None:
@@ -52,10 +48,8 @@ class TurnEngine(Engine):
         self.elapsed_seconds = 0.0
         self.away: list[tuple[float, int, int]] = []
         self.servers = None if turns.tool_concurrency is None else [0.0] * turns.tool_concurrency
-        self.queue, self.queued = {-1: self.free}, self.free
-        self.unwanted = -1  # the last negative key
-        self.claims: set[int] = set()
-        self.left: list[int] = []  # prompts whose last running response has just left
+        if turns.keep_prefix:
+            self.queue = BlockQueue(self.free)
         self.ended: list[int] = []  # samples whose turn has ended in this run, but not their last one
 
     @property
@@ -100,31 +94,16 @@ class TurnEngine(Engine):
         other.turn = [self.turn[old] for old in new]
         other.away = [(instant, number, new[k]) for instant, number, k in self.away]
         other.servers = self.servers and [*self.servers]
-        other.queue, other.queued, other.unwanted = {}, self.queued, self.unwanted
-        for key, blocks in self.queue.items():
-            other.queue[key if key < 0 or key % 2 else 2 * new[key // 2]] = blocks
-        other.claims = {new[k] for k in self.claims}
         return other
 
     def let_pass(self, seconds: float) -> None:
         self.away = [(instant - seconds, number, k) for instant, number, k in self.away]
         self.servers = self.servers and [instant - seconds for instant in self.servers]
 
-    def empty_cache(self) -> int:
-        lost = super().empty_cache() + self._forget({key for key in self.queue if key >= 0})
-        lost += self.block * sum(self.shared[k] for k in self.claims)
-        self.claims = set()
-        return lost
-
     def remove(self, gone: set[int]) -> None:
         super().remove(gone)
-        self._give_back_shared()
         self.away = [entry for entry in self.away if entry[1] not in gone]
         heapq.heapify(self.away)
-        numbers = {k for k, sample in enumerate(self.samples) if sample.number in gone}
-        self._forget({2 * k for k in numbers})
-        self.claims -= numbers
-        self._update_queue()
 
     def _drawn(self, k: int) -> int:
         return super()._drawn(k) + sum(turn.tokens for turn in self.samples[k].turns[: self.turn[k]])
@@ -140,12 +119,13 @@ class TurnEngine(Engine):
             self.elapsed_seconds += instant - self.now
             self._take_back(instant)
         super().advance(self._steps_until_return(limit))
+
+    def _after_run(self) -> None:
         self.elapsed_seconds += self.seconds.single.of(*self.builder.last_run())
         for k in sorted(self.ended, key=lambda k: self.samples[k].number):
             self._call_tool(k)
         self.ended = []
-        self._give_back_shared()
-        self._update_queue()
+        super()._after_run()
 
     def _take_back(self, instant: float) -> None:
         """Samples whose tools are done by then go to the end of the queue."""
@@ -172,11 +152,9 @@ class TurnEngine(Engine):
         """At the end of a turn: what stays in the cache, and when the tool will be done."""
         turn, cached = self.samples[k].turns[self.turn[k]], self.prompt[k] + self.response[k] - 1
         kept = cached // self.block if self.turns.keep_prefix else 0
-        if kept and self.shared[k]:
-            self.claims.add(k)
-        if own := max(0, kept - self.shared[k]):
-            self.queue[2 * k] = own
-            self.queued += own
+        if self.queue and kept:
+            self.claims[k] = self.shared[k]
+            self.queue.give_own(k, kept - self.shared[k])
         self.recomputed += cached - self.block * kept
         begin = self.now if self.servers is None else max(self.now, self.servers[0])
         done = begin + turn.tool_seconds
@@ -195,88 +173,11 @@ class TurnEngine(Engine):
         self.turn[k] += 1
         self.response[k] = self.samples[k].turns[self.turn[k]].tokens
 
-    # -- cache ----------------------------------------------------------------------------------------------
-
-    def _known(self, sample: int) -> int:
-        self._update_queue()
-        return self.block * (self._shared_now(sample) + self.queue.get(2 * sample, 0))
-
-    def _shared_now(self, sample: int) -> int:
-        """Blocks that it shares and would find."""
-        return self._found(sample) or (self.queue.get(2 * self.group[sample] + 1, 0) if self.shared[sample] else 0)
-
-    def _enter(self, sample: int, tokens: int) -> int:
-        known, shared, reused = self._known(sample), self._shared_now(sample), self.reused
-        self.queued -= self.queue.pop(2 * sample, 0)
-        if not self._found(sample):
-            self.queued -= self.queue.pop(2 * self.group[sample] + 1, 0)
-        super()._enter(sample, tokens)
-        if sample in self.claims:
-            self.claims.remove(sample)
-            self.reused = reused
-            self.recomputed += self.block * (self.shared[sample] - shared)
-        else:
-            self.reused = reused + self.block * shared
-        self._update_queue()
-        return known
-
-    def _leave(self, sample: int, blocks: int) -> int:
-        kept = super()._leave(sample, blocks)
-        if self.shared[sample] and not self.members[self.group[sample]]:
-            self.left.append(sample)
-        return kept
-
-    def _give_back_shared(self) -> None:
-        """What nobody who runs has in common any more comes to the end of the queue."""
-        for sample in sorted(self.left, key=lambda k: self.samples[k].number):
-            self.queue[2 * self.group[sample] + 1] = self.shared[sample]
-            self.queued += self.shared[sample]
-        self.left = []
-
-    def _put_back(self) -> None:
-        self._update_queue()
-        super()._put_back()
-        self._give_back_shared()
-        self._update_queue()
-
-    def _retire(self) -> None:
-        self._update_queue()
-        super()._retire()
-
     def _complete(self, sample: int) -> None:
         if self.turn[sample] + 1 < len(self.samples[sample].turns):
             self.ended.append(sample)
         else:
             super()._complete(sample)
-
-    def _update_queue(self) -> None:
-        """Blocks that are no longer free leave the queue at its head; those that are given back come to its end."""
-        while self.queued > self.free:
-            oldest, blocks = next(iter(self.queue.items()))
-            taken = min(blocks, self.queued - self.free)
-            self.queued -= taken
-            self.recomputed += self.block * taken * (oldest >= 0 and not oldest % 2)
-            if taken == blocks:
-                del self.queue[oldest]
-            else:
-                self.queue[oldest] -= taken
-        if self.queued < self.free:
-            self.unwanted -= 1
-            self.queue[self.unwanted] = self.free - self.queued
-            self.queued = self.free
-
-    def _forget(self, keys: set[int]) -> int:
-        """What is in these blocks is not wanted any more: so many tokens of single samples."""
-        lost, queue = 0, {}
-        for key, blocks in self.queue.items():
-            if key in keys:
-                lost += self.block * blocks * (not key % 2)
-                self.unwanted -= 1
-                queue[self.unwanted] = blocks
-            else:
-                queue[key] = blocks
-        self.queue = queue
-        return lost
 
 
 def turn_steps(

@@ -20,6 +20,9 @@ TITLE = "served run of vLLM (folder with meta.json and requests.jsonl)"
 TIMES = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
 NAMES = ("arrival_seconds", "scheduled_seconds", "first_seconds", "last_seconds")
 
+# Block 0 is a placeholder that no sequence is given (vllm/v1/core/block_pool.py, null_block).
+NULL_BLOCKS = 1
+
 
 def recognises(probe: Probe) -> bool:
     return {"meta.json", "requests.jsonl"} <= probe.names
@@ -64,7 +67,9 @@ def read(path: Path) -> Served:
         int(setting("engine_kwargs", "max_num_seqs", default=256)),
         int(setting("engine_kwargs", "max_num_batched_tokens", default=2048)),
         int(setting("kv_cache", "block_size", default=16)),
-        int(setting("kv_cache", "num_gpu_blocks")),
+        int(setting("kv_cache", "num_gpu_blocks")) - NULL_BLOCKS,
+        bool(setting("kv_cache", "enable_prefix_caching", default=True)),
+        bool(setting("resolved_config", "scheduler_config", "async_scheduling", default=False)),
     )
 
 
