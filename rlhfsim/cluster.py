@@ -184,6 +184,12 @@ class _Part:
         leaf = node // self.nodes_per_leaf
         return node + self.nodes.start, switch + self.switches.start, leaf + self.leaves.start
 
+    def hosts(self) -> np.ndarray:
+        """A number for the operating system of each GPU."""
+        rank, node = np.arange(len(self.gpus)), self.cluster.node
+        local = rank % node.gpus_per_node
+        return self.gpus.start + rank - local + local // node.host_gpus  # that of the node's first GPU, counted on
+
     def rates(self) -> dict[str, float]:
         """Nominal bytes/s of a link of each kind; 0 where there is none."""
         c, network = self.cluster, self.cluster.network
@@ -233,6 +239,7 @@ class ClusterTopology:
             self._parts.append(_Part(part, reached, before, f"parts.{k}." if cluster.parts else ""))
         node, switch, leaf = zip(*(part.units() for part in self._parts), strict=True)
         self._node_of, self._switch_of, self._leaf_of = (np.concatenate(unit) for unit in (node, switch, leaf))
+        self._host_of = np.concatenate([part.hosts() for part in self._parts])
         self._part_of = np.repeat(np.arange(len(self._parts)), [len(part.gpus) for part in self._parts])
         self._nvlink, self._switched, self._mesh, self._leaved = (
             np.array(flags)
@@ -396,10 +403,11 @@ class ClusterTopology:
         return (across.exponent, across.measured) if across else (c.network_exponent, ())
 
     def _can_read_peers(self, groups: list[tuple[int, ...]]) -> bool:
-        """Whether an engine's own all-reduce works: each group in one node with NVLink, and a curve for it."""
+        """Whether an engine's own all-reduce works: each group in one host with NVLink, and a curve for it (vLLM's
+        custom_all_reduce.py: "not supported ... across nodes", which it tells by shared memory)."""
         parts = (self._parts[self._part_of[group[0]]] for group in groups)
         able = all(part.nvlink and "custom_all_reduce" in part.collectives.inside for part in parts)
-        return able and not any(self.crosses_nodes(group) for group in groups)
+        return able and all(len(set(self._host_of[list(group)].tolist())) == 1 for group in groups)
 
     def _named(self, usage: np.ndarray) -> dict[str, float]:
         """By link; what would be on links that there are not is left out."""

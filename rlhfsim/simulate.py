@@ -134,7 +134,13 @@ def costs_of(setup: Setup, folded: Fold, lengths: list[tuple[np.ndarray, np.ndar
         folded,
         setup.holdings,
         [
-            Operators(part.gpu, kernels_of(part.gpu.kernels), scenario.effects, scenario.overheads_of(part))
+            Operators(
+                part.gpu,
+                kernels_of(part.gpu.kernels),
+                scenario.effects,
+                scenario.overheads_of(part),
+                host_gpus=part.node.host_gpus,
+            )
             for part in scenario.cluster.all_parts
         ],
         lengths,

@@ -39,6 +39,7 @@ START = {
     "decode_layer_seconds": 8e-4,
     "decode_step_seconds": 4e-3,
     "decode_sequence_seconds": 2e-5,
+    "decode_hosts_seconds": 4e-3,
     "controller_call_seconds": 0.3,
     "sync_layer_seconds": 0.02,
     "sync_tensor_seconds": 1e-3,
@@ -55,7 +56,9 @@ FITTED = {
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,
     "deepspeed_chat": FACTORS,
-    "nemo_rl": FACTORS,
+    "nemo_rl": [
+        "decode_step_seconds", "decode_sequence_seconds", "decode_hosts_seconds", "sync_tensor_seconds", *FACTORS,
+    ],
     "openrlhf": FACTORS,
     "real": ["eager_layer_seconds", *FACTORS],  # decode too: the same modules, without CUDA graphs
     "rlinf": FACTORS,

@@ -109,12 +109,14 @@ class Operators:
     """The kernels of one GPU type under the scenario's effects.
 
     Zero tokens take zero seconds (no kernel is launched for an empty batch). With `effects.efficiency` off every kernel
-    runs at its curve's asymptotic efficiency, and nothing takes a fixed time.
+    runs at its curve's asymptotic efficiency, and nothing takes a fixed time. host_gpus: of one host; None: any number.
     """
 
-    def __init__(self, gpu: Gpu, kernels: Kernels, effects: Effects, overheads: Overheads) -> None:
+    def __init__(
+        self, gpu: Gpu, kernels: Kernels, effects: Effects, overheads: Overheads, *, host_gpus: int | None = None
+    ) -> None:
         self.gpu, self.kernels, self.effects, self.overheads = gpu, kernels, effects, overheads
-        self.ideal = not effects.efficiency
+        self.ideal, self.host_gpus = not effects.efficiency, host_gpus
         self.measured = None if self.ideal else measured_kernels(gpu, kernels)
 
     @property

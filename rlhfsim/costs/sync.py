@@ -6,7 +6,7 @@ links of its own rank only, so a single one has a single NIC.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction as Ratio
 from typing import Literal
@@ -62,7 +62,10 @@ def sync_program(
     if method == "reshard":
         sharded = _gathered(use, source, total) if use.zero_stage == 3 else None
         transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
-        copies = _copy(operators.copy(use, total / _ranks_per_copy(destination)))
+        copied = total / _ranks_per_copy(destination)
+        if path.in_place == "tensors" and not sharded:
+            transfers, copied = list(_whole_tensors(use, source, total)), total
+        copies = _copy(operators.copy(use, copied))
         return [*_segments(transfers), *_overhead(operators, use, 1, total, 1, bucket_bytes), *copies]
     gathers = [] if path.senders == "all_ranks" else _gathers(use, source, total, bucket_bytes, path.senders)
     to_each = [_shards(source, replica, path.senders) for replica in replicas]
@@ -265,6 +268,27 @@ def _parts_held(layout: Layout) -> dict[int, tuple[tuple[Ratio, Ratio], ...]]:
 
 def _contains(held: tuple[tuple[Ratio, Ratio], ...], needed: tuple[tuple[Ratio, Ratio], ...]) -> bool:
     return all(h[0] <= n[0] and n[1] <= h[1] for h, n in zip(held, needed, strict=True))
+
+
+def _whole_tensors(use: ModelUse, source: Layout, total: float) -> Iterator[Transfer]:
+    """Every rank gathers all weights, a collective for each tensor: along the pipeline what its tensor- and
+    expert-parallel rank has of other stages, then the shards of a tensor, and the experts of other ranks."""
+    spec, split = use.shape, source.experts
+    routed = 0.0 if use.lora_rank else float(layers_routed_parameters(spec) * use.bytes_per_parameter)
+    experts = spec.experts * sum(count for kind, count in spec.layer_kinds().items() if kind.experts) if routed else 0
+    dense, tensors = total - routed, float(sync_tensors(use) - (2 + spec.gated_mlp) * experts)
+    own_experts = 2.0 * experts / split.parallel  # Megatron-LM keeps gate and up as one matrix
+    if source.pipeline_parallel > 1:
+        stages = as_groups(source.grid.reshape(source.pipeline_parallel, -1).T)
+        yield Transfer("all_gather", stages, dense / source.tensor_parallel, tensors)
+        if routed:
+            yield Transfer("all_gather", stages, routed / split.parallel / split.tensor, own_experts)
+    if source.tensor_parallel > 1:
+        yield Transfer("all_gather", source.tensor_groups, dense, tensors)
+    if routed and split.tensor > 1:
+        yield Transfer("all_gather", source.expert_tensor_groups, routed / split.parallel, own_experts)
+    if routed and split.parallel > 1:
+        yield Transfer("all_gather", source.expert_groups, routed, own_experts)
 
 
 def _gathered(use: ModelUse, source: Layout, total: float) -> Transfer | None:

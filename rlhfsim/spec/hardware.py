@@ -102,6 +102,7 @@ class Node(Sources):
     """A server.
 
     gpu_link: `nvswitch` (any pair at full port speed), `nvlink_mesh` (direct cables, no switch) or `pcie`.
+    gpus_per_host: GPUs of one operating system, where NVLink joins several (the trays of a rack); absent: all.
     pcie_gpus_per_switch: GPUs that share one PCIe uplink to the host.
     host_memory_bytes_per_second: what CPU Adam can stream, all sockets together.
     """
@@ -111,9 +112,15 @@ class Node(Sources):
     gpu: str
     gpus_per_node: Count
     gpu_link: Literal["nvswitch", "nvlink_mesh", "pcie"]
+    gpus_per_host: Count | None = None
     pcie_gpus_per_switch: Count = 1
     host_memory_bytes: Sourced
     host_memory_bytes_per_second: Sourced
+
+    @property
+    def host_gpus(self) -> int:
+        """GPUs of one operating system."""
+        return min(self.gpus_per_host or self.gpus_per_node, self.gpus_per_node)
 
 
 class Network(Sources):

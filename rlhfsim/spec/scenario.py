@@ -765,6 +765,10 @@ class WeightSync(Record):
         (slime: update_weight_from_disk.py @5a3552f2; AReaL's weight_update_mode disk). Through host or disk each
         replica fetches a copy of its own with `p2p`, each node one for all its ranks with `broadcast`.
     storage_bytes_per_second: at which the storage is written, and read, by all together; needed for `disk`.
+    in_place: what each rank gathers to refresh a copy on the same ranks. `shards` its own new part. `tensors` all
+        weights, one tensor after the other, of which it keeps its part (Megatron-Bridge's export under Hugging Face
+        names, param_mapping.py @v0.2.0: a broadcast along pipeline stages, then all-gathers among tensor- and
+        expert-parallel ranks; NeMo-RL's stream_weights_via_ipc_zmq and verl's per_tensor_generator run through all).
     With LoRA only the factors move.
     """
 
@@ -773,6 +777,7 @@ class WeightSync(Record):
     senders: Literal["replica", "stage_heads", "first_rank", "all_ranks"] = "replica"
     through: Literal["gpu", "host", "disk"] = "gpu"
     storage_bytes_per_second: BytesPerSecond | None = None
+    in_place: Literal["shards", "tensors"] = "shards"
 
     @model_validator(mode="after")
     def _disk_has_a_rate(self) -> WeightSync:
