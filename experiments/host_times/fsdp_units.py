@@ -4,7 +4,7 @@
 
 Tensors are so small, and collectives so empty (PyTorch's fake process group of 8 ranks), that only Python, dispatcher,
 autograd and FSDP's hooks take time: a lower bound of what a layer needs on the host of a GPU, which launches kernels
-and waits for the rate limiter of all-gathers besides. LoRA's factors are units of their own, as in verl's
+and waits for the rate limiter of all-gathers besides. CPU seconds, so that a busy machine matters less. LoRA's factors are units of their own, as in verl's
 get_fsdp_wrap_policy with is_lora (verl/utils/fsdp_utils.py @v0.4.1). The best of `repeats` passes, one thread.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
+from time import process_time
 
 import torch
 import torch.distributed as dist
@@ -79,9 +79,9 @@ def best(run: Callable[[], None], repeats: int) -> float:
     run()
     seconds = []
     for _ in range(repeats):
-        start = perf_counter()
+        start = process_time()
         run()
-        seconds.append(perf_counter() - start)
+        seconds.append(process_time() - start)
     return min(seconds)
 
 

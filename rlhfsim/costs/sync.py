@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
-from rlhfsim.lora import lora_modules
+from rlhfsim.lora import lora_factors
 from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, parameters
 from rlhfsim.spec.scenario import ModelUse, WeightSync
 
@@ -62,7 +62,8 @@ def sync_program(
     total = float(count * use.bytes_per_parameter)
     replicas = _replicas(destination)
     if method == "reshard":
-        sharded = _gathered(use, source, total) if use.zero_stage == 3 else None
+        width = 2 if use.shards_master else 1  # verl gathers fp32 shards as they are (full_tensor, fsdp_vllm.py @v0.5.0)
+        sharded = _gathered(use, source, width * total) if use.zero_stage == 3 else None
         transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
         copies = _copy(operators.copy(use, total / destination.tensor_parallel))
         return [*_segments(transfers), *_overhead(operators, use, 1, total, 1, bucket_bytes), *copies]
@@ -88,7 +89,7 @@ def sync_tensors(use: ModelUse) -> int:
     spec, found = use.shape, 0
     kinds = spec.layer_kinds()
     if use.lora_rank:
-        return sum(2 * len(lora_modules(spec, kind, use.lora_target_modules)) * count for kind, count in kinds.items())
+        return lora_factors(spec, use.lora_target_modules)
     mlp = 2 + spec.gated_mlp
     norm = 2 if spec.norm == "layer" else 1
     attention = 4
