@@ -553,14 +553,11 @@ class CostModel:
         seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
         return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 
-    def _controller(
-        self, stage: Stage, ranks: tuple[int, ...], samples: int, *, begins: bool = True
-    ) -> list[Segment]:
+    def _controller(self, stage: Stage, ranks: tuple[int, ...], samples: int, *, begins: bool = True) -> list[Segment]:
         """What the controller and the start of any firing take. begins: False for later mini-batches of one call."""
         moved = samples * stage.places * self.padded_tokens * CONTROLLER_BYTES_PER_TOKEN[stage.kind]
         return self._slowest(
-            ranks,
-            lambda operators: [*controller_program(moved, operators, begins=begins), *firing_program(operators)],
+            ranks, lambda operators: [*controller_program(moved, operators, begins=begins), *firing_program(operators)]
         )
 
 

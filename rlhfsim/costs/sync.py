@@ -62,7 +62,9 @@ def sync_program(
     total = float(count * use.bytes_per_parameter)
     replicas = _replicas(destination)
     if method == "reshard":
-        width = 2 if use.shards_master else 1  # verl gathers fp32 shards as they are (full_tensor, fsdp_vllm.py @v0.5.0)
+        width = (
+            2 if use.shards_master else 1
+        )  # verl gathers fp32 shards as they are (full_tensor, fsdp_vllm.py @v0.5.0)
         sharded = _gathered(use, source, width * total) if use.zero_stage == 3 else None
         transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
         copies = _copy(operators.copy(use, total / destination.tensor_parallel))
