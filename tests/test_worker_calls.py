@@ -1,4 +1,4 @@
-"""Calls of workers by a controller, as verl makes them: bytes of padded batches, adapters off, factors as sharded units.
+"""Calls of workers by a controller, as verl makes them: bytes of padded batches, adapters off, factors as units.
 
 Each against a closed form of the difference that it makes.
 """

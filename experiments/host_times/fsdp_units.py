@@ -4,8 +4,9 @@
 
 Tensors are so small, and collectives so empty (PyTorch's fake process group of 8 ranks), that only Python, dispatcher,
 autograd and FSDP's hooks take time: a lower bound of what a layer needs on the host of a GPU, which launches kernels
-and waits for the rate limiter of all-gathers besides. CPU seconds, so that a busy machine matters less. LoRA's factors are units of their own, as in verl's
-get_fsdp_wrap_policy with is_lora (verl/utils/fsdp_utils.py @v0.4.1). The best of `repeats` passes, one thread.
+and waits for the rate limiter of all-gathers besides. CPU seconds of one thread, so that a busy machine matters less;
+the best of `repeats` passes. LoRA's factors are units of their own, as in verl's get_fsdp_wrap_policy with is_lora
+(verl/utils/fsdp_utils.py @v0.4.1).
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ PROFILES = ROOT / "hw_specs" / "frameworks"
 
 # Where fits begin, and to where they are drawn. eager_layer, decode_layer: 38 launches of 5.5 us a layer and as much of
 # Python. lora_unit: experiments/host_times/fsdp_units.py. decode_step, decode_sequence: rlhfsim/costs/generation.py.
-# decode_lora_layer: two Triton kernels and a buffer for each of 4 modules, 40 us of Python each. pageable: two copies of
-# a byte in host memory, one thread. controller_bytes: five copies of a byte (torch.save, pickle, Ray's store, load,
+# decode_lora_layer: two Triton kernels for each of 4 modules, 40 us of Python each. pageable: two copies of a byte in
+# host memory by one thread. controller_bytes: five copies of a byte (torch.save, pickle, Ray's store, load,
 # concatenation). Others: a guess of the right size.
 START = {
     "eager_layer_seconds": 4e-4,
