@@ -51,10 +51,10 @@ from .turns import TurnEngine, turn_steps
 FIELD_BYTES_PER_TOKEN = {"tokens": 8, "mask": 8, "log_probs": 2, "ref_log_probs": 2, "values": 2, "rewards": 2}
 FIELD_BYTES_PER_SAMPLE = {"score": 2}
 
-# What a controller hands out and gets back for a padded token. Ids, mask and positions of the sample, prompt and response
-# once more, all int64 (verl, verl/workers/rollout/vllm_rollout/vllm_rollout_spmd.py @v0.4.1); log-probabilities and
-# entropies back, fp32; for updates both log-probabilities, scores, rewards, advantages and returns too, since the whole
-# batch is always sent (verl/trainer/ppo/ray_trainer.py).
+# What a controller hands out and gets back for a padded token. Ids, mask and positions of the sample, prompt and
+# response once more, all int64 (verl/workers/rollout/vllm_rollout/vllm_rollout_spmd.py of verl v0.4.1);
+# log-probabilities and entropies back, fp32; for updates both log-probabilities, scores, rewards, advantages and
+# returns too, since the whole batch is always sent (verl/trainer/ppo/ray_trainer.py).
 CONTROLLER_BYTES_PER_TOKEN = {"generate": 4 * 8, "score": 4 * 8 + 2 * 4, "train": 4 * 8 + 6 * 4}
 
 SampleTurns = tuple[tuple[Turn, ...], ...]
