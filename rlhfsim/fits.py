@@ -198,7 +198,7 @@ class Memory:
             if held.use.offload_parameters and running.kind == "sync":
                 return "rests"
             return "updates" if running.kind == "train" else "passes"
-        if held.purpose != "train" or held.use.offload_states is None:
+        if held.purpose != "train" or held.use.offload_states in (None, "calls"):
             return "rests"
         own = [self._order.index(stage.name) for stage in users(self.graph, held.name)]
         return "passes" if own[0] < self._order.index(running.name) < own[-1] else "rests"

@@ -89,7 +89,8 @@ def algorithm_of(scenario: Scenario) -> Algorithm:
 def devices_of(scenario: Scenario) -> Devices:
     """The cluster's ranks, and how many must move together for each stage (`uses` decides by layout)."""
     cluster, models, generation = scenario.cluster, scenario.models, scenario.generation
-    owners = {"old_log_prob": models.actor, "ref": models.reference, "reward": models.reward, "values": models.critic}
+    reference = models.actor if scenario.algorithm.reference == "adapter_off" else models.reference
+    owners = {"old_log_prob": models.actor, "ref": reference, "reward": models.reward, "values": models.critic}
     together = {stage: use.ranks_together for stage, use in owners.items() if use.zero_stage < 3}
     if scenario.algorithm.reward == "function":  # every rank computes it for its own samples
         together["reward"] = 1
@@ -205,7 +206,7 @@ def _check_states(graph: StageGraph, scenario: Scenario) -> None:
     """Weights that generate cannot be away."""
     for role in scenario.roles:
         chosen = getattr(scenario.models, role).offload_states
-        if chosen in ("all", "image") and any(stage.kind == "generate" for stage in users(graph, role)):
+        if chosen in ("all", "image", "calls") and any(stage.kind == "generate" for stage in users(graph, role)):
             raise InputError(
                 f"is {chosen}, but {scenario.strategy.name} generates from these weights (allowed: optimizer; or "
                 "generation.engine engine)",

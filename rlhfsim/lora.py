@@ -63,6 +63,12 @@ def lora_modules(
     return found
 
 
+def lora_factors(spec: ModelSpec, targets: LoraTargets = ALL_LINEAR) -> int:
+    """Tensors of factors in all layers, two for every adapted module."""
+    kinds = spec.layer_kinds()
+    return sum(2 * len(lora_modules(spec, kind, targets)) * count for kind, count in kinds.items())
+
+
 def lora_parameters(spec: ModelSpec, rank: int, layers: int | None = None, targets: LoraTargets = ALL_LINEAR) -> int:
     """Two factors, rank x inputs and outputs x rank, at each adapted module of every layer.
 

@@ -28,6 +28,9 @@ def check_real(scenario: Scenario) -> None:
             raise InputError(message, field=field)
     if scenario.workload.turns is not None:
         raise InputError("are not part of real runs yet (allowed: none)", field="workload.turns")
+    if chosen.reference == "adapter_off":
+        message = "is adapter_off; the reference of a real run is a model of its own (allowed: true, false)"
+        raise InputError(message, field="algorithm.reference")
     if scenario.rounds > 1:
         message = "makes rounds of generation, which real runs do not have (allowed: 1 and no gen_prompts)"
         raise InputError(message, field="algorithm.filter_accept_probability")

@@ -774,7 +774,7 @@ CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "generation.prefix_caching": st.booleans(),
     "generation.speculative": st.sampled_from((None, {"tokens": 3, "acceptance_length": 2.4})),
     "generation.sleep": st.sampled_from((None, "level_1", "level_2")),
-    "models.actor.offload_states": st.sampled_from((None, "optimizer", "all", "image")),
+    "models.actor.offload_states": st.sampled_from((None, "optimizer", "all", "image", "calls")),
     "models.critic.offload_states": st.sampled_from((None, "optimizer", "all")),
     "models.actor.gradient_precision": st.sampled_from((None, "fp32")),
     "weight_sync.method": st.sampled_from(("p2p", "broadcast")),

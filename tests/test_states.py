@@ -219,6 +219,19 @@ def test_states_are_copied_where_a_stage_needs_them(level: str) -> None:
     assert step_seconds(timeline_of(leaves(level, **off))) == step_seconds(timeline_of(leaves(None, **off)))
 
 
+def test_calls_copy_states_from_and_to_pageable_memory() -> None:
+    """Weights twice for every stage and sync of the actor, the optimizer's for the two updates, at the rate given."""
+    rate = {"overheads.pageable_bytes_per_second": 1e9}
+    stays, moves = (timeline_of(leaves(chosen, **rate)) for chosen in (None, "calls"))
+    held, iterations = static_bytes(leaves(None).models.actor, "train", 4), leaves(None).simulation.iterations
+    weights, optimizer = 2 * held.weights / 1e9, 2 * held.optimizer / 1e9
+    expected = {"gen": 0.0, "ref": 0.0, "values": 0.0, "old_log_prob": weights, "update_weights": weights}
+    for stage, more in (expected | {"update_actor": weights + optimizer}).items():
+        assert sum(seconds_of(moves, stage)) - sum(seconds_of(stays, stage)) == approx(iterations * more)
+    phases = [prepare(leaves(level)).fit().by_phase["ref"].bytes.weights for level in ("all", "calls")]
+    assert phases[0] - phases[1] == approx(held.weights)  # not there while the reference works
+
+
 def test_engines_have_the_room_that_states_leave() -> None:
     """While engines generate nothing of the actor is on the GPU; the update has it all."""
     stays, moves = (prepare(leaves(level)) for level in (None, "all"))
@@ -268,7 +281,7 @@ def test_impossible_states_are_refused(settings: dict[str, Any], message: str) -
 
 
 def test_weights_that_generate_do_not_leave() -> None:
-    for level in ("all", "image"):
+    for level in ("all", "image", "calls"):
         with pytest.raises(InputError, match="generates from these weights") as error:
             prepare(scenario("colocated", "hybrid", **{"models.actor.offload_states": level}))
         assert error.value.field == "models.actor.offload_states"

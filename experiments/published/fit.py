@@ -33,14 +33,22 @@ ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "hw_specs" / "frameworks"
 
 # Where fits begin, and to where they are drawn. eager_layer, decode_layer: 38 launches of 5.5 us a layer and as much of
-# Python. decode_step, decode_sequence: rlhfsim/costs/generation.py. Others: a guess of the right size.
+# Python. lora_unit: experiments/host_times/fsdp_units.py. decode_step, decode_sequence: rlhfsim/costs/generation.py.
+# decode_lora_layer: two Triton kernels for each of 4 modules, 40 us of Python each. pageable: two copies of a byte in
+# host memory by one thread. controller_bytes: five copies of a byte (torch.save, pickle, Ray's store, load,
+# concatenation). Others: a guess of the right size.
 START = {
     "eager_layer_seconds": 4e-4,
+    "lora_unit_seconds": 3.3e-4,
+    "lora_unit_backward_seconds": 3.3e-4,
     "decode_layer_seconds": 8e-4,
+    "decode_lora_layer_seconds": 3e-4,
     "decode_step_seconds": 4e-3,
     "decode_sequence_seconds": 2e-5,
     "decode_hosts_seconds": 4e-3,
     "controller_call_seconds": 0.3,
+    "controller_bytes_per_second": 5e8,
+    "pageable_bytes_per_second": 1e10,
     "sync_layer_seconds": 0.02,
     "sync_tensor_seconds": 1e-3,
 }
@@ -51,7 +59,9 @@ SPREAD_OF_TIMES, SPREAD_OF_FACTORS = 1.0, 0.5  # of logarithms
 # What the calibration cases of a framework can tell: eager engines and passes, stages timed by themselves, syncs.
 FITTED = {
     "verl_fsdp": [
-        "eager_layer_seconds", "decode_layer_seconds", "controller_call_seconds", "sync_layer_seconds", *FACTORS,
+        "eager_layer_seconds", "lora_unit_seconds", "lora_unit_backward_seconds", "pageable_bytes_per_second",
+        "decode_layer_seconds", "decode_lora_layer_seconds", "decode_step_seconds", "decode_sequence_seconds",
+        "controller_call_seconds", "controller_bytes_per_second", "sync_layer_seconds", *FACTORS,
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,

@@ -6,7 +6,7 @@ choose. Names are those of verl's `algorithm.adv_estimator`, where it has the al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from inspect import signature
@@ -65,6 +65,10 @@ class Algorithm:
 
     def step(self, name: str) -> Step:
         return next(s for s in self.steps if s.name == name)
+
+    def with_reference_by(self, model: str) -> Algorithm:
+        """The reference's scores come from another model."""
+        return replace(self, steps=tuple(replace(s, model=model) if s.model == "reference" else s for s in self.steps))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -278,7 +278,11 @@ class StepSeconds:
         eager = overheads.eager_layer_seconds if eager is None else eager
         launch_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)
         if generation.lora == "served" and use.lora_rank:
-            launch_seconds *= 1 + SERVED_LORA_KERNELS_PER_LAYER / EAGER_KERNELS_PER_LAYER
+            share, adapters = (
+                SERVED_LORA_KERNELS_PER_LAYER / EAGER_KERNELS_PER_LAYER,
+                overheads.decode_lora_layer_seconds,
+            )
+            launch_seconds += share * launch_seconds if adapters is None else layers * adapters
         self.floor_seconds = launch_seconds
         if ideal or generation.graphs or not operators.gpu.overlaps_launches:
             self.floor_seconds = 0.0

@@ -51,6 +51,12 @@ from .turns import TurnEngine, turn_steps
 FIELD_BYTES_PER_TOKEN = {"tokens": 8, "mask": 8, "log_probs": 2, "ref_log_probs": 2, "values": 2, "rewards": 2}
 FIELD_BYTES_PER_SAMPLE = {"score": 2}
 
+# What a controller hands out and gets back for a padded token. Ids, mask and positions of the sample, prompt and
+# response once more, all int64 (verl/workers/rollout/vllm_rollout/vllm_rollout_spmd.py of verl v0.4.1);
+# log-probabilities and entropies back, fp32; for updates both log-probabilities, scores, rewards, advantages and
+# returns too, since the whole batch is always sent (verl/trainer/ppo/ray_trainer.py).
+CONTROLLER_BYTES_PER_TOKEN = {"generate": 4 * 8, "score": 4 * 8 + 2 * 4, "train": 4 * 8 + 6 * 4}
+
 SampleTurns = tuple[tuple[Turn, ...], ...]
 
 VALUE_HEADS = ("critic", "reward", "shadow_critic")
@@ -149,7 +155,9 @@ class CostModel:
 
     def _ends(self, stage: Stage, f: Firing) -> tuple[bool, bool]:
         """Whether a firing is the first and the last of its stage in an iteration, where it matters to its cost."""
-        if stage.kind != "train" or not self.holdings[stage.model].use.gathers_ahead:
+        if stage.kind != "train":
+            return True, True
+        if not (self.holdings[stage.model].use.gathers_ahead or self.scenario.overheads.controller_call_seconds):
             return True, True
         return f.chunk == 0, f.chunk == stage.firings - 1
 
@@ -285,7 +293,7 @@ class CostModel:
             if self.scenario.workload.padded:
                 tokens = np.full(len(tokens), self.padded_tokens)
             segments = self._pass(stage, ranks, tokens, ends)
-        controller = self._controller(stage, ranks, len(samples.prompts))
+        controller = self._controller(stage, ranks, len(samples.prompts), begins=stage.kind != "train" or ends[0])
         if not all(operators.gpu.overlaps_communication for operators in self._operators_of(ranks).values()):
             segments = [replace(s, prefetch=0) for s in segments]
         return [_widen(s, ranks, [stage.ranks_of(p) for p in places]) for s in (*controller, *segments)]
@@ -360,6 +368,8 @@ class CostModel:
 
     def _pass(self, stage: Stage, ranks: tuple[int, ...], tokens: np.ndarray, ends: tuple[bool, bool]) -> list[Segment]:
         use, head = self.holdings[stage.model].use, head_of(stage.model)
+        if stage.model == "actor" and stage.name.partition(".")[0] == "ref":  # with its adapters off
+            use = use.model_copy(update={"lora_rank": 0})
         layout = Layout.of(ranks, use)
         share_out = shares_by_tokens if self.scenario.workload.balanced else per_replica
         shares = share_out(tokens, layout.replicas)
@@ -467,7 +477,7 @@ class CostModel:
         """The work of a firing that finds states of its model on the host, or leaves them there.
 
         Optimizer states come with the first chunk of updates and leave after the last; weights with the first stage of
-        an iteration that needs them, and after the last.
+        an iteration that needs them and after the last, or with every stage (`calls`).
         """
         stage = self.fold.original.at(f.stage)
         held = self.holdings.get(stage.model)
@@ -476,11 +486,14 @@ class CostModel:
         own, updates = users(self.fold.original, held.name), stage.kind == "train"
         states = self._leaving_of(held)
         optimizer, weights = states.optimizer + states.gradients, states.weights
+        calls = held.use.offload_states == "calls"
         starts, ends = f.chunk == 0, f.chunk == stage.firings - 1
-        back = starts * ((stage.name == own[0].name) * weights + updates * optimizer)
-        away = ends * ((stage.name == own[-1].name) * weights + updates * optimizer)
+        back = starts * ((calls or stage.name == own[0].name) * weights + updates * optimizer)
+        away = ends * ((calls or stage.name == own[-1].name) * weights + updates * optimizer)
         ranks = [rank for place in self.fold.places(f) for rank in stage.ranks_of(place) if rank in held.ranks]
-        return [*states_program("from_host", ranks, back), *work, *states_program("to_host", ranks, away)]
+        rate = self.scenario.overheads.pageable_bytes_per_second if calls else None
+        there, gone = states_program("from_host", ranks, back, rate), states_program("to_host", ranks, away, rate)
+        return [*there, *work, *gone]
 
     def _leaving_of(self, held: Holding) -> Bytes:
         """States that leave a rank of the fullest pipeline stage."""
@@ -541,16 +554,12 @@ class CostModel:
         seconds = written / self.scenario.periodic.checkpoint_bytes_per_second
         return [Segment("save_checkpoint", np.full((1, 1), seconds), bound={"storage": seconds})]
 
-    def _controller(self, stage: Stage, ranks: tuple[int, ...], samples: int) -> list[Segment]:
-        """What the controller and the start of any firing take."""
-        moved = self._controller_bytes(stage, samples)
+    def _controller(self, stage: Stage, ranks: tuple[int, ...], samples: int, *, begins: bool = True) -> list[Segment]:
+        """What the controller and the start of any firing take. begins: False for later mini-batches of one call."""
+        moved = samples * stage.places * self.padded_tokens * CONTROLLER_BYTES_PER_TOKEN[stage.kind]
         return self._slowest(
-            ranks, lambda operators: [*controller_program(moved, operators), *firing_program(operators)]
+            ranks, lambda operators: [*controller_program(moved, operators, begins=begins), *firing_program(operators)]
         )
-
-    def _controller_bytes(self, stage: Stage, samples: int) -> float:
-        """Padded tokens and masks out to the workers of all places, one field back."""
-        return samples * stage.places * self.padded_tokens * (2 * 8 + 4)
 
 
 def _seconds(program: list[Segment]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhfsim import linear_attention
 from rlhfsim.errors import InputError
-from rlhfsim.lora import lora_modules
+from rlhfsim.lora import lora_factors, lora_modules
 from rlhfsim.model import Gemm, Head, head_gemms, kv_heads_per_rank, layer_gemms, parameters
 from rlhfsim.spec.hardware import Gpu, Precision
 from rlhfsim.spec.model_spec import DENSE, LayerKind
@@ -152,6 +152,16 @@ class Operators:
         """Host time of one pass of a micro-batch outside the layers."""
         seconds = 0.0 if self.ideal else self.overheads.eager_pass_seconds
         return _host(np.where(np.asarray(tokens) > 0, seconds, 0.0))
+
+    def unit_launches(self, use: ModelUse, tokens: Numbers, *, backward: bool = False) -> OperatorTime:
+        """Host time of a layer's LoRA factors as sharded units of their own, in a forward or a backward pass."""
+        if self.ideal or use.zero_stage < 3 or not use.lora_rank:
+            return NO_TIME
+        seconds = self.overheads.lora_unit_seconds
+        if backward and self.overheads.lora_unit_backward_seconds is not None:
+            seconds = self.overheads.lora_unit_backward_seconds
+        units = lora_factors(use.shape, use.lora_target_modules) / use.shape.layers
+        return _host(np.where(np.asarray(tokens) > 0, units * seconds, 0.0))
 
     def engine_launches(self, use: ModelUse, phase: EnginePhase, parameters: float) -> OperatorTime:
         """Host time that DeepSpeed adds to a pass of one micro-batch, or to an update."""

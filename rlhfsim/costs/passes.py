@@ -324,10 +324,15 @@ def _matrices(spec: ModelSpec) -> int:
     return sum(count * layer_matrices(spec, kind) for kind, count in spec.layer_kinds().items())
 
 
-def controller_program(moved_bytes: float, operators: Operators, replicas: int = 1) -> list[Segment]:
-    """A single controller serialises what it hands out and collects, one worker after the other; none without one."""
+def controller_program(
+    moved_bytes: float, operators: Operators, replicas: int = 1, *, begins: bool = True
+) -> list[Segment]:
+    """A single controller serialises what it hands out and collects, one worker after the other; none without one.
+
+    begins: whether this is the first of what one call does.
+    """
     overheads, rate = operators.overheads, operators.overheads.controller_bytes_per_second
-    seconds = overheads.controller_call_seconds + (moved_bytes / rate if rate else 0.0)
+    seconds = begins * overheads.controller_call_seconds + (moved_bytes / rate if rate else 0.0)
     if not seconds or operators.ideal:
         return []
     return [Segment("controller", np.full((replicas, 1), seconds), bound={"host": seconds})]
@@ -368,7 +373,8 @@ class _Work:
     def layer_forward(self) -> OperatorTime:
         t, ops = self.use.tensor_parallel, self.operators
         beside = self.use.overlap_tensor_parallel and not ops.ideal
-        return ops.with_launches(ops.layer_forward(self.use, self.tokens, t, beside=beside) + self.attention())
+        time = ops.with_launches(ops.layer_forward(self.use, self.tokens, t, beside=beside) + self.attention())
+        return time + ops.unit_launches(self.use, self.tokens)
 
     def attention(self, *, backward: bool = False) -> OperatorTime:
         """Of whole sequences; ranks that share them have equal parts (of heads, or early and late pieces)."""
@@ -382,6 +388,7 @@ class _Work:
         beside = use.overlap_tensor_parallel and not ops.ideal
         layer = ops.layer_backward(use, self.tokens, t, self.trainable, beside=beside)
         time = ops.with_backward_launches(layer + attention)
+        time += ops.unit_launches(use, self.tokens, backward=True)
         if use.recompute == "full":
             return time + self.layer_forward()
         if use.recompute == "selective":

@@ -40,8 +40,16 @@ def sleep_program(
     return copied + _mapped("sleep_memory", weight_bytes + cache_bytes, map_bytes_per_second)
 
 
-def states_program(op: Op, ranks: Sequence[int], moved_bytes: float) -> list[Segment]:
-    """A trained model's states, so many bytes on each rank, come back from the host or leave for it."""
+def states_program(
+    op: Op, ranks: Sequence[int], moved_bytes: float, pageable_bytes_per_second: float | None = None
+) -> list[Segment]:
+    """A trained model's states, so many bytes on each rank, come back from the host or leave for it.
+
+    pageable_bytes_per_second: of a copy that the driver stages through pinned memory of its own, on each rank.
+    """
+    if pageable_bytes_per_second is not None and moved_bytes:
+        seconds = moved_bytes / pageable_bytes_per_second
+        return [Segment(f"states_{op}", np.full((1, 1), seconds), bound={"host": seconds})]
     return _copied(f"states_{op}", op, ranks, moved_bytes)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rlhfsim import linear_attention
-from rlhfsim.lora import lora_modules
+from rlhfsim.lora import lora_factors
 from rlhfsim.model import Head, attention_gemms, layers_routed_parameters, parameters
 from rlhfsim.spec.scenario import ModelUse, WeightSync
 
@@ -60,7 +60,10 @@ def sync_program(
     total = float(count * use.bytes_per_parameter)
     replicas = _replicas(destination)
     if method == "reshard":
-        sharded = _gathered(use, source, total) if use.zero_stage == 3 else None
+        width = (
+            2 if use.shards_master else 1
+        )  # verl gathers fp32 shards as they are (fsdp_vllm.py @v0.5.0, full_tensor)
+        sharded = _gathered(use, source, width * total) if use.zero_stage == 3 else None
         transfers = [*_expert_gather(use, source, bucket_bytes), sharded, _reshard(use, source, destination, total)]
         copied = total / _ranks_per_copy(destination)
         if path.in_place == "tensors" and not sharded:
@@ -89,7 +92,7 @@ def sync_tensors(use: ModelUse) -> int:
     spec, found = use.shape, 0
     kinds = spec.layer_kinds()
     if use.lora_rank:
-        return sum(2 * len(lora_modules(spec, kind, use.lora_target_modules)) * count for kind, count in kinds.items())
+        return lora_factors(spec, use.lora_target_modules)
     mlp = 2 + spec.gated_mlp
     norm = 2 if spec.norm == "layer" else 1
     attention = 4

@@ -40,7 +40,8 @@ class Algorithm(Record):
     """name: a file of `rlhfsim/algorithms`. Optimizer steps per iteration = epochs x minibatches, at most 2000.
 
     reference: whether there is a reference model. Absent: as the algorithm has it (GPG and DAPO: none); none in any
-        case where kl_coefficient is 0.
+        case where kl_coefficient is 0. `adapter_off`: it is the actor without its LoRA factors, and no model of its own
+        (verl and TRL with LoRA).
     old_log_prob: the log-probabilities of the policy that generated: by a pass of the actor `always` (verl, OpenRLHF),
         `if_needed` (not with one optimizer step per iteration: TRL, NeMo RL), or from the `engine` with the responses.
     filter_accept_probability: share of the prompts that are kept, where those with equal rewards are dropped (dynamic
@@ -67,7 +68,7 @@ class Algorithm(Record):
     name: str = "ppo"
     epochs: Annotated[int, Field(ge=1, le=100)] = 1
     minibatches: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
-    reference: bool | None = None
+    reference: bool | Literal["adapter_off"] | None = None
     old_log_prob: OldLogProb = "always"
     filter_accept_probability: Fraction = 1.0
     gen_prompts: Count | None = None
@@ -104,5 +105,5 @@ class Algorithm(Record):
         if self.queued and self.reward_latency is None:
             raise ValueError(f"reward {self.reward!r} needs reward_latency, the seconds that one sample takes")
         if self.reference and self.kl_coefficient == 0:
-            raise ValueError("reference is true, but with kl_coefficient 0 nothing reads it")
+            raise ValueError(f"reference is {str(self.reference).lower()}, but with kl_coefficient 0 nothing reads it")
         return self

@@ -247,6 +247,7 @@ def _check(scenario: Scenario, where: Where) -> None:
         raise _error(error.message, error.field, where) from None
     _check_size(scenario, where)
     _check_controller(scenario, where)
+    _check_reference(scenario, where)
     for role in roles:
         _check_layout(f"models.{role}", getattr(scenario.models, role), scenario.cluster.gpus, where)
         _check_precision(f"models.{role}", getattr(scenario.models, role), scenario.cluster, where)
@@ -290,6 +291,11 @@ def _check_controller(scenario: Scenario, where: Where) -> None:
         if scenario.execution == "spmd" and (value := getattr(scenario.overheads, field)):
             message = f"is {value:g}, but with execution spmd there is no controller (leave it out)"
             raise _error(message, f"overheads.{field}", where)
+
+
+def _check_reference(scenario: Scenario, where: Where) -> None:
+    if scenario.algorithm.reference == "adapter_off" and not scenario.models.actor.lora_rank:
+        raise _error("is adapter_off, but models.actor.lora_rank is 0", "algorithm.reference", where)
 
 
 def _check_layout(field: str, use: ModelUse, gpus: int, where: Where) -> None:

@@ -64,8 +64,8 @@ class Overheads(Record):
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
     decode_hosts_seconds: the same per step where the ranks of an engine are on several hosts: what each of them has to do
-        goes out over the network, and the tokens come back (vLLM's Ray executor, ray_executor.py @v0.17.1: a compiled
-        graph of one call per rank, whose channels between hosts are remote calls). Default 0, unverified.
+        goes out over the network, and the tokens come back (vLLM's Ray executor, ray_executor.py @v0.17.1: one compiled
+        graph of a call per rank, whose channels between hosts are remote calls). Default 0, unverified.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
         gathers results, serial at the driver (`execution: controller`); absent: that takes no time.
     controller_call_seconds: fixed cost of one such call, on the workers too (what every stage begins and ends with).
@@ -75,6 +75,15 @@ class Overheads(Record):
         the engines, loading it there) and per message of `weight_sync.bucket_bytes`, on each rank that sends. Default
         0, unverified: frameworks call every engine for each tensor (OpenRLHF, TRL) or each bucket (verl, slime, AReaL,
         NeMo-RL), and no source separates what that takes.
+    lora_unit_seconds: host time of a forward pass through a LoRA factor that is a sharded unit of its own at zero_stage
+        3, with a gather and hooks of its own (verl wraps every trained leaf with FSDP: get_fsdp_wrap_policy with
+        is_lora, verl/utils/fsdp_utils.py @v0.4.1). It adds to the layer's, for at most two gathers run ahead of the
+        device (limit_all_gathers of FSDP). Default 0: factors are gathered with their layer.
+    lora_unit_backward_seconds: likewise of its backward pass, without a recomputation; absent: as long.
+    decode_lora_layer_seconds: host time that served adapters (`generation.lora`) add to one layer of a decode step
+        without CUDA graphs; absent: in proportion to their kernels.
+    pageable_bytes_per_second: rate at which one process copies states between its GPU and pageable memory
+        (offload_states: calls), either way; absent: the PCIe link's, as from pinned memory.
     host_adam_bytes_per_second: that Adam on the host (`offload_optimizer`) streams in one process; absent: its share of
         the node's memory bandwidth. Ray gives a process one thread unless told otherwise (OMP_NUM_THREADS =
         max(1, num_cpus), python/ray/_private/utils.py): PyTorch's fused AdamW, Megatron-LM's choice, reaches 32e9 with
@@ -105,6 +114,10 @@ class Overheads(Record):
     sync_layer_seconds: Seconds = 0.0
     sync_tensor_seconds: Seconds = 0.0
     sync_bucket_seconds: Seconds = 0.0
+    lora_unit_seconds: Seconds = 0.0
+    lora_unit_backward_seconds: Seconds | None = None
+    decode_lora_layer_seconds: Seconds | None = None
+    pageable_bytes_per_second: BytesPerSecond | None = None
     host_adam_bytes_per_second: BytesPerSecond | None = None
     map_bytes_per_second: BytesPerSecond | None = None
     unexplained: Unexplained = Unexplained()

@@ -93,9 +93,11 @@ class ModelUse(Record):
         `ratio` of DeepSpeed's ZeRO-Offload++).
     offload_states: what leaves a trained model's GPUs for the host while it is not needed, and comes back. `optimizer`:
         master weights and moments between updates (OpenRLHF's deepspeed_enable_sleep, verl's optimizer_offload). `all`:
-        the weights too, from the last stage of an iteration that uses them to the first of the next (NeMo-RL; verl's
-        param_offload with it). Gradients have ended by then, and their memory is given back. `image`: as `all`, but all
-        memory is copied, gradients too (slime's offload_train, by torch_memory_saver). Room on the host is kept.
+        the weights too, from the last stage of an iteration that uses them to the first of the next (NeMo-RL).
+        Gradients have ended by then, and their memory is given back. `image`: as `all`, but all memory is copied,
+        gradients too (slime's offload_train, by torch_memory_saver). `calls`: as `all`, but weights come and go with
+        every stage and weight sync, from and to pageable memory (`overheads.pageable_bytes_per_second`; verl's
+        param_offload and optimizer_offload with FSDP). Room on the host is kept.
     offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
         beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
         have left there comes back to be added to. Otherwise they leave once, after the last backward.
@@ -146,7 +148,7 @@ class ModelUse(Record):
     optimizer_passes: bool = False
     offload_optimizer: bool = False
     offload_optimizer_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    offload_states: Literal["optimizer", "all", "image"] | None = None
+    offload_states: Literal["optimizer", "all", "image", "calls"] | None = None
     offload_gradients: bool = False
     offload_activations: bool = False
     offload_parameters: bool = False
@@ -888,10 +890,11 @@ class Scenario(Record):
         Raises InputError for a setting that the algorithm does not have, or that leaves it without an advantage.
         """
         chosen, workload = self.algorithm, self.workload
+        reference = False if chosen.kl_coefficient == 0 else chosen.reference and True
         filtered = "algorithm.gen_prompts" if chosen.gen_prompts else "algorithm.filter_accept_probability"
         choices = (  # option of the algorithm, value, what it is without being named, field
             ("share_actor_critic", self.models.share_actor_critic, False, "models.share_actor_critic"),
-            ("reference", False if chosen.kl_coefficient == 0 else chosen.reference, None, "algorithm.reference"),
+            ("reference", reference, None, "algorithm.reference"),
             ("old_log_prob", chosen.old_log_prob, "always", "algorithm.old_log_prob"),
             ("rounds", self.rounds, 1, filtered),
         )
@@ -912,7 +915,7 @@ class Scenario(Record):
                 f"{steps.least_responses} are needed",
                 field="workload.responses_per_prompt",
             )
-        return steps
+        return steps.with_reference_by("actor") if chosen.reference == "adapter_off" else steps
 
     def overheads_of(self, part: Cluster) -> Overheads:
         """Those on the machines of a part of the cluster: what the scenario says, then what the part does."""
