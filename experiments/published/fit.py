@@ -54,7 +54,7 @@ FITTED = {
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,
-    "deepspeed_chat": FACTORS,
+    "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
     "nemo_rl": FACTORS,
     "openrlhf": FACTORS,
     "real": ["decode_layer_seconds", *FACTORS],
