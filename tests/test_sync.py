@@ -233,7 +233,7 @@ def test_tensors_of_lora() -> None:
         ("replica", MEGATRON, 1, 8),
         ("first_rank", MEGATRON, 1, 1),
         ("all_ranks", {"zero_stage": 3}, 1, 8),
-        ("all_ranks", {"zero_stage": 1, "tensor_parallel": 2}, 4, 8),
+        ("all_ranks", {"zero_stage": 1, "tensor_parallel": 2}, 1, 8),
         ("stage_heads", {"zero_stage": 1, "tensor_parallel": 2, "pipeline_parallel": 2}, 2, 2),
     ],
 )  # fmt: skip

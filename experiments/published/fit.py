@@ -65,7 +65,7 @@ FITTED = {
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,
-    "deepspeed_chat": FACTORS,
+    "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
     "nemo_rl": [
         "decode_step_seconds", "decode_sequence_seconds", "decode_hosts_seconds", "sync_tensor_seconds", *FACTORS,
     ],

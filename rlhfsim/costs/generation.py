@@ -65,6 +65,11 @@ ENGINE_SEQUENCE_SECONDS = 0.0
 # more in each step besides the read of attention.
 CONCATENATED_CACHE_TRAFFIC = 3
 
+# With FlashAttention-2 and padding each layer then copies keys and values twice more, once to bring tokens before heads
+# and once to gather those that are no padding (transformers 4.38.2, models/llama/modeling_llama.py,
+# LlamaFlashAttention2._upad_input: a reshape of the transposed cache, index_first_axis).
+UNPADDED_CACHE_TRAFFIC = CONCATENATED_CACHE_TRAFFIC + 4
+
 # Kernels that unmerged LoRA adds to a layer: down and up at qkv, attention output, gate and up, down (unverified).
 SERVED_LORA_KERNELS_PER_LAYER = 8
 
@@ -274,6 +279,8 @@ class StepSeconds:
         self.operators, self.use, self.degree, self.layers = operators, use, degree, layers
         self.generation = generation
         self.cache_traffic = CONCATENATED_CACHE_TRAFFIC if generation.copies_cache else 1
+        if generation.kv_cache == "unpadded":
+            self.cache_traffic = UNPADDED_CACHE_TRAFFIC
         eager = overheads.decode_layer_seconds
         eager = overheads.eager_layer_seconds if eager is None else eager
         launch_seconds = layers * (EAGER_DECODE_LAYER_SECONDS if eager is None else eager)

@@ -560,14 +560,23 @@ class _Work:
         return (self._to_or_from_host(op, trained * per_token * self.tokens.mean(axis=0), beside),)
 
     def gradients_leave(self, count: float, beside: OperatorTime = NO_TIME) -> tuple[Transfer, ...]:
-        """Offloaded gradients of `count` parameters, this rank's share; those of earlier micro-batches come first."""
+        """Offloaded gradients of `count` parameters, this rank's share; those of earlier micro-batches come first.
+
+        Both ways go through the one stream in which gradients are reduced, one after the other (DeepSpeed 0.13.2 and
+        0.19.8, deepspeed/runtime/zero/stage3.py, `partition_grads`; stage_1_and_2.py, `async_accumulate_grad_in_cpu_
+        via_gpu`), so half of the compute hides each, and none does where reductions wait for it.
+        """
         use = self.use
         if not use.offload_gradients or not self.operators.effects.sync:
             return ()
-        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * use.gradient_bytes
+        width = 4 if use.host_gradient_precision else use.gradient_bytes
+        share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * width
         earlier = np.ones(self.batches.shape[1])
         earlier[0] = 0.0
-        back, leaving = (self._to_or_from_host(op, share, beside) for op in ("from_host", "to_host"))
+        back, leaving = (
+            self._to_or_from_host(op, share, beside * part if use.reduces_beside else NO_TIME)
+            for op, part in (("from_host", 0.5), ("to_host", 1 - earlier / 2))
+        )
         return (_scaled(back, earlier), leaving)
 
     def _to_or_from_host(self, op: Op, payload: Numbers, beside: OperatorTime) -> Transfer:

@@ -125,11 +125,10 @@ def _overhead(
 
 
 def _parts(use: ModelUse, source: Layout, senders: Senders) -> int:
-    """Senders among which tensors are divided: stages have layers of their own, replicas can share out what all have;
-    ranks of a tensor-parallel group or of ZeRO-3 each have a part of every tensor."""
-    if senders == "first_rank" or use.zero_stage == 3:
-        return 1
-    return source.pipeline_parallel * (source.replicas if senders == "all_ranks" else 1)
+    """Senders among which tensors are divided: stages have layers of their own; ranks of a tensor-parallel group or of
+    ZeRO-3 each have a part of every tensor. Where all ranks send, each goes through every tensor and keeps its own
+    (verl: cache_actor_weights_to_cpu, verl/experimental/fully_async_policy/megatron_worker.py @8dc3303a)."""
+    return source.pipeline_parallel if use.zero_stage < 3 and senders in ("replica", "stage_heads") else 1
 
 
 def _gathers(use: ModelUse, source: Layout, total: float, bucket_bytes: float, senders: Senders) -> list[Transfer]:

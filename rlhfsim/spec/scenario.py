@@ -101,6 +101,8 @@ class ModelUse(Record):
     offload_gradients: with an offloaded optimizer, gradients leave for the host as each layer's backward makes them,
         beside the backward, and do not stay on the GPU (ZeRO-Offload; zero_stage 2 or 3). What earlier micro-batches
         have left there comes back to be added to. Otherwise they leave once, after the last backward.
+    host_gradient_precision: `fp32` where offloaded gradients are summed in fp32, and cross PCIe so (DeepSpeed's
+        grad_accum_dtype under ZeRO-3). Default: gradient_precision.
     offload_activations: what a layer keeps for its backward goes to the host beside the layer's forward and comes back
         beside its backward, as far as their compute is long enough (Transformer Engine's cpu offloading; verl's
         enable_activation_offload); two layers at a time are on the GPU.
@@ -150,6 +152,7 @@ class ModelUse(Record):
     offload_optimizer_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     offload_states: Literal["optimizer", "all", "image", "calls"] | None = None
     offload_gradients: bool = False
+    host_gradient_precision: Literal["fp32"] | None = None
     offload_activations: bool = False
     offload_parameters: bool = False
     lora_rank: NonNegativeCount = 0
@@ -333,6 +336,10 @@ class ModelUse(Record):
             )
         if self.offload_gradients and self.ranks_together > 1:
             raise ValueError("offload_gradients needs replicas of one rank (DeepSpeed): no tensor or other parallelism")
+        if self.host_gradient_precision and not self.offload_gradients:
+            raise ValueError(
+                "host_gradient_precision is fp32, but gradients stay on the GPU: offload_gradients is false"
+            )
         if self.offload_activations and not self.flash_attention and self.recompute == "none":
             raise ValueError(
                 "offload_activations leaves out the scores of attention, which are kept without flash_attention "
@@ -624,7 +631,8 @@ class Generation(Record):
         computed once (vLLM's and SGLang's default; off here unless asked for).
     speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
-    kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
+    kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `unpadded` then puts it
+        in another order and takes padding out (its FlashAttention-2 with padded prompts). `preallocated` rows are
         as long as the longest sequence and read to its end. `paged` sequences read their own tokens only; static
         batches are padded in any case. Default: concatenated for `zero3_per_token`, preallocated for `hybrid`, paged
         for `engine`. Real runs preallocate, whatever is named here.
@@ -652,7 +660,7 @@ class Generation(Record):
     prefix_caching: bool = False
     speculative: Speculative | None = None
     cuda_graphs: bool | None = None
-    kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
+    kv_cache: Literal["concatenated", "unpadded", "preallocated", "paged"] | None = None
     routing: Literal["static", "least_loaded"] = "static"
 
     @property
@@ -665,7 +673,7 @@ class Generation(Record):
 
     @property
     def copies_cache(self) -> bool:
-        return self.kv_cache == "concatenated" if self.kv_cache else self.engine == "zero3_per_token"
+        return self.kv_cache in ("concatenated", "unpadded") if self.kv_cache else self.engine == "zero3_per_token"
 
     @property
     def runs_adapters(self) -> bool:
