@@ -461,11 +461,9 @@ def test_reshard_on_the_same_ranks() -> None:
         assert not only.transfers and seconds([only]) == pytest.approx(2 * whole / t / 2.039e12, rel=0.3)
 
 
-def test_sync_off_and_engines_with_pipelines() -> None:
+def test_sync_off() -> None:
     u, engine = use(), Layout((8, 9))
     assert sync_program(u, layout(u, 8), engine, operators(sync=False), method="p2p", bucket_bytes=1e8) == []
-    with pytest.raises(InputError, match="without pipeline parallelism"):
-        sync_program(u, layout(u, 8), Layout((8, 9), pipeline_parallel=2), OPS, method="p2p", bucket_bytes=1e8)
 
 
 def test_controller_is_serial() -> None:
