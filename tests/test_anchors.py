@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from rlhfsim.formats.run_records import read
 from rlhfsim.measurements import Record
 from rlhfsim.run_records import results_of
 
-FOLDER = Path(__file__).parents[1] / "traces" / "anchors"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "traces" / "anchors"
 FILE = FOLDER / "training.yaml"
 COMMITTED = json.loads((FOLDER / "results.json").read_text())
 RECORDS = read(FILE)
@@ -41,6 +43,15 @@ def test_an_anchor_is_predicted_as_committed(name: str) -> None:
     assert result.predicted == pytest.approx(was["predicted"], rel=0.01)
     assert result.measured == pytest.approx(was["measured"])
     assert result.tolerance == was["tolerance"]
+
+
+def test_the_page_shows_the_committed_errors() -> None:
+    spec = importlib.util.spec_from_file_location("anchors_report", ROOT / "experiments" / "anchors" / "report.py")
+    assert spec is not None and spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    text = report.PAGE.read_text()
+    assert report.page(text, COMMITTED) == text, "python experiments/anchors/report.py makes it again"
 
 
 def test_every_anchor_is_committed() -> None:

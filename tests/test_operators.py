@@ -227,6 +227,7 @@ def test_unfused_attention_is_two_products_and_the_scores_between() -> None:
     moved = 2 * (scores + 2 * 32 * 4 * 2048 * 128)
     product = max(2 * scores * 128 / flops_per_second, moved / bytes_per_second)
     assert unfused.seconds == pytest.approx(2 * product + 9 * scores / stream)
+    assert unfused.seconds > 1.5 * ops.attention_prefill(use(), sequences, 1).seconds
     backward = ops.attention_prefill(use(flash_attention=False), sequences, 1, backward=True)
     assert backward.seconds == pytest.approx(4 * product + 11 * scores / stream)
 

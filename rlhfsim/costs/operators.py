@@ -64,7 +64,7 @@ IN_PLACE_SOFTMAX_BYTES, IN_PLACE_SOFTMAX_BACKWARD_BYTES = 38, 14
 # Unfused attention between its products, bytes per score (head x query x key) in 16-bit: softmax reads and writes (4),
 # its dropout too, with a mask (5); backward: dropout (5), softmax with its output and the gradient (6). The kernels:
 # megatron/core/fusions/fused_softmax.py, torch's dropout.
-UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 9, 11
+UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = (4, 5), (5, 6)
 
 # Products that run in pieces of their rows beside a collective of tensor-parallel ranks: with what is gathered one
 # piece from each rank ("ring_exchange"), with what is scattered four ("pipeline"); all others are whole, beside
@@ -325,8 +325,9 @@ class Operators:
         products = product(*wide) + product(*narrow)
         if backward:
             products += product(shape.value_head_dim, tokens) + product(shape.head_dim, tokens)
-        per_score = (UNFUSED_BACKWARD_BYTES if backward else UNFUSED_FORWARD_BYTES) * use.bytes_per_parameter / 2
-        return products + self._memory(use, "residual_add", per_score * groups * tokens**2)
+        scores = groups * tokens**2 * use.bytes_per_parameter / 2
+        kernels = UNFUSED_BACKWARD_BYTES if backward else UNFUSED_FORWARD_BYTES
+        return products + total(self._memory(use, "residual_add", moved * scores) for moved in kernels)
 
     def attention_decode(
         self,
