@@ -65,6 +65,7 @@ def check_real(scenario: Scenario) -> None:
             ("offload_optimizer_fraction", 1.0),
             ("offload_states", None),
             ("logits_in_place", False),
+            ("logits_upcast", True),
         ):
             if (value := getattr(use, field)) != usual:
                 message = f"is {value}, which real runs do not have yet (allowed: {usual or 'none'})"

@@ -71,6 +71,10 @@ class ModelUse(Record):
     logits_in_place: one fp32 buffer holds logits, then probabilities, then gradients, beside one of the model's
         precision (Megatron-LM's vocab_parallel_cross_entropy, megatron/core/tensor_parallel/cross_entropy.py; verl with
         Megatron). Otherwise new tensors at every step, 2.77 times the logits in fp32 (measured with TRL).
+    logits_upcast: the loss takes logits in fp32. false: in the model's precision, and gradients are written over them
+        (flash-attn's cross_entropy_loss with inplace_backward: verl's FSDP actor with use_remove_padding and without an
+        entropy term, verl/workers/actor/dp_actor.py and verl/utils/torch_functional.py, 2025-05). Scoring passes, which
+        take the entropy there, are judged as before.
     overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
         DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
         replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
@@ -130,6 +134,7 @@ class ModelUse(Record):
     fused_kernels: bool = True
     logits_chunk_tokens: Count | None = None
     logits_in_place: bool = False
+    logits_upcast: bool = True
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
