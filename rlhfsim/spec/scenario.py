@@ -577,7 +577,8 @@ class Generation(Record):
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
-        computed once (vLLM's and SGLang's default; off here unless asked for).
+        computed once (vLLM's and SGLang's default; off here unless asked for). Blocks that are given back are found
+        again until they are needed, also by a preempted response.
     speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
