@@ -70,6 +70,13 @@ LAYERS_ON_DEVICE = 2
 # (vllm/v1/sample/ops/topk_topp_sampler.py, without sorting since pull request 33538, 2026-02).
 SAMPLER_FP32_COPIES = 3
 
+# What the profile run of vLLM 0.19 left out of the KV cache besides weights, hidden states and drawing: Llama-3.1-8B on
+# RTX 4090, 2,588 blocks (casys-kaist/LLMServingSim, MIT, 2026-08, meta.json: 0.9 x 25,250,627,584 - 16,060,522,496 -
+# 2,588 x 16 x 131,072 - 16,777,216 - 459,669,504 bytes). It holds the rotary table (34 MB), the masking kernel's buffer
+# (66 MB; one row a program, vllm/v1/sample/ops/topk_topp_triton.py), kernels loaded by then and workspaces; one run, so
+# what grows with the model or the batch cannot be told apart.
+PROFILE_REST_BYTES = 7.61e8
+
 # CUDA context, NCCL buffers and allocator slack (unverified).
 RESERVED_BYTES = 1.5 * 2**30
 
@@ -335,11 +342,10 @@ def profile_bytes(use: ModelUse, generation: Generation, stage: int = 0) -> Byte
     layers = tokens * max(_inference_bytes(use, generation, kind) for kind in use.shape.layer_kinds())
     drawing = float(rows * use.shape.vocabulary * (width + 4 * SAMPLER_FP32_COPIES))
     draws = stage == generation.pipeline_parallel - 1
-    return (
-        Bytes(activations=layers)
-        if layers > hidden + drawing or not draws
-        else Bytes(activations=hidden, logits=drawing)
-    )
+    peak = Bytes(activations=hidden, logits=drawing)
+    if layers > hidden + drawing or not draws:
+        peak = Bytes(activations=layers)
+    return peak + Bytes(buffers=PROFILE_REST_BYTES)
 
 
 def _inference_bytes(use: ModelUse, generation: Generation, kind: LayerKind) -> float:
@@ -402,7 +408,7 @@ def training_bytes(
             element_bytes=use.bytes_per_parameter,
         )
         activations += micro_batch_tokens * output
-        logits = _logits(use, micro_batch_tokens, head)
+        logits = _logits(use, micro_batch_tokens, head, trains=True)
     buffers = _reduced(use, head, stage) if data_parallel > 1 else 0.0
     gathered = gathered_bytes(use, data_parallel, head)
     buffers += _exchanged(use, micro_batch_tokens, backward=True)
@@ -541,9 +547,12 @@ def _exchanged(use: ModelUse, tokens: float, *, backward: bool = False) -> float
     return per_head * kv_heads * (c if use.context_exchange == "all_gather" else 1)
 
 
-def _logits(use: ModelUse, tokens: float, head: Head) -> float:
+def _logits(use: ModelUse, tokens: float, head: Head, *, trains: bool = False) -> float:
     if head != "lm":
         return 0.0
     at_once = min(tokens, use.logits_chunk_tokens or tokens)
-    copies = 1 + use.bytes_per_parameter / 4 if use.logits_in_place else LOGITS_COPIES
+    own = use.bytes_per_parameter / 4  # one in the model's precision
+    copies = 1 + own if use.logits_in_place else LOGITS_COPIES
+    if trains and not use.logits_upcast:
+        copies = own
     return logits_bytes(use.shape, at_once, copies, tensor_parallel=use.tensor_parallel)

@@ -69,6 +69,7 @@ def check_real(scenario: Scenario) -> None:
             ("offload_states", None),
             ("logits_in_place", False),
             ("optimizer_passes", False),
+            ("logits_upcast", True),
         ):
             if (value := getattr(use, field)) != usual:
                 message = f"is {value}, which real runs do not have yet (allowed: {usual or 'none'})"

@@ -114,6 +114,7 @@ def _model(options: _Options, model: str, use: str, gpus: int) -> dict[str, Any]
         "recompute": "full" if options.flag(f"{model}enable_gradient_checkpointing") else "none",
         "offload_parameters": options.flag(f"{use}fsdp_config.param_offload"),
         "offload_optimizer": options.flag(f"{use}fsdp_config.optimizer_offload"),
+        "logits_upcast": not (options.flag(f"{model}use_remove_padding") and use == ACTOR and _no_entropy(options)),
         "context_parallel": options.number(f"{use}ulysses_sequence_parallel_size", default=1),
     }
     if found["context_parallel"] > 1:
@@ -124,7 +125,14 @@ def _model(options: _Options, model: str, use: str, gpus: int) -> dict[str, Any]
         found["micro_batch_samples"] = _samples(options, use, "ppo_micro_batch_size", gpus)
         place = ROLLOUT if use == ACTOR else use
         found["score_micro_batch_samples"] = _score_samples(options, place, gpus) or found["micro_batch_samples"]
-    return {key: value for key, value in found.items() if value not in (False, 0)}
+    if found["logits_upcast"]:
+        del found["logits_upcast"]
+    return {key: value for key, value in found.items() if key == "logits_upcast" or value not in (False, 0)}
+
+
+def _no_entropy(options: _Options) -> bool:
+    """Whether the actor's loss has no entropy term, said so (the default was 0.001 until 2025-05)."""
+    return float(options.text(f"{ACTOR}entropy_coeff", default="0.001")) == 0
 
 
 def _samples(options: _Options, use: str, name: str, gpus: int) -> int:

@@ -19,6 +19,7 @@ from rlhfsim.memory import (
     Bytes,
     gathered_bytes,
     rounding_bytes,
+    scoring_bytes,
     static_bytes,
     training_bytes,
 )
@@ -155,6 +156,13 @@ def test_outputs_of_experts_are_kept_by_transformers_only() -> None:
         return training_bytes(use(qwen, zero_stage=stage, recompute="none"), 1, 1000, 1000).activations
 
     assert kept(3) - kept(1) == approx(48 * 1000 * 8 * 2048 * 2)
+
+
+def test_logits_that_are_not_upcast_stay_in_bf16_while_training() -> None:
+    """2 bytes each (vocabulary 32000, 8192 tokens): gradients are written over them."""
+    logits = training_bytes(use(logits_upcast=False), 8, 8192, 2048).logits
+    assert logits == approx(2 * 8192 * 32000)
+    assert scoring_bytes(use(logits_upcast=False), 8, 8192, 2048) == scoring_bytes(use(), 8, 8192, 2048)
 
 
 def test_logits_in_place_take_one_buffer_in_fp32_and_one_in_bf16() -> None:

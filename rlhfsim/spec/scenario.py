@@ -73,6 +73,10 @@ class ModelUse(Record):
     logits_in_place: one fp32 buffer holds logits, then probabilities, then gradients, beside one of the model's
         precision (Megatron-LM's vocab_parallel_cross_entropy, megatron/core/tensor_parallel/cross_entropy.py; verl with
         Megatron). Otherwise new tensors at every step, 2.77 times the logits in fp32 (measured with TRL).
+    logits_upcast: the loss takes logits in fp32. false: in the model's precision, and gradients are written over them
+        (flash-attn's cross_entropy_loss with inplace_backward: verl's FSDP actor with use_remove_padding and without an
+        entropy term, verl/workers/actor/dp_actor.py and verl/utils/torch_functional.py, 2025-05). Scoring passes, which
+        take the entropy there, are judged as before.
     overlap_grad_reduce: gradients are reduced beside the backward pass that makes them, layer by layer (DDP, FSDP,
         DeepSpeed's overlap_comm, Megatron-LM's overlap_grad_reduce); otherwise once it has ended. Absent: true where a
         replica is one rank and at zero_stage 3, false with any other parallelism (Megatron-LM's default).
@@ -143,6 +147,7 @@ class ModelUse(Record):
     fused_kernels: bool = True
     logits_chunk_tokens: Count | None = None
     logits_in_place: bool = False
+    logits_upcast: bool = True
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
     overlap_tensor_parallel: bool = False
@@ -628,7 +633,8 @@ class Generation(Record):
     chunked_prefill: prompts of a continuous engine are cut and share steps with decoding sequences (vLLM's V1); else
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
-        computed once (vLLM's and SGLang's default; off here unless asked for).
+        computed once (vLLM's and SGLang's default; off here unless asked for). Blocks that are given back are found
+        again until they are needed, also by a preempted response.
     speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `unpadded` then puts it
