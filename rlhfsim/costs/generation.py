@@ -267,6 +267,8 @@ class StepSeconds:
             self.step_seconds = overheads.decode_step_seconds
         if overheads.decode_sequence_seconds is not None:
             self.sequence_seconds = overheads.decode_sequence_seconds
+        if generation.streaming:
+            self.sequence_seconds += overheads.stream_sequence_seconds
         if generation.continuous and operators.host_gpus and degree > operators.host_gpus:
             self.step_seconds += overheads.decode_hosts_seconds
         if drafts:
