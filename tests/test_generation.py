@@ -570,31 +570,16 @@ def test_a_smaller_cache_is_never_faster() -> None:
     assert [s.seconds for s in spent] == sorted(s.seconds for s in spent)
 
 
-def host_seconds(tensor_parallel: int, host_gpus: int | None, *, streaming: bool = False, **overheads: float) -> float:
-    """Of 100 decode steps with 8 sequences, more than without the given overheads."""
-    generation = Generation(engine="engine", tensor_parallel=tensor_parallel, streaming=streaming)
+@pytest.mark.parametrize(
+    ("ranks", "host", "hosts"), [(1, 4, 0), (4, 4, 1), (8, 4, 2), (8, 8, 1), (12, 8, 2), (8, None, 1)]
+)
+def test_a_driver_reaches_every_host_of_an_engine_in_every_step(ranks: int, host: int | None, hosts: int) -> None:
+    generation = Generation(engine="engine", tensor_parallel=ranks)
     found = []
-    for more in (overheads, {}):
-        base = operators()
-        ops = Operators(base.gpu, base.kernels, Effects(), Overheads(**more), host_gpus=host_gpus)
+    for overheads in (Overheads(decode_hosts_seconds=0.01), Overheads()):
+        ops = Operators(operators().gpu, operators().kernels, Effects(), overheads, host_gpus=host)
         found.append(float(StepSeconds(ops, use(), generation).of(decoding(100, 8, 500)).sum()))
-    return found[0] - found[1]
-
-
-@pytest.mark.parametrize(("ranks", "host", "several"), [(4, 4, 0), (8, 4, 1), (8, 8, 0), (16, 8, 1), (8, None, 0)])
-def test_a_step_of_an_engine_on_several_hosts_takes_longer(ranks: int, host: int | None, several: int) -> None:
-    assert host_seconds(ranks, host, decode_hosts_seconds=0.01) == pytest.approx(100 * 0.01 * several, abs=1e-9)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_every_awaited_token_takes_time(streaming: bool) -> None:
-    found = host_seconds(1, None, streaming=streaming, stream_sequence_seconds=1e-4)
-    assert found == pytest.approx(100 * 8 * 1e-4 * streaming, abs=1e-9)
-
-
-def test_static_batches_are_not_streamed() -> None:
-    with pytest.raises(ValueError, match="batching must be continuous"):
-        Generation(engine="hybrid", streaming=True)
+    assert found[0] - found[1] == pytest.approx(100 * 0.01 * hosts, abs=1e-9)
 
 
 def test_settings_that_cannot_be_combined() -> None:

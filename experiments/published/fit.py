@@ -33,15 +33,13 @@ ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "hw_specs" / "frameworks"
 
 # Where fits begin, and to where they are drawn. eager_layer, decode_layer: 38 launches of 5.5 us a layer and as much of
-# Python. decode_step, decode_sequence: rlhfsim/costs/generation.py (0.124 ms with post-processing in Python: that of
-# stream_sequence). Others: a guess of the right size.
+# Python. decode_step, decode_sequence: rlhfsim/costs/generation.py . Others: a guess of the right size.
 START = {
     "eager_layer_seconds": 4e-4,
     "decode_layer_seconds": 8e-4,
     "decode_step_seconds": 4e-3,
     "decode_sequence_seconds": 2e-5,
-    "stream_sequence_seconds": 1.2e-4,
-    "decode_hosts_seconds": 1e-2,
+    "decode_hosts_seconds": 4e-3,
     "controller_call_seconds": 0.3,
     "sync_layer_seconds": 0.02,
     "sync_tensor_seconds": 1e-3,
@@ -58,7 +56,7 @@ FITTED = {
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,
     "deepspeed_chat": FACTORS,
-    "nemo_rl": ["stream_sequence_seconds", "decode_hosts_seconds", "generation"],  # five groups of whole steps
+    "nemo_rl": ["decode_hosts_seconds"],  # whole steps of five groups, nearly all of them generation
     "openrlhf": FACTORS,
     "real": ["decode_layer_seconds", *FACTORS],
     "rlinf": FACTORS,

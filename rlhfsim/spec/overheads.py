@@ -63,11 +63,9 @@ class Overheads(Record):
     decode_layer_seconds: host time of one layer in a decode step without CUDA graphs; absent: eager_layer_seconds.
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
-    stream_sequence_seconds: what comes on top of decode_sequence_seconds with `generation.streaming`: an output object,
-        a queue and the turn of a coroutine for every token. Default 0, unverified.
-    decode_hosts_seconds: the same per step where an engine's ranks are on several hosts: what each of them has to do
-        goes out by the network, and the tokens come back (vLLM's Ray executor: a compiled graph with one call per
-        rank, whose channels between hosts are remote calls). Default 0, unverified.
+    decode_hosts_seconds: the same per step and host of an engine with several ranks, where a driver hands out the work:
+        what each rank has to do goes out, the tokens come back (vLLM's Ray executor: a compiled graph with one call per
+        rank, whose channels to other hosts are remote calls). Default 0, unverified.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
         gathers results, serial at the driver (`execution: controller`); absent: that takes no time.
     controller_call_seconds: fixed cost of one such call, on the workers too (what every stage begins and ends with).
@@ -101,7 +99,6 @@ class Overheads(Record):
     decode_layer_seconds: Seconds | None = None
     decode_step_seconds: Seconds | None = None
     decode_sequence_seconds: Seconds | None = None
-    stream_sequence_seconds: Seconds = 0.0
     decode_hosts_seconds: Seconds = 0.0
     controller_bytes_per_second: BytesPerSecond | None = None
     controller_call_seconds: Seconds = 0.0

@@ -573,8 +573,6 @@ class Generation(Record):
         prompts go first, whole, while nobody decodes (vLLM's V0 by default, and real runs).
     prefix_caching: the responses to a prompt that run in one engine share the whole blocks of its tokens, which are
         computed once (vLLM's and SGLang's default; off here unless asked for).
-    streaming: a coroutine waits for every response by itself, token by token (vLLM's AsyncLLM and all servers), rather
-        than one call for the batch (vLLM's LLM): `overheads.stream_sequence_seconds`.
     speculative: drafts are verified instead of one token drawn at a time; absent: no drafts.
     cuda_graphs: decode steps launched as one graph. Default: yes for `engine`, else no.
     kv_cache: `concatenated` copies what is cached at every step (Hugging Face's DynamicCache). `preallocated` rows are
@@ -602,7 +600,6 @@ class Generation(Record):
     block_tokens: Count = 16
     chunked_prefill: bool = True
     prefix_caching: bool = False
-    streaming: bool = False
     speculative: Speculative | None = None
     cuda_graphs: bool | None = None
     kv_cache: Literal["concatenated", "preallocated", "paged"] | None = None
@@ -666,8 +663,6 @@ class Generation(Record):
                 f"engine zero3_per_token computes with the training weights: weights_precision must be absent, given "
                 f"{self.weights_precision}"
             )
-        if self.streaming and not self.continuous:
-            raise ValueError("streaming needs an engine that ends responses one by one: batching must be continuous")
         if self.prefix_caching and not self.continuous:
             raise ValueError("prefix_caching needs a paged KV cache: batching must be continuous")
         if self.kv_cache_tokens is not None and self.memory_fraction is not None:
