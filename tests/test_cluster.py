@@ -90,6 +90,29 @@ def bus_bandwidth(topology: ClusterTopology, op: Op, ranks: range, payload: floa
     return factor * payload / seconds(topology, op, [ranks], payload)
 
 
+# --- hosts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("per_host", "group", "own"),
+    [
+        (None, range(8), True),
+        (4, range(4), True),
+        (4, range(4, 8), True),
+        (4, range(2, 6), False),
+        (4, range(8), False),
+    ],
+)
+def test_an_engines_own_all_reduce_stays_in_a_host(per_host: int | None, group: range, own: bool) -> None:
+    """Its curve takes 1 us, that of NCCL 50 us; NVLink is the same throughout the node."""
+    curves: dict[Op, dict[int, Curve]] = {op: {8: Curve(50e-6, 1.0, 1.0)} for op in (*RINGS, "send")}
+    collectives = Collectives({**curves, "custom_all_reduce": {8: Curve(1e-6, 1.0, 1.0)}})
+    cluster = make_cluster(nodes=2)
+    cluster = cluster.model_copy(update={"node": cluster.node.model_copy(update={"gpus_per_host": per_host})})
+    found = ClusterTopology(cluster, collectives).route("custom_all_reduce", (tuple(group),))
+    assert (found.latency_seconds < 10e-6) == own
+
+
 # --- closed forms ----------------------------------------------------------------------------------------------------
 
 

@@ -631,6 +631,18 @@ def test_a_smaller_cache_is_never_faster() -> None:
     assert [s.seconds for s in spent] == sorted(s.seconds for s in spent)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "host", "hosts"), [(1, 4, 0), (4, 4, 1), (8, 4, 2), (8, 8, 1), (12, 8, 2), (8, None, 1)]
+)
+def test_a_driver_reaches_every_host_of_an_engine_in_every_step(ranks: int, host: int | None, hosts: int) -> None:
+    generation = Generation(engine="engine", tensor_parallel=ranks)
+    found = []
+    for overheads in (Overheads(decode_hosts_seconds=0.01), Overheads()):
+        ops = Operators(operators().gpu, operators().kernels, Effects(), overheads, host_gpus=host)
+        found.append(float(StepSeconds(ops, use(), generation).of(decoding(100, 8, 500)).sum()))
+    assert found[0] - found[1] == pytest.approx(100 * 0.01 * hosts, abs=1e-9)
+
+
 def test_settings_that_cannot_be_combined() -> None:
     lengths = [np.array([8])]
     with pytest.raises(InputError, match="tensor_parallel"):

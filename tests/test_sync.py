@@ -272,6 +272,49 @@ def test_overhead_in_place_and_none_where_nothing_is_inefficient() -> None:
     assert "sync_overhead" in labels() and "sync_overhead" not in labels(efficiency=False) and not labels(sync=False)
 
 
+# ---------------------------------------------------------------- in place, tensor by tensor
+
+
+def in_place(settings: dict[str, Any], spec: str = "qwen3-30b-a3b", **overheads: float) -> list[Segment]:
+    """16 ranks of two nodes refresh engines of 8 ranks."""
+    u, engines = ModelUse(spec=spec, shape=load_model(spec), **settings), Layout(tuple(range(16)), tensor_parallel=8)
+    ops, path = operators(overheads=Overheads(**overheads)), WeightSync(in_place="tensors")
+    return sync_program(u, layout(u, 16), engines, ops, method="reshard", bucket_bytes=1e9, path=path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "expert_parallel": 4, "expert_tensor_parallel": 1},
+        {"tensor_parallel": 4, "expert_parallel": 2, "expert_tensor_parallel": 2},
+        {"pipeline_parallel": 4, "expert_parallel": 4, "expert_tensor_parallel": 1},
+        {"expert_parallel": 16, "expert_tensor_parallel": 1},
+        {"tensor_parallel": 8},
+    ],
+)
+def test_a_rank_receives_all_that_it_does_not_hold(settings: dict[str, Any]) -> None:
+    """Ring all-gathers receive (ranks - 1) / ranks of the result: summed over the collectives that is all weights but
+    the rank's own share of the dense ones and of the experts."""
+    spec = load_model("qwen3-30b-a3b")
+    routed = 2.0 * 48 * 128 * 3 * 2048 * 768
+    dense = 2.0 * parameters(spec) - routed
+    tensor, stages = settings.get("tensor_parallel", 1), settings.get("pipeline_parallel", 1)
+    experts = settings.get("expert_parallel", 1) * settings.get("expert_tensor_parallel", tensor)
+    found = in_place({"zero_stage": 1, **settings})
+    transfers = [t for segment in found for t in segment.transfers]
+    received = sum(float(t.payload_bytes) * (1 - 1 / len(t.groups[0])) for t in transfers)
+    own = dense / tensor / stages + routed / experts / stages
+    assert received == approx(dense + routed - own, rel=1e-9)
+    assert {len(group) for t in transfers for group in t.groups} <= {tensor, stages, 2, 4, 16}
+
+
+def test_in_place_counts_every_expert() -> None:
+    """48 layers of 128 experts with three matrices each, and what is not an expert: 18,867 names in the checkpoint of
+    Qwen3-30B-A3B (q, k, v, o, two norms of heads, two of the layer, a router; embedding, head, last norm)."""
+    (overhead,) = [s for s in in_place({"zero_stage": 1}, sync_tensor_seconds=1e-3) if s.label == "sync_overhead"]
+    assert overhead.bound["host"] == approx((48 * (128 * 3 + 9) + 3) * 1e-3, rel=1e-9)
+
+
 # ---------------------------------------------------------------- whole scenarios
 
 

@@ -66,9 +66,7 @@ FITTED = {
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,
     "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
-    "nemo_rl": [
-        "decode_step_seconds", "decode_sequence_seconds", "decode_hosts_seconds", "sync_tensor_seconds", *FACTORS,
-    ],
+    "nemo_rl": ["decode_hosts_seconds"],  # whole steps of five groups, nearly all of them generation
     "openrlhf": FACTORS,
     "real": ["eager_layer_seconds", *FACTORS],  # decode too: the same modules, without CUDA graphs
     "rlinf": FACTORS,

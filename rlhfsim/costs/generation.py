@@ -28,6 +28,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 
 import numpy as np
 
@@ -300,8 +301,8 @@ class StepSeconds:
             self.step_seconds = overheads.decode_step_seconds
         if overheads.decode_sequence_seconds is not None:
             self.sequence_seconds = overheads.decode_sequence_seconds
-        if generation.continuous and operators.host_gpus and degree > operators.host_gpus:
-            self.step_seconds += overheads.decode_hosts_seconds
+        if generation.continuous and degree > 1:
+            self.step_seconds += ceil(degree / (operators.host_gpus or degree)) * overheads.decode_hosts_seconds
         if drafts:
             self.step_seconds = self.sequence_seconds = 0.0
         self.step_seconds += overheads.eager_pass_seconds

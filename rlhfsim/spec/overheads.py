@@ -63,9 +63,9 @@ class Overheads(Record):
     decode_layer_seconds: host time of one layer in a decode step without CUDA graphs; absent: eager_layer_seconds.
     decode_step_seconds: host time per decode step of an engine (scheduling, sampling, detokenising).
     decode_sequence_seconds: the same per running sequence and step.
-    decode_hosts_seconds: the same per step where the ranks of an engine are on several hosts: what each has to do goes
-        out over the network, and the tokens come back (vLLM's Ray executor, ray_executor.py @v0.17.1: one compiled
-        graph of a call per rank, whose channels between hosts are remote calls). Default 0, unverified.
+    decode_hosts_seconds: the same per step and host of an engine with several ranks, where a driver hands out the work:
+        what each rank has to do goes out, the tokens come back (vLLM's Ray executor: a compiled graph with one call per
+        rank, whose channels to other hosts are remote calls). Default 0, unverified.
     controller_bytes_per_second: serialisation rate of a single controller that hands padded batches to workers and
         gathers results, serial at the driver (`execution: controller`); absent: that takes no time.
     controller_call_seconds: fixed cost of one such call, on the workers too (what every stage begins and ends with).
