@@ -61,7 +61,7 @@ FITTED = {
     "verl_fsdp": [
         "eager_layer_seconds", "lora_unit_seconds", "lora_unit_backward_seconds", "pageable_bytes_per_second",
         "decode_layer_seconds", "decode_lora_layer_seconds", "decode_step_seconds", "decode_sequence_seconds",
-        "controller_call_seconds", "controller_bytes_per_second", "sync_layer_seconds", *FACTORS,
+        "controller_call_seconds", "controller_bytes_per_second", "sync_layer_seconds",
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
     "areal": FACTORS,
