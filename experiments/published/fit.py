@@ -53,7 +53,7 @@ FITTED = {
         "eager_layer_seconds", "decode_layer_seconds", "controller_call_seconds", "sync_layer_seconds", *FACTORS,
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
-    "areal": FACTORS,
+    "areal": ["decode_sequence_seconds", "generation", "training"],
     "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
     "nemo_rl": FACTORS,
     "openrlhf": FACTORS,
