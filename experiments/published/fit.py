@@ -64,7 +64,7 @@ FITTED = {
         "controller_call_seconds", "controller_bytes_per_second", "sync_layer_seconds",
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
-    "areal": FACTORS,
+    "areal": ["decode_sequence_seconds", "generation", "training"],
     "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
     "nemo_rl": ["decode_hosts_seconds"],  # whole steps of five groups, nearly all of them generation
     "openrlhf": FACTORS,
