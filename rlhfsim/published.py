@@ -184,12 +184,12 @@ def _unknowns(data: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 def predicted(file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path) -> list[Result]:
-    """The quantities of one case; none of a case that cannot be predicted."""
-    return _run(file, case, document, number, path)[0]
+    """The quantities of one case, with intervals of its unknown inputs alone; none of one that cannot be predicted."""
+    return _run(file, case, document, number, path, widen=False)[0]
 
 
 def _run(
-    file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path
+    file: CaseFile, case: PublishedCase, document: Document, number: int, path: Path, *, widen: bool = True
 ) -> tuple[list[Result], tuple[str, str] | None]:
     """The quantities of one case, and what is wrong with its prediction: (kind, reason)."""
     if case.inexpressible:
@@ -213,7 +213,8 @@ def _run(
         if isinstance(error, NeverValid) or error.field.startswith(("cases.", "role")) or "unknown key" in str(error):
             raise
         return [], ("refused", str(error))
-    results = [_result(file, case, quantity, corners, scenario.framework) for quantity, corners in seconds.items()]
+    profile = scenario.framework if widen else None
+    results = [_result(file, case, quantity, corners, profile) for quantity, corners in seconds.items()]
     return results, ("does not fit", reasons[0]) if all(reasons) else None
 
 

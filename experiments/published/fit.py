@@ -1,6 +1,6 @@
 """Fit what the frameworks' profiles cannot take from code, on the calibration cases of traces/published.
 
-    python experiments/published/fit.py [FRAMEWORK ...] [--dry-run]
+    python experiments/published/fit.py [FRAMEWORK ...] [--dry-run] [--as-it-is]
 
 Writes overheads, unexplained, fitted_on and residuals of hw_specs/frameworks/*.yaml; the rest of those files is written
 by hand. Least squares of log(predicted / measured) over the calibration cases of a framework, each group and phase with
@@ -114,7 +114,8 @@ def half_width(result: Result) -> float:
     return log(result.high / result.low) / 2 if result.low and result.high else 0.0
 
 
-def fit(framework: str, parallel: Parallel) -> dict[str, Any] | None:
+def fit(framework: str, parallel: Parallel, *, as_it_is: bool = False) -> dict[str, Any] | None:
+    """as_it_is: keep the values of the profile, and only look how far they are off."""
     names, cases = list(FITTED[framework]), calibration(files_of(framework))
 
     def results_at(logs: np.ndarray) -> list[Result]:
@@ -137,7 +138,7 @@ def fit(framework: str, parallel: Parallel) -> dict[str, Any] | None:
         return np.append(weights * errors(results_at(logs)), 0.3 * (logs - start) / spread)
 
     found = least_squares(
-        residuals, start, loss="soft_l1", f_scale=0.5, diff_step=0.02, max_nfev=8, xtol=1e-2, ftol=1e-2
+        residuals, start, loss="soft_l1", f_scale=0.5, diff_step=0.02, max_nfev=5, xtol=1e-2, ftol=1e-2
     )
     last = results_at(found.x)
     left_out = np.zeros(len(last))
@@ -164,18 +165,20 @@ def fit(framework: str, parallel: Parallel) -> dict[str, Any] | None:
     }
 
 
-def write(framework: str, found: dict[str, Any]) -> None:
+def _profile(framework: str, names: list[str], start: np.ndarray) -> np.ndarray:
+    """Logarithms of what the profile holds; of what it does not hold, those of the start."""
+    data = YAML(typ="safe").load(PROFILES / f"{framework}.yaml")
+    held = {**data.get("overheads", {}), **data.get("unexplained", {})}
+    return np.array([log(held[n]["value"]) if n in held else at for n, at in zip(names, start.tolist(), strict=True)])
+
+
+def write(framework: str, found: dict[str, Any], *, keep: bool) -> None:
     yaml = YAML()
     yaml.width = 120
     path = PROFILES / f"{framework}.yaml"
     data = yaml.load(path)
-    data.setdefault("sources", {})["fit"] = f"python experiments/published/fit.py {framework}, {date.today()}"
-    for section in ("overheads", "unexplained"):
-        own = {k: v for k, v in data.get(section, {}).items() if v["source"] != "fit"}
-        fitted = {n: v for n, v in found["values"].items() if (n in FACTORS) == (section == "unexplained")}
-        own |= {n: {"value": float(f"{v:.3g}"), "source": "fit"} for n, v in fitted.items()}
-        if own:
-            data[section] = own
+    if not keep:
+        _write_values(data, framework, found)
     data["fitted_on"] = found["fitted_on"]
     data["residuals"] = {
         phase: {"log_sd": round(sd, 3), "count": count} for phase, (sd, count) in found["residuals"].items()
@@ -183,15 +186,27 @@ def write(framework: str, found: dict[str, Any]) -> None:
     yaml.dump(data, path)
 
 
+def _write_values(data: Any, framework: str, found: dict[str, Any]) -> None:
+    data.setdefault("sources", {})["fit"] = f"python experiments/published/fit.py {framework}, {date.today()}"
+    for section in ("overheads", "unexplained"):
+        own = {k: v for k, v in data.get(section, {}).items() if v["source"] != "fit"}
+        fitted = {n: v for n, v in found["values"].items() if (n in FACTORS) == (section == "unexplained")}
+        own |= {n: {"value": float(f"{v:.3g}"), "source": "fit"} for n, v in fitted.items()}
+        if own:
+            data[section] = own
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("framework", nargs="*", choices=[*FITTED, []])
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--as-it-is", action="store_true", help="residuals of the values in the profile")
     given = parser.parse_args()
     with Parallel(n_jobs=2) as parallel:
         for framework in given.framework or FITTED:
-            if (found := fit(framework, parallel)) and not given.dry_run:
-                write(framework, found)
+            found = fit(framework, parallel, as_it_is=given.as_it_is)
+            if found and not given.dry_run:
+                write(framework, found, keep=given.as_it_is)
 
 
 if __name__ == "__main__":
