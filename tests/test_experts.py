@@ -224,7 +224,10 @@ def test_unequal_stages_take_as_long_as_the_fullest() -> None:
     [
         ({"first_stage_layers": 3, "last_stage_layers": 3}, "leave 55 of the 61 layers"),
         ({"first_stage_layers": 61}, "leave 0 of the 61 layers"),
-        ({"first_stage_layers": 3, "last_stage_layers": 2, "pipeline_chunks": 2}, "pipeline_chunks 1"),
+        (
+            {"first_stage_layers": 3, "last_stage_layers": 2, "pipeline_chunks": 2},
+            "pipeline_chunks is 2, but must divide|which leaves none",
+        ),
         ({"first_stage_layers": 3, "pipeline_parallel": 1}, "need pipeline_parallel above 1"),
     ],
 )
