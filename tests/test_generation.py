@@ -632,7 +632,7 @@ def test_a_smaller_cache_is_never_faster() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "host", "hosts"), [(1, 4, 0), (4, 4, 1), (8, 4, 2), (8, 8, 1), (12, 8, 2), (8, None, 1)]
+    ("ranks", "host", "hosts"), [(1, 4, 0), (4, 4, 1), (8, 4, 2), (8, 8, 1), (16, 8, 2), (8, None, 1)]
 )
 def test_a_driver_reaches_every_host_of_an_engine_in_every_step(ranks: int, host: int | None, hosts: int) -> None:
     generation = Generation(engine="engine", tensor_parallel=ranks)
