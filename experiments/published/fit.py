@@ -33,12 +33,12 @@ ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "hw_specs" / "frameworks"
 
 # Where fits begin, and to where they are drawn. eager_layer, decode_layer: 38 launches of 5.5 us a layer and as much of
-# Python. decode_step, decode_sequence: rlhfsim/costs/generation.py. Others: a guess of the right size.
+# Python. decode_step, decode_sequence (vLLM's V0 had 0.124 ms): rlhfsim/costs/generation.py. Others: a guess of the right size.
 START = {
     "eager_layer_seconds": 4e-4,
     "decode_layer_seconds": 8e-4,
     "decode_step_seconds": 4e-3,
-    "decode_sequence_seconds": 2e-5,
+    "decode_sequence_seconds": 1e-4,
     "controller_call_seconds": 0.3,
     "sync_layer_seconds": 0.02,
     "sync_tensor_seconds": 1e-3,
@@ -53,7 +53,7 @@ FITTED = {
         "eager_layer_seconds", "decode_layer_seconds", "controller_call_seconds", "sync_layer_seconds", *FACTORS,
     ],
     "verl_megatron": ["sync_tensor_seconds", *FACTORS],
-    "areal": ["decode_sequence_seconds", "generation", "training"],
+    "areal": ["decode_sequence_seconds"],
     "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
     "nemo_rl": FACTORS,
     "openrlhf": FACTORS,
