@@ -33,7 +33,8 @@ ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "hw_specs" / "frameworks"
 
 # Where fits begin, and to where they are drawn. eager_layer, decode_layer: 38 launches of 5.5 us a layer and as much of
-# Python. decode_step, decode_sequence (vLLM's V0 had 0.124 ms): rlhfsim/costs/generation.py. Others: a guess of the right size.
+# Python. decode_step, decode_sequence (vLLM's V0 had 0.124 ms): rlhfsim/costs/generation.py. Others: a guess of the
+# right size.
 START = {
     "eager_layer_seconds": 4e-4,
     "decode_layer_seconds": 8e-4,

@@ -298,7 +298,9 @@ class ModelUse(Record):
         if self.offload_gradients and self.ranks_together > 1:
             raise ValueError("offload_gradients needs replicas of one rank (DeepSpeed): no tensor or other parallelism")
         if self.host_gradient_precision and not self.offload_gradients:
-            raise ValueError("host_gradient_precision is fp32, but gradients stay on the GPU: offload_gradients is false")
+            raise ValueError(
+                "host_gradient_precision is fp32, but gradients stay on the GPU: offload_gradients is false"
+            )
         if self.offload_activations and not self.flash_attention and self.recompute == "none":
             raise ValueError(
                 "offload_activations leaves out the scores of attention, which are kept without flash_attention "
