@@ -548,10 +548,9 @@ class _Work:
         share = Shards.of(use, self.layout.copies).largest(count, 0.0, 2) * width
         earlier = np.ones(self.batches.shape[1])
         earlier[0] = 0.0
-        back, leaving = (
-            self._to_or_from_host(op, share, beside * part if use.reduces_beside else NO_TIME)
-            for op, part in (("from_host", 0.5), ("to_host", 1 - earlier / 2))
-        )
+        beside = beside if use.reduces_beside else NO_TIME
+        back = self._to_or_from_host("from_host", share, beside * 0.5)
+        leaving = self._to_or_from_host("to_host", share, beside * (1 - earlier / 2))
         return (_scaled(back, earlier), leaving)
 
     def _to_or_from_host(self, op: Op, payload: Numbers, beside: OperatorTime) -> Transfer:
