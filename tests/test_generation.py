@@ -581,6 +581,22 @@ def test_the_longest_response_sets_the_time_of_a_static_batch() -> None:
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
+def test_copies_of_the_cache_add_to_what_attention_reads() -> None:
+    """Once, thrice, seven times keys and values a step: the second difference is twice the first but for the kernel's
+    curve, where launches are free."""
+    batch, ops = [np.full(16, 1024)], operators(decode_layer_seconds=0.0)
+    paged, concatenated, unpadded = (
+        generation_program(
+            use(zero_stage=2), Generation(engine="engine", batching="static", kv_cache=cache), batch, batch, [0], ops
+        )
+        .stats[0]
+        .seconds
+        for cache in ("paged", "concatenated", "unpadded")
+    )  # fmt: skip
+    assert paged < concatenated
+    assert unpadded - concatenated == pytest.approx(2 * (concatenated - paged), rel=0.1)
+
+
 def test_steps_get_slower_with_context_and_batch() -> None:
     steps = StepSeconds(operators(), use(), ENGINE)
 

@@ -191,6 +191,37 @@ def test_gradients_that_leave_early_hide() -> None:
         assert seconds(early) < seconds(early, rate) < seconds(late, rate)
 
 
+def test_gradients_go_both_ways_in_one_stream() -> None:
+    """What two directions take beyond the backward pass, of which half hides each: k - 1 times back, k times away."""
+    settings: dict[str, Any] = {"zero_stage": 3, "offload_optimizer": True, "micro_batch_samples": 4}
+    lengths, count = equal(8, 4 * 3), 3
+    [one] = [
+        s for s in train_program(use(**settings, offload_gradients=True), lengths, layout(use(), 8), OPS, host=HOST)
+        if s.label == "forward_backward"
+    ]  # fmt: skip
+    hidden = {t.op: np.asarray(t.hidden_seconds) for t in one.transfers if np.any(t.hidden_seconds)}
+    layers = {op: hidden[op][np.flatnonzero(hidden[op])] for op in ("to_host", "from_host")}
+    assert (len(layers["to_host"]), len(layers["from_host"])) == (count, count - 1)
+    whole = layers["to_host"].max()
+    assert layers["to_host"] == approx([whole, whole / 2, whole / 2])
+    assert layers["from_host"] == approx([whole / 2] * (count - 1))
+
+
+def test_gradients_that_wait_for_reductions_hide_nowhere() -> None:
+    settings: dict[str, Any] = {"zero_stage": 2, "offload_optimizer": True, "offload_gradients": True}
+    program = train_program(use(**settings, overlap_grad_reduce=False), equal(8, 4), layout(use(), 8), OPS, host=HOST)
+    copies = [t for s in program for t in s.transfers if t.op == "to_host"]
+    assert copies and not any(np.any(t.hidden_seconds) for t in copies)
+
+
+def test_gradients_summed_in_fp32_are_twice_as_many_bytes() -> None:
+    settings: dict[str, Any] = {"zero_stage": 3, "offload_optimizer": True, "offload_gradients": True}
+    uses = (use(**settings, host_gradient_precision=precision) for precision in (None, "fp32"))
+    programs = (train_program(u, equal(8, 4), layout(u, 8), OPS, host=HOST) for u in uses)
+    half, whole = (dict(moved(program))["to_host"] for program in programs)
+    assert whole == approx(2 * half)
+
+
 def test_gradients_on_the_host_are_nowhere_else() -> None:
     settings: dict[str, Any] = {"zero_stage": 2, "offload_optimizer": True}
     early, late = (static_bytes(use(**settings, offload_gradients=o), "train", 8) for o in (True, False))
@@ -202,6 +233,7 @@ def test_gradients_on_the_host_are_nowhere_else() -> None:
     ("settings", "message"),
     [
         ({"offload_gradients": True}, "needs offload_optimizer: true"),
+        ({"host_gradient_precision": "fp32"}, "gradients stay on the GPU"),
         (
             {"offload_gradients": True, "offload_optimizer": True, "zero_stage": 1},
             "zero_stage 2 or 3, given true and 1",
