@@ -53,7 +53,8 @@ START = {
     "sync_tensor_seconds": 1e-3,
 }
 FACTORS = ("generation", "scoring", "training")
-UNKNOWN = 0.3  # a quantity whose inputs leave it open by so much (in logarithms) has half the weight
+# A quantity whose inputs leave it open by so much, in logarithms, has half the weight; by so much, it tells nothing.
+UNKNOWN, TELLS_NOTHING = 0.3, log(1.5)
 SPREAD_OF_TIMES, SPREAD_OF_FACTORS = 1.0, 0.5  # of logarithms
 
 # What the calibration cases of a framework can tell: eager engines and passes, stages timed by themselves, syncs.
@@ -63,7 +64,7 @@ FITTED = {
         "decode_layer_seconds", "decode_lora_layer_seconds", "decode_step_seconds", "decode_sequence_seconds",
         "controller_call_seconds", "controller_bytes_per_second", "sync_layer_seconds",
     ],
-    "verl_megatron": ["sync_tensor_seconds", *FACTORS],
+    "verl_megatron": ["sync_tensor_seconds"],
     "areal": ["decode_sequence_seconds", "generation", "training"],
     "deepspeed_chat": ["decode_layer_seconds", *FACTORS],
     "nemo_rl": ["decode_hosts_seconds"],  # whole steps of five groups, nearly all of them generation
@@ -115,18 +116,24 @@ def half_width(result: Result) -> float:
 
 
 def fit(framework: str, parallel: Parallel, *, as_it_is: bool = False) -> dict[str, Any] | None:
-    """as_it_is: keep the values of the profile, and only look how far they are off."""
+    """as_it_is: keep the values of the profile, and only look how far they are off: quick, as no group is left out, and
+    errors are enlarged as for so many fitted values instead."""
     names, cases = list(FITTED[framework]), calibration(files_of(framework))
+    vague: set[tuple[str, str]] = set()
 
     def results_at(logs: np.ndarray) -> list[Result]:
         values = dict(zip(names, np.exp(logs).tolist(), strict=True))
         rows = parallel(delayed(predict)(file, number, values) for file, number in cases)
-        return [r for row in rows for r in row]
+        return [r for row in rows for r in row if (r.id, r.quantity) not in vague]
 
     start = np.array([0.0 if name in FACTORS else log(START[name]) for name in names])
-    first = results_at(start)
+    everything = results_at(start)
+    vague |= {(r.id, r.quantity) for r in everything if half_width(r) > TELLS_NOTHING}
+    first = [r for r in everything if (r.id, r.quantity) not in vague]
     if not first:
         return None
+    told = {r.id for r in first}
+    cases = [(file, number) for file, number in cases if file.cases.cases[number].id in told]
     spread = np.array([SPREAD_OF_FACTORS if name in FACTORS else SPREAD_OF_TIMES for name in names])
     counts = Counter((r.group, r.phase) for r in first)
     weights = np.array([(counts[r.group, r.phase] * (1 + (half_width(r) / UNKNOWN) ** 2)) ** -0.5 for r in first])
@@ -137,17 +144,16 @@ def fit(framework: str, parallel: Parallel, *, as_it_is: bool = False) -> dict[s
     def residuals(logs: np.ndarray) -> np.ndarray:
         return np.append(weights * errors(results_at(logs)), 0.3 * (logs - start) / spread)
 
-    found = least_squares(
-        residuals, start, loss="soft_l1", f_scale=0.5, diff_step=0.02, max_nfev=5, xtol=1e-2, ftol=1e-2
-    )
-    last = results_at(found.x)
-    left_out = np.zeros(len(last))
-    jacobian, value = found.jac, residuals(found.x)
-    for group in {r.group for r in last}:
-        mine = np.array([r.group == group for r in last])
-        kept = np.append(~mine, np.ones(len(names), dtype=bool))
-        step = np.linalg.lstsq(jacobian[kept], -value[kept], rcond=None)[0]
-        left_out[mine] = (errors(last) + (jacobian[: len(last)] / weights[:, None]) @ step)[mine]
+    if as_it_is:
+        x = _profile(framework, names, start)
+        last = results_at(x)
+        left_out = errors(last) * max(1.0, len(last) / max(len(last) - len(names), 1)) ** 0.5
+    else:
+        found = least_squares(
+            residuals, start, loss="soft_l1", f_scale=0.5, diff_step=0.02, max_nfev=5, xtol=1e-2, ftol=1e-2
+        )
+        x, last = found.x, results_at(found.x)
+        left_out = _left_out(last, errors(last), weights, found.jac, residuals(x))
     by_phase = defaultdict(list)
     for r, error in zip(last, left_out, strict=True):
         by_phase[r.phase].append(error)
@@ -156,13 +162,26 @@ def fit(framework: str, parallel: Parallel, *, as_it_is: bool = False) -> dict[s
         print(
             f"  {r.id:44s} {r.quantity:20s} {np.expm1(before):+.2f} -> {r.error:+.2f} (left out {np.expm1(error):+.2f})"
         )
-    values = dict(zip(names, np.exp(found.x).tolist(), strict=True))
+    values = dict(zip(names, np.exp(x).tolist(), strict=True))
     print("  " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
     return {
         "values": values,
         "fitted_on": sorted({r.group for r in first}),
         "residuals": {p: (float(np.sqrt(np.mean(np.square(e)))), len(e)) for p, e in sorted(by_phase.items())},
     }
+
+
+def _left_out(
+    results: list[Result], errors: np.ndarray, weights: np.ndarray, jacobian: np.ndarray, value: np.ndarray
+) -> np.ndarray:
+    """Errors of each group after a step of Gauss and Newton on the others."""
+    found = np.zeros(len(results))
+    for group in {r.group for r in results}:
+        mine = np.array([r.group == group for r in results])
+        kept = np.append(~mine, np.ones(jacobian.shape[1], dtype=bool))
+        step = np.linalg.lstsq(jacobian[kept], -value[kept], rcond=None)[0]
+        found[mine] = (errors + (jacobian[: len(results)] / weights[:, None]) @ step)[mine]
+    return found
 
 
 def _profile(framework: str, names: list[str], start: np.ndarray) -> np.ndarray:
@@ -179,7 +198,7 @@ def write(framework: str, found: dict[str, Any], *, keep: bool) -> None:
     data = yaml.load(path)
     if not keep:
         _write_values(data, framework, found)
-    data["fitted_on"] = found["fitted_on"]
+        data["fitted_on"] = found["fitted_on"]
     data["residuals"] = {
         phase: {"log_sd": round(sd, 3), "count": count} for phase, (sd, count) in found["residuals"].items()
     }
