@@ -157,7 +157,7 @@ EFFECTS = ("decode", "links", "memory", "sync", "efficiency")
 # Little memory for the engine, lengths with a tail, offloaded Adam: every effect has something to take away.
 TIGHT = TAIL | {
     "models.actor.offload_optimizer": True,
-    "generation.memory_fraction": 0.0018,
+    "generation.memory_fraction": 0.0107,
     "overheads.reserved_bytes": 0.0,
     "workload.prompts": 256,
 }
