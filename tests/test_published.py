@@ -121,7 +121,7 @@ def test_what_has_no_prediction_is_named(tmp_path: Path) -> None:
         "refused": ("refused", False),
         "unsaid": ("inexpressible", True),
     }
-    assert "models.actor: zero_stage 3 shards weights" in gaps["refused"]["reason"]
+    assert "models.actor.tensor_parallel: is 3, but must divide the 4 heads" in gaps["refused"]["reason"]
     assert {"fits not: does not fit", "refused: refused"} <= set(found["summary"]["failed"])
     text = CliRunner().invoke(cli, ["validate", str(path)]).stdout
     assert "unsaid: inexpressible: linear attention" in text
