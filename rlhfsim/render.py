@@ -377,9 +377,9 @@ def _interval_line(scenario: Scenario) -> str:
     if profile is None:
         return "No interval: it takes the framework's profile (framework: verl_fsdp; rlhfsim show frameworks)."
     residual = residual_of(profile, "step")
-    text = f"No interval: no published step of {profile.name} was left out of a fit."
+    text = f"No interval: no published step of {profile.name} calibrates its profile."
     if residual:
-        text = f"Intervals: {residual.count} published steps, each left out of the fit of the profile {profile.name}."
+        text = f"Intervals: how far {residual.count} published steps are off that calibrate the profile {profile.name}."
     far = [extrapolation(profile, part.gpu.name, scenario.cluster.gpus) for part in scenario.cluster.all_parts]
     return text + "".join(f" Extrapolated: {words}." for words in dict.fromkeys(filter(None, far)))
 
