@@ -349,7 +349,7 @@ def print_simulation(setup: Setup, fit: Fit, timeline: Timeline) -> None:
         out.print(line)
     if tools := tool_summary(timeline):
         out.print(
-            f"Tools: {three(tools.calls / scenario.samples_through('gen'))} calls per response, "
+            f"Tools: {three(tools.calls)} calls per iteration, "
             f"{three(tools.seconds_per_call)} s each; {tools.idle_share:.0%} of the engines' time all samples of an "
             "engine wait for them."
         )

@@ -114,11 +114,12 @@ def sync_tensors(use: ModelUse) -> int:
 def _overhead(
     operators: Operators, use: ModelUse, parts: int, sent_bytes: float, rounds: int, bucket_bytes: float
 ) -> list[Segment]:
-    """The host's time on the busiest sender. parts: senders among which the tensors are divided."""
+    """The host's time on the busiest sender: once to gather, then as often as it sends. parts: senders among which the
+    tensors are divided."""
     overheads = operators.overheads
-    tensors = sync_tensors(use) / parts
-    seconds = tensors * overheads.sync_tensor_seconds + use.shape.layers * overheads.sync_layer_seconds
-    seconds = rounds * (seconds + messages_of(sent_bytes, bucket_bytes) * overheads.sync_bucket_seconds)
+    tensors, messages = sync_tensors(use) / parts, messages_of(sent_bytes, bucket_bytes)
+    each = tensors * overheads.sync_tensor_seconds + messages * overheads.sync_bucket_seconds
+    seconds = use.shape.layers * overheads.sync_layer_seconds + rounds * each
     if not seconds or operators.ideal:
         return []
     return [Segment("sync_overhead", np.full((1, 1), seconds), bound={"host": seconds})]
